@@ -1,0 +1,51 @@
+"""How far an adapter's training has come: counters stored in every layer's state, hence in every checkpoint.
+
+Every layer holds the same copy. It is redundant on purpose: whatever part of a model is saved, copied or loaded, its
+schedule goes with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass, fields
+
+import torch
+from torch import Tensor
+
+CONFIG, TRAINER = 1, 2
+SOURCES = {0: None, CONFIG: "config", TRAINER: "trainer"}
+"""Where `total` came from, by its stored code."""
+
+
+@dataclass
+class Progress:
+    """The stored counters of one adapter."""
+
+    step: int = 0
+    """Attempted optimiser steps."""
+    last: int = 0
+    """The last step whose rules ran."""
+    total: int = 0
+    """Optimiser steps of the whole run, fixed by the first step; 0 where unknown."""
+    source: int = 0
+    """What told `total`: a key of SOURCES."""
+    rules: int = 0
+    """Steps whose rules ran."""
+    skipped: int = 0
+    """Steps skipped: overflows of a loss scale, and bad gradients."""
+    bad: int = 0
+    """Bad gradients in a row, up to now."""
+    finalized: int = 0
+    """1 once the final budget was applied by `finalize`."""
+
+    def tensor(self) -> Tensor:
+        """The counters as they are stored, int64 (8,)."""
+        return torch.tensor(astuple(self), dtype=torch.int64)
+
+    @classmethod
+    def of(cls, stored: Tensor) -> Progress:
+        """The counters from their stored form."""
+        return cls(*stored.tolist())
+
+
+LENGTH = len(fields(Progress))
+"""Entries of the stored form."""

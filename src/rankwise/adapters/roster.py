@@ -1,0 +1,55 @@
+"""Which layers belong to one adapter of one model, in model order: what the step rules act on.
+
+Layers hold their roster and a roster holds its layers weakly, so that a model is freed as soon as it is dropped. A
+copied or unpickled model gets rosters of its own: a roster travels empty and its layers enrol as they arrive.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import TYPE_CHECKING, Any
+
+from rankwise.methods.base import Method
+
+if TYPE_CHECKING:
+    from rankwise.adapters.layer import AdapterLinear
+
+_ROSTERS: list[weakref.ref[Roster]] = []
+
+
+class Roster:
+    """The adapted layers of one adapter of one model.
+
+    Args:
+        adapter: the adapter's name.
+        method: its config, which is its method.
+    """
+
+    def __init__(self, adapter: str, method: Method) -> None:
+        self.adapter = adapter
+        self.method = method
+        self.trainer_total: int | None = None
+        self.session: Any = None
+        self._layers: list[weakref.ref[AdapterLinear]] = []
+        _ROSTERS.append(weakref.ref(self))
+
+    def enrol(self, layer: AdapterLinear) -> None:
+        """Add a layer; layers come in model order."""
+        self._layers.append(weakref.ref(layer))
+
+    @property
+    def layers(self) -> list[AdapterLinear]:
+        """The living layers that still carry this adapter, in model order."""
+        found = (reference() for reference in self._layers)
+        return [layer for layer in found if layer is not None and layer.rosters.get(self.adapter) is self]
+
+    def __reduce__(self) -> tuple[type[Roster], tuple[str, Method]]:
+        return Roster, (self.adapter, self.method)
+
+
+def living_rosters() -> list[Roster]:
+    """Every roster in the process, oldest first."""
+    found = [roster for reference in _ROSTERS if (roster := reference()) is not None]
+    if len(found) < len(_ROSTERS):
+        _ROSTERS[:] = [weakref.ref(roster) for roster in found]
+    return found

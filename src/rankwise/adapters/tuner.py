@@ -1,0 +1,101 @@
+"""The one tuner: puts `AdapterLinear` in place of the targeted modules, whatever the method."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from peft.utils.quantization_utils import get_quantization_kwargs
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from rankwise.adapters.configs import AdapterConfig
+from rankwise.adapters.layer import AdapterLinear
+from rankwise.adapters.roster import Roster
+from rankwise.errors import ArgumentError, nearest
+
+PREFIX = "rankwise_"
+
+
+class RankwiseTuner(BaseTuner):
+    """PEFT's tuner for every rankwise method."""
+
+    prefix = PREFIX
+    tuner_layer_cls = AdapterLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT, with one roster per adapter and unknown module names refused before anything is changed."""
+        config: AdapterConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
+        _check_names("target_modules", config.target_modules, model)
+        self._roster = Roster(adapter_name, config)
+        self._clamped: list[str] = []
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if self._clamped:
+            warnings.warn(
+                f"the rank is above the size of {len(self._clamped)} module(s) and is clamped there, as in "
+                f"{self._clamped[0]!r}",
+                stacklevel=2,
+            )
+
+    def _create_and_replace(
+        self,
+        peft_config: AdapterConfig,  # type: ignore[override]
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional: Any,
+    ) -> None:
+        layer = target if isinstance(target, AdapterLinear) else self._wrap(target, current_key)
+        r_key = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
+        alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), current_key)
+        r = peft_config.rank_pattern.get(r_key, peft_config.start_rank)
+        alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha)
+        layer.add_adapter(
+            adapter_name, peft_config, self._roster, r=r, scale=peft_config.scale(r, alpha), dropout=peft_config.lora_dropout
+        )
+        if layer.r[adapter_name] < r:
+            self._clamped.append(current_key)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+
+    def _wrap(self, target: nn.Module, name: str) -> AdapterLinear:
+        root = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if not isinstance(root, nn.Linear | Conv1D):
+            raise ArgumentError("target_modules", "name linear layers or Conv1D of transformers", f"{name}: {type(root).__name__}")
+        return AdapterLinear(target, **get_quantization_kwargs(self.model))
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As PEFT, but tensors of another kind of adapter are refused: PEFT would leave the adapter as it was."""
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        expected = {name for name in model.state_dict() if f".{PREFIX}tensors.{adapter_name}." in name}
+        missing = expected - remapped.keys()
+        if missing:
+            raise ArgumentError(
+                "state_dict", f"hold every tensor of the adapter, {sorted(missing)[0]!r} for one", sorted(state_dict)[:3]
+            )
+        return remapped
+
+
+def _check_names(argument: str, names: object, model: nn.Module) -> None:
+    """Every listed name must match a module; the error lists the nearest."""
+    if not isinstance(names, list | set | tuple):
+        return
+    modules = [name.replace(".base_layer", "") for name, _ in model.named_modules() if name]
+    for name in sorted(names):
+        if not any(module == name or module.endswith(f".{name}") for module in modules):
+            last = {module.rsplit(".", 1)[-1] for module in modules}
+            known = modules if "." in name else sorted(part for part in last if not re.fullmatch(r"\d+", part))
+            raise ArgumentError(argument, f"name modules of the model ({nearest(name, known)})", name)

@@ -1,0 +1,1 @@
+"""Comparing methods under equal budgets: run them, keep the results, show them."""

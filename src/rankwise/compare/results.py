@@ -1,0 +1,263 @@
+"""One finished run as a file, and many finished runs as one row per method.
+
+A result file is strict JSON (no NaN) and is written whole or not at all, so that several machines can fill one folder
+and a crash leaves only runs that are really done.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import uuid
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from scipy.stats import wilcoxon
+
+from rankwise.errors import DataError
+
+FORMAT = 1
+REFERENCE = "lora"
+_SEEDS_TO_PAIR = 3
+_SEEDS_TO_TEST = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One finished run: what was run, how well it did, and what it cost.
+
+    `score` is the `metric` on the test split, higher is better. `parameters` counts the adapter without the task head
+    and has the keys initial, final and exported. `ranks` and `singular_values` are by module name. `export` is the
+    folder of the plain LoRA, relative to the output folder.
+    """
+
+    method: str
+    label: str
+    seed: int
+    model: str
+    task: str
+    learning_rate: float
+    steps: int
+    batch_size: int
+    fields: dict[str, Any]
+    metric: str
+    score: float
+    validation_score: float
+    extra_metrics: dict[str, float]
+    train_loss: list[tuple[int, float]]
+    parameters: dict[str, int]
+    head_parameters: int
+    mean_rank: float
+    initial_mean_rank: float
+    starting_scale: float
+    ranks: dict[str, int]
+    singular_values: dict[str, list[float]]
+    seconds_per_step: float
+    seconds: float
+    steps_skipped: int
+    export: str
+    versions: dict[str, str]
+    machine: str
+    command: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of the result file."""
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Result:
+        """The result that a file's content describes; content of another shape raises `DataError`."""
+        if content.get("format") != FORMAT:
+            raise DataError(f"a result has format {FORMAT}; found {content.get('format')!r}")
+        hints = get_type_hints(cls)
+        names = [field.name for field in fields(cls)]
+        missing = [name for name in names if name not in content]
+        if missing:
+            raise DataError(f"a result needs {', '.join(missing)}")
+        for name in names:
+            if not _fits(content[name], hints[name]):
+                raise DataError(f"`{name}` of a result must be {_spoken(hints[name])}; found {content[name]!r:.60}")
+        if not {"initial", "final", "exported"} <= content["parameters"].keys():
+            seen = ", ".join(content["parameters"])
+            raise DataError(
+                f"`parameters` of a result must have initial, final and exported; found {seen or 'nothing'}"
+            )
+        points = [(step, loss) for step, loss in content["train_loss"]]
+        return cls(**{**{name: content[name] for name in names}, "train_loss": points})
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is what a field's type says (JSON writes tuples as lists, and 1.0 as 1)."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is dict:
+        return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
+    if origin is list:
+        return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
+    kinds = (int, float) if hint is float else hint
+    return isinstance(value, kinds) and not isinstance(value, bool)
+
+
+def _spoken(hint: Any) -> str:
+    names = {str: "text", int: "an integer", float: "a number", dict: "an object", list: "a list"}
+    return names[get_origin(hint) or hint]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes `text` so that `path` holds all of it or is left as it was."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # In the same folder, since a rename is atomic only within one file system; a random name, since several
+    # machines may share the folder; not ending in .json, since `read_results` reads those.
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_result(result: Result, path: str | Path) -> None:
+    """Writes one finished run as strict JSON, whole or not at all; a number that is not finite raises `DataError`."""
+    path = Path(path)
+    try:
+        text = json.dumps(result.to_dict(), indent=1, allow_nan=False)
+    except ValueError as error:
+        raise DataError(f"the result for {path.name} holds a number that is not finite") from error
+    write_whole(path, text + "\n")
+
+
+def read_results(folder: str | Path) -> list[Result]:
+    """All results in a folder, by label and then seed; a file that is not a whole result raises `DataError`."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"there is no folder of results at {folder}")
+    results = [_read_result(path) for path in sorted(folder.glob("*.json"))]
+    return sorted(results, key=lambda result: (result.label, result.seed))
+
+
+def _read_result(path: Path) -> Result:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse)
+    except ValueError as error:
+        raise DataError(f"{path} is truncated or not strict JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} is not a rankwise result: it holds no JSON object")
+    try:
+        return Result.from_dict(content)
+    except DataError as error:
+        raise DataError(f"{path} is not a rankwise result: {error}") from error
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A label's scores against plain LoRA's on the seeds both have; `p_value` (Wilcoxon) needs five of them."""
+
+    seeds: int
+    median_difference: float
+    p_value: float | None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a comparison says about one label: medians over its seeds, and `steps_skipped` summed over them."""
+
+    label: str
+    seeds: int
+    score: float
+    lowest: float
+    highest: float
+    versus_lora: Paired | None
+    initial: int
+    final: int
+    exported: int
+    mean_rank: float
+    seconds_per_step: float
+    ratio_to_lora: float | None
+    starting_scale: float
+    learning_rate: float
+    steps_skipped: int
+
+
+def summarise(results: Sequence[Result]) -> list[Row]:
+    """One row per label, best median score first; two runs of one label with one seed raise `DataError`."""
+    groups = by_label(results)
+    reference = groups.get(REFERENCE, [])
+    rows = [_row(runs, reference) for runs in groups.values()]
+    return sorted(rows, key=lambda row: (-row.score, row.label))
+
+
+def by_label(results: Iterable[Result]) -> dict[str, list[Result]]:
+    """The runs of each label, by seed; two runs of one label with one seed raise `DataError`."""
+    results = list(results)
+    label_and_seed = Counter((result.label, result.seed) for result in results)
+    for (label, seed), count in label_and_seed.items():
+        if count > 1:
+            raise DataError(f"there must be one run of {label!r} with seed {seed}; found {count}")
+    groups: dict[str, list[Result]] = defaultdict(list)
+    for result in sorted(results, key=lambda result: (result.label, result.seed)):
+        groups[result.label].append(result)
+    return dict(groups)
+
+
+def _row(runs: list[Result], reference: list[Result]) -> Row:
+    scores = [run.score for run in runs]
+    seconds, lora_seconds = _median_seconds(runs), _median_seconds(reference)
+    return Row(
+        label=runs[0].label,
+        seeds=len(runs),
+        score=statistics.median(scores),
+        lowest=min(scores),
+        highest=max(scores),
+        versus_lora=_paired(runs, reference),
+        initial=_median_count(runs, "initial"),
+        final=_median_count(runs, "final"),
+        exported=_median_count(runs, "exported"),
+        mean_rank=statistics.median(run.mean_rank for run in runs),
+        seconds_per_step=seconds,
+        ratio_to_lora=seconds / lora_seconds if lora_seconds else None,
+        starting_scale=runs[0].starting_scale,
+        learning_rate=runs[0].learning_rate,
+        steps_skipped=sum(run.steps_skipped for run in runs),
+    )
+
+
+def _median_count(runs: list[Result], kind: str) -> int:
+    return round(statistics.median(run.parameters[kind] for run in runs))
+
+
+def _median_seconds(runs: list[Result]) -> float:
+    return statistics.median(run.seconds_per_step for run in runs) if runs else 0.0
+
+
+def _paired(runs: list[Result], reference: list[Result]) -> Paired | None:
+    if runs[0].label == REFERENCE:
+        return None
+    lora = {run.seed: run.score for run in reference}
+    # Rounded, since the test ranks the differences and 0.82 - 0.81 must tie with 0.92 - 0.91.
+    differences = [round(run.score - lora[run.seed], 12) for run in runs if run.seed in lora]
+    if len(differences) < _SEEDS_TO_PAIR:
+        return None
+    return Paired(len(differences), statistics.median(differences), _p_value(differences))
+
+
+def _p_value(differences: list[float]) -> float | None:
+    if len(differences) < _SEEDS_TO_TEST:
+        return None
+    if not any(differences):
+        return 1.0  # the test itself is undefined where nothing differs
+    outcome: Any = wilcoxon(differences)
+    return float(outcome.pvalue)

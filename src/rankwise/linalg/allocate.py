@@ -1,0 +1,31 @@
+"""Sharing one budget of ranks over every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def keep_top(scores: Sequence[Tensor], budget: int) -> list[Tensor]:
+    """Masks that keep the `budget` highest scores over all the tensors together.
+
+    Exactly min(budget, number of scores) entries are kept; ties go to the earlier entry, so that every process and
+    every machine decides alike.
+
+    Args:
+        scores: tensors of any shapes, on one device.
+        budget: how many to keep, ≥ 0.
+
+    Returns:
+        Boolean tensors of the same shapes.
+
+    >>> [m.tolist() for m in keep_top([torch.tensor([1.0, 5.0]), torch.tensor([5.0, 0.0, 2.0])], 2)]
+    [[False, True], [True, False, False]]
+    """
+    flat = torch.cat([s.flatten() for s in scores])
+    order = flat.sort(descending=True, stable=True).indices
+    keep = torch.zeros_like(flat, dtype=torch.bool)
+    keep[order[:budget]] = True
+    return [part.view_as(s) for part, s in zip(keep.split([s.numel() for s in scores]), scores, strict=True)]

@@ -1,0 +1,213 @@
+"""AdaLoRA: triplets in SVD form share one budget over all layers, spent where the loss is most sensitive.
+
+W = W0 + P Λ Q (seed 002, AdaLoRA, eq. 3), with γ·R(P, Q) added to the loss for orthonormality (eq. 4). Each step
+
+    I(w) = |w·∂L/∂w|                            (8)   of the weights and gradients of the same step,
+    Ī ← β₁Ī + (1 − β₁)I                         (9)
+    Ū ← β₂Ū + (1 − β₂)|I − Ī|                   (10)
+    s = Ī·Ū                                     (11)
+    S_{k,i} = s(λ_{k,i}) + mean_j s(P_{k,ji}) + mean_j s(Q_{k,ij})   (7)
+
+and, when an allocation is due, Λ is set to 0 outside the b(t) highest S of all layers (6). In between Λ trains on, so
+that a triplet can come back; from T − tfinal the kept set is final. The authors' code scores weights after the move
+against gradients before it; eq. 8 is kept here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rankwise.errors import ArgumentError
+from rankwise.linalg.allocate import keep_top
+from rankwise.linalg.orthonormality import orthonormality_gap, orthonormality_gap_squared
+from rankwise.methods.base import (
+    Method,
+    Penalty,
+    Size,
+    Slot,
+    Stack,
+    Step,
+    Updates,
+    register,
+    require_choice,
+    require_int,
+    require_number,
+)
+from rankwise.schedules import CubicBudget, steps_of
+from rankwise.update import Factors
+
+TRIPLET = ("P", "Lambda", "Q")
+
+
+@register
+@dataclass
+class AdaLora(Method):
+    """Adaptive budget allocation over SVD-form triplets."""
+
+    method: ClassVar[str] = "adalora"
+    summary: ClassVar[str] = "falls from init_r to a mean of target_r, shared over all layers by sensitivity"
+
+    target_r: int | None = field(default=None, metadata={"help": "mean rank at the end; None: r"})
+    init_r: int | None = field(default=None, metadata={"help": "rank at the start; None: ⌈1.5·target_r⌉"})
+    tinit: float = field(default=0.1, metadata={"help": "steps before the budget falls, or a share of the run"})
+    tfinal: float = field(default=0.3, metadata={"help": "steps after the budget has fallen, or a share of the run"})
+    deltaT: float = field(default=0.01, metadata={"help": "steps between allocations, or a share of the run"})  # noqa: N815
+    beta1: float = field(default=0.85, metadata={"help": "β₁, smoothing of the sensitivity"})
+    beta2: float = field(default=0.85, metadata={"help": "β₂, smoothing of its uncertainty"})
+    orth_reg_weight: float = field(default=0.1, metadata={"help": "γ, weight of the orthonormality penalty"})
+    orth_reg_form: str = field(
+        default="mean",
+        metadata={"help": '"mean" of ‖PᵀP−I‖_F over matrices (the authors\' code) or "sum" of squares (eq. 4)'},
+    )
+    importance: str = field(
+        default="smoothed", metadata={"help": '"smoothed" (Ī·Ū), "sensitivity" (I) or "magnitude" (|λ|)'}
+    )
+    total_step: int | None = field(
+        default=None, metadata={"help": "optimiser steps of the whole run; None: learnt from the trainer"}
+    )
+
+    def check(self) -> None:
+        """Resolve target_r and init_r, then every rule."""
+        super().check()
+        self.target_r = self.r if self.target_r is None else self.target_r
+        require_int("target_r", self.target_r, least=1)
+        self.init_r = math.ceil(1.5 * self.target_r) if self.init_r is None else self.init_r
+        require_int("init_r", self.init_r, least=1)
+        if self.init_r < self.target_r:
+            raise ArgumentError("init_r", f"be at least target_r ({self.target_r})", self.init_r)
+        for name in ("beta1", "beta2"):
+            require_number(name, getattr(self, name), below=1.0)
+        require_number("orth_reg_weight", self.orth_reg_weight)
+        require_choice("orth_reg_form", self.orth_reg_form, ("mean", "sum"))
+        require_choice("importance", self.importance, ("smoothed", "sensitivity", "magnitude"))
+        for name in ("tinit", "tfinal", "deltaT"):
+            require_number(name, getattr(self, name))
+        if self.total_step is not None:
+            require_int("total_step", self.total_step, least=1)
+            self._durations(self.total_step)
+
+    @property
+    def start_rank(self) -> int:
+        """init_r."""
+        return self.init_r or self.r
+
+    def slots(self, size: Size) -> dict[str, Slot]:
+        """P (out, r), Λ (r), Q (r, in), the kept set, and Ī and Ū of each where they are used."""
+        shapes = {"P": (size.out, size.r), "Lambda": (size.r,), "Q": (size.r, size.into)}
+        slots = {name: Slot(shape, exact=name == "Lambda") for name, shape in shapes.items()}
+        if self.importance == "smoothed":
+            for name, shape in shapes.items():
+                slots[f"{name}_mean"] = Slot(shape, trained=False, exact=True)
+                slots[f"{name}_deviation"] = Slot(shape, trained=False, exact=True)
+        return slots | {"kept": Slot((size.r,), trained=False, dtype=torch.bool)}
+
+    def start(self, size: Size, weight: Callable[[], Tensor], *, zero: bool = True) -> dict[str, Tensor]:
+        """P, Q ~ N(0, 0.02²), Λ = 0."""
+        start = {"P": 0.02 * torch.randn(size.out, size.r), "Q": 0.02 * torch.randn(size.r, size.into)}
+        start["kept"] = torch.ones(size.r, dtype=torch.bool)
+        return start if zero else {name: 50 * t for name, t in start.items()} | {"Lambda": torch.randn(size.r)}
+
+    def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
+        """P·diag(scale·Λ)·Q."""
+        return Factors(t["P"], scale * t["Lambda"], t["Q"])
+
+    def kept(self, t: Mapping[str, Tensor]) -> Tensor:
+        """The last allocation's kept set; everything before the first."""
+        return t["kept"]
+
+    def needs(self, step: Step) -> str | None:
+        """The length of the run, from which every phase is derived."""
+        return None if step.total else "total_step, the number of optimiser steps of the whole run"
+
+    def final_step(self, total: int | None) -> int | None:
+        """T − tfinal."""
+        return None if total is None else total - self._durations(total)[1]
+
+    def penalty(self, stacks: Sequence[Stack], step: Step) -> Penalty | None:
+        """γ·R: the mean of ‖PᵀP − I‖_F over the 2L matrices P and Qᵀ, or the sum of its squares."""
+        if self.orth_reg_weight == 0:
+            return None
+        gap = orthonormality_gap if self.orth_reg_form == "mean" else orthonormality_gap_squared
+        matrices = 2 * sum(len(layers) for layers in stacks)
+        weight = self.orth_reg_weight / (matrices if self.orth_reg_form == "mean" else 1)
+        gradients, values = [], []
+        for layers in stacks:
+            (in_P, dP), (in_Q, dQt) = gap(layers["P"].float()), gap(layers["Q"].float().mT)
+            gradients.append({"P": weight * dP, "Q": weight * dQt.mT})
+            values.append(weight * (in_P.sum() + in_Q.sum()))
+        return Penalty(torch.stack(values).sum(), gradients)
+
+    def before_step(self, stacks: Sequence[Stack], step: Step) -> Updates:
+        """Smooth the sensitivities and, when an allocation is due, choose the kept set."""
+        budget = self.budget([size for layers in stacks for size in layers.sizes], step.total)
+        if step.number > budget.final and not budget.due(step.last, step.number):
+            return []
+        measured = [self._measure(layers) for layers in stacks]
+        if budget.due(step.last, step.number):
+            keep = keep_top([self._scores(m) for m in measured], budget.at(step.number))
+            measured = [m | {"kept": mask} for m, mask in zip(measured, keep, strict=True)]
+        return [{name: t for name, t in m.items() if name in layers} for m, layers in zip(measured, stacks, strict=True)]
+
+    def after_step(self, stacks: Sequence[Stack], step: Step) -> Updates:
+        """Λ = 0 outside the kept set (eq. 6): at allocations, and at every step once the kept set is final."""
+        budget = self.budget([size for layers in stacks for size in layers.sizes], step.total)
+        if step.number < budget.final and not budget.due(step.last, step.number):
+            return []
+        return [{"Lambda": layers["Lambda"] * layers["kept"]} for layers in stacks]
+
+    def finalize(self, stacks: Sequence[Stack]) -> Updates:
+        """Keep the final budget's triplets by the scores so far (by |λ| where no average is stored)."""
+        sizes = [size for layers in stacks for size in layers.sizes]
+        stored = self.importance == "smoothed"
+        scores = [self._scores(layers) if stored else layers["Lambda"].abs() for layers in stacks]
+        keep = keep_top(scores, self._end(sizes))
+        return [
+            {"kept": mask, "Lambda": layers["Lambda"] * mask} for layers, mask in zip(stacks, keep, strict=True)
+        ]
+
+    def budget(self, sizes: Sequence[Size], total: int | None) -> CubicBudget:
+        """b(t): from all triplets to bT = Σ_k min(target_r, rank of layer k)."""
+        if total is None:
+            raise ArgumentError("total_step", "be known before ranks can be allocated", total)
+        tinit, tfinal, every = self._durations(total)
+        return CubicBudget(sum(s.r for s in sizes), self._end(sizes), tinit, tfinal, total, every)
+
+    def _end(self, sizes: Sequence[Size]) -> int:
+        return sum(min(self.target_r or self.r, s.r) for s in sizes)
+
+    def _durations(self, total: int) -> tuple[int, int, int]:
+        tinit, tfinal = steps_of("tinit", self.tinit, total), steps_of("tfinal", self.tfinal, total)
+        if tinit + tfinal >= total:
+            raise ArgumentError("tinit + tfinal", f"be less than total_step ({total})", tinit + tfinal)
+        return tinit, tfinal, steps_of("deltaT", self.deltaT, total, least=1)
+
+    def _measure(self, layers: Stack) -> dict[str, Tensor]:
+        """Ī and Ū after this step, or what the other two measures read."""
+        if self.importance == "magnitude":
+            return {"importance": layers["Lambda"].abs()}
+        I = {name: (layers[name] * layers.gradient(name)).abs().float() for name in TRIPLET}
+        if self.importance == "sensitivity":
+            return {"importance": _triplet_mean(I)}
+        updates: dict[str, Tensor] = {}
+        for name in TRIPLET:
+            mean = torch.lerp(I[name], layers[f"{name}_mean"], self.beta1)
+            updates[f"{name}_mean"] = mean
+            updates[f"{name}_deviation"] = torch.lerp((I[name] - mean).abs(), layers[f"{name}_deviation"], self.beta2)
+        return updates
+
+    def _scores(self, measured: Mapping[str, Tensor] | Stack) -> Tensor:
+        """S of every triplet, (n, r)."""
+        if "importance" in measured:
+            return measured["importance"]
+        return _triplet_mean({name: measured[f"{name}_mean"] * measured[f"{name}_deviation"] for name in TRIPLET})
+
+
+def _triplet_mean(s: Mapping[str, Tensor]) -> Tensor:
+    """Eq. 7: s(λ) + mean_j s(P_ji) + mean_j s(Q_ij)."""
+    return s["Lambda"] + s["P"].mean(-2) + s["Q"].mean(-1)

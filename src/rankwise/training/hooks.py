@@ -1,0 +1,85 @@
+"""Finds every optimiser step in the process, through torch's own optimiser hooks.
+
+One mechanism for Trainer, SFTTrainer, Accelerate and bare loops. The hooks see every optimiser; one that moves no
+parameter of a rankwise adapter costs a dictionary of its parameters and nothing else, and nothing at all while no
+adapter lives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from rankwise.adapters.roster import Roster, living_rosters
+from rankwise.errors import TrainingError
+from rankwise.training.session import Groups, session_of
+
+_installed = False
+
+
+def install() -> None:
+    """Register the two hooks, once per process."""
+    global _installed
+    if not _installed:
+        register_optimizer_step_pre_hook(_before_step)
+        register_optimizer_step_post_hook(_after_step)
+        _installed = True
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Run the rules now or, where the optimiser is given a closure that does the backward pass, right after it."""
+    if not living_rosters():
+        return None
+    position = 1 if args and args[0] is optimizer else 0
+    closure = kwargs.get("closure") or (args[position] if len(args) > position else None)
+    if closure is None:
+        _run_before(optimizer)
+        return None
+    if not _moved_by(optimizer):
+        return None
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TrainingError("an optimiser that calls its closure many times a step (LBFGS) cannot train an adapter")
+    wrapped = _then(closure, lambda: _run_before(optimizer))
+    if "closure" in kwargs:
+        return args, kwargs | {"closure": wrapped}
+    return (*args[:position], wrapped, *args[position + 1 :]), kwargs
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    for roster in _moved_by(optimizer):
+        session_of(roster).after()
+
+
+def _run_before(optimizer: torch.optim.Optimizer) -> None:
+    groups = _groups(optimizer)
+    for roster in _moved_by(optimizer, groups):
+        session_of(roster).before(optimizer, groups)
+
+
+def _moved_by(optimizer: torch.optim.Optimizer, groups: Groups | None = None) -> list[Roster]:
+    """The adapters of which this optimiser moves a parameter, oldest first."""
+    rosters = living_rosters()
+    if not rosters:
+        return []
+    groups = _groups(optimizer) if groups is None else groups
+    return [
+        roster
+        for roster in rosters
+        if any(id(p) in groups for layer in roster.layers for p in layer.rankwise_tensors[roster.adapter].parameters())
+    ]
+
+
+def _groups(optimizer: torch.optim.Optimizer) -> Groups:
+    return {id(p): group for group in optimizer.param_groups for p in group["params"]}
+
+
+def _then(closure: Callable[[], Any], rules: Callable[[], None]) -> Callable[[], Any]:
+    def with_rules() -> Any:
+        loss = closure()
+        rules()
+        return loss
+
+    return with_rules

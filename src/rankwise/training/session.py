@@ -1,0 +1,291 @@
+"""One adapter under an optimiser: the rules of its method around every optimiser step.
+
+Before the optimiser moves the weights, `before` counts the step, refuses bad gradients, adds the penalty's gradient and
+lets the method observe; `after` gives tensors with a rate of their own their move and lets the method act. Layers of
+one shape are stacked, so that a rule costs as many kernels for 96 layers as for 6.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rankwise.adapters.progress import CONFIG, TRAINER, Progress
+from rankwise.adapters.roster import Roster
+from rankwise.adapters.tensors import AdapterTensors
+from rankwise.errors import TrainingError
+from rankwise.methods.base import Stack, Step, Updates
+
+BAD_GRADIENTS = 5
+"""Steps in a row with NaN or infinite gradients that stop a run."""
+
+Groups = dict[int, dict[str, Any]]
+"""The optimiser's parameter group of every parameter it moves, by the parameter's id at this step."""
+
+
+@dataclass
+class Held:
+    """A parameter whose move by the optimiser is rescaled, or kept free of weight decay."""
+
+    parameter: Tensor
+    old: Tensor
+    ratio: float
+    zeroed: bool
+
+    def settle(self) -> None:
+        """p ← p_old + ratio · (the optimiser's move)."""
+        moved = self.parameter.data if self.zeroed else self.parameter.data - self.old
+        self.parameter.data.copy_(self.old + self.ratio * moved)
+
+
+class Session:
+    """The runtime state of one adapter in training; everything that must outlive the process is in `Progress`."""
+
+    def __init__(self, roster: Roster) -> None:
+        self.roster = roster
+        self.last_penalty: Tensor | None = None
+        self._step: Step | None = None
+        self._held: list[Held] = []
+        self._members: list[AdapterTensors] = []
+        self._groups: Groups = {}
+        self._progress = Progress()
+        self._read_from: tuple[int, int] | None = None
+        self._told = False
+
+    # --- the two moments --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def before(self, optimizer: torch.optim.Optimizer, groups: Groups) -> None:
+        """Everything that happens once the gradients are complete and nothing has moved."""
+        self._abandon()
+        self._groups = groups
+        self._members = [layer.started(self.roster.adapter) for layer in self.roster.layers]
+        if not any(p.grad is not None for p in self._trained()):
+            return
+        self._check_whole()
+        progress = self.progress()
+        step = Step(progress.step + 1, progress.last, self._total(progress))
+        if self._skipped(optimizer, progress):
+            return
+        self._check_runnable(step)
+        scale = getattr(optimizer, "grad_scale", None)
+        self._add_penalty(step, scale)
+        stacks = self.stacks(scale)
+        self._write(stacks, self.roster.method.before_step(stacks, step))
+        self._hold()
+        self._step = step
+
+    @torch.no_grad()
+    def after(self) -> None:
+        """Everything that happens once the optimiser has moved the weights."""
+        step, self._step = self._step, None
+        if step is None:
+            return
+        self._settle()
+        stacks = self.stacks()
+        self._write(stacks, self.roster.method.after_step(stacks, step))
+        progress = self.progress()
+        progress.step = progress.last = step.number
+        progress.total = step.total or 0
+        progress.rules += 1
+        progress.bad = 0
+        self._store(progress)
+
+    @torch.no_grad()
+    def finalize(self) -> None:
+        """The method's final budget, applied now."""
+        stacks = self.stacks()
+        self._write(stacks, self.roster.method.finalize(stacks))
+        progress = self.progress()
+        progress.finalized = 1
+        self._store(progress)
+
+    # --- counters ---------------------------------------------------------------------------------------------------
+
+    def progress(self) -> Progress:
+        """The stored counters, read again only when somebody else (a loaded checkpoint) has written them."""
+        stored = self.roster.layers[0].rankwise_tensors[self.roster.adapter].progress
+        seen = (id(stored), stored._version)
+        if seen != self._read_from:
+            self._progress, self._read_from = Progress.of(stored), seen  # type: ignore[arg-type]
+        return self._progress
+
+    def _store(self, progress: Progress) -> None:
+        value = progress.tensor()
+        stored = [layer.rankwise_tensors[self.roster.adapter].progress for layer in self.roster.layers]
+        torch._foreach_copy_(stored, [value.to(stored[0].device)] * len(stored))  # type: ignore[arg-type]
+        self._progress, self._read_from = progress, (id(stored[0]), stored[0]._version)  # type: ignore[assignment]
+
+    def _total(self, progress: Progress) -> int | None:
+        """The stored total wins; else the config's, else the trainer's."""
+        told = self.roster.trainer_total
+        if progress.total:
+            if told and told != progress.total and not self._told:
+                self._told = True
+                warnings.warn(
+                    f"the trainer now says {told} steps in all and adapter {self.roster.adapter!r} began its schedule "
+                    f"with {progress.total}: the schedule keeps {progress.total}",
+                    stacklevel=2,
+                )
+            return progress.total
+        configured = getattr(self.roster.method, "total_step", None)
+        progress.source = CONFIG if configured else TRAINER if told else 0
+        return configured or told
+
+    # --- checks -----------------------------------------------------------------------------------------------------
+
+    def _check_whole(self) -> None:
+        """Rules act on whole adapters, so one optimiser must hold all of what trains."""
+        elsewhere = [p for p in self._trained() if p.requires_grad and id(p) not in self._groups]
+        if elsewhere:
+            raise TrainingError(
+                f"the parameters of adapter {self.roster.adapter!r} must be in one optimiser; {len(elsewhere)} of them "
+                "are in another or in none"
+            )
+
+    def _skipped(self, optimizer: torch.optim.Optimizer, progress: Progress) -> bool:
+        """Whether this step will move nothing: an overflow of the loss scale, or gradients that are not finite."""
+        overflow = getattr(optimizer, "found_inf", None)
+        gradients = [p.grad for p in self._trained() if p.grad is not None]
+        if overflow is not None and bool(overflow > 0):
+            self._count_skip(progress)
+            return True
+        if bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()):  # type: ignore[arg-type]
+            return False
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
+        progress.bad += 1
+        self._count_skip(progress)
+        if progress.bad >= BAD_GRADIENTS:
+            raise TrainingError(
+                f"the gradients of adapter {self.roster.adapter!r} were NaN or infinite in {BAD_GRADIENTS} steps in a "
+                f"row, up to step {progress.step}; lower the learning rate or look at the data"
+            )
+        return True
+
+    def _count_skip(self, progress: Progress) -> None:
+        progress.step += 1
+        progress.skipped += 1
+        self._store(progress)
+
+    def _check_runnable(self, step: Step) -> None:
+        """A run whose ranks cannot adapt fails at its first step."""
+        method = self.roster.method
+        missing = method.needs(step)
+        if missing:
+            raise TrainingError(
+                f"{type(method).__name__} needs {missing}, and no trainer told it: pass it in the config, as in "
+                f"{type(method).__name__}({missing.split(',')[0]}=1000, …)"
+            )
+        if step.last == 0:
+            method.final_step(step.total)
+            advice = method.advice(self.stacks(), step)
+            if advice:
+                warnings.warn(advice, stacklevel=2)
+
+    # --- what the rules read and write ------------------------------------------------------------------------------
+
+    def stacks(self, scale: Tensor | None = None) -> list[Stack]:
+        """The adapter's layers grouped by shape, in model order. `scale` is what the gradients are multiplied by."""
+        members = self._members or [layer.started(self.roster.adapter) for layer in self.roster.layers]
+        by_kind: dict[Any, list[AdapterTensors]] = {}
+        for tensors in members:
+            first = next(tensors.parameters())
+            by_kind.setdefault((tensors.size, first.dtype, first.device), []).append(tensors)
+        return [self._stack(alike, scale) for alike in by_kind.values()]
+
+    def _stack(self, alike: Sequence[AdapterTensors], scale: Tensor | None) -> Stack:
+        names = alike[0].slots
+        values = {name: [getattr(tensors, name) for tensors in alike] for name in names}
+        return Stack(
+            [tensors.size for tensors in alike],
+            values,
+            gradients=lambda name: _gradients(values[name], scale),
+            rates=lambda name: [self._rates(p, name) for p in values[name]],
+        )
+
+    def _rates(self, parameter: Tensor, name: str) -> tuple[float, float]:
+        group = self._groups.get(id(parameter), {"lr": 0.0})
+        peak = peak_rate(group)
+        return float(group["lr"]) * self.roster.method.ratio(name, peak), peak
+
+    def _write(self, stacks: Sequence[Stack], updates: Updates) -> None:
+        for stack, update in zip(stacks, updates, strict=False):
+            for name, value in update.items():
+                torch._foreach_copy_(stack.tensors(name), list(value.unbind(0)))
+
+    def _add_penalty(self, step: Step, scale: Tensor | None) -> None:
+        stacks = self.stacks()
+        penalty = self.roster.method.penalty(stacks, step)
+        if penalty is None:
+            return
+        self.last_penalty = penalty.value
+        for stack, gradients in zip(stacks, penalty.gradients, strict=True):
+            for name, gradient in gradients.items():
+                gradient = gradient if scale is None else gradient * scale
+                _accumulate(stack.tensors(name), gradient)
+
+    # --- rates of their own, and no weight decay --------------------------------------------------------------------
+
+    def _hold(self) -> None:
+        """Remember what has its own rate or must not decay.
+
+        Weight decay is undone without knowing the optimiser's formula: it is shown a zero in the tensor's place, which
+        no decay can shrink, and the tensor is then moved by what the optimiser made of the zero.
+        """
+        for tensors in self._members:
+            for name, slot in tensors.slots.items():
+                parameter = getattr(tensors, name)
+                if not slot.trained or id(parameter) not in self._groups:
+                    continue
+                group = self._groups[id(parameter)]
+                ratio = self.roster.method.ratio(name, peak_rate(group))
+                zeroed = slot.exact and group.get("weight_decay", 0) != 0
+                if ratio != 1.0 or zeroed:
+                    self._held.append(Held(parameter, parameter.data.clone(), ratio, zeroed))
+                    if zeroed:
+                        parameter.data.zero_()
+
+    def _settle(self) -> None:
+        for held in self._held:
+            held.settle()
+        self._held = []
+
+    def _abandon(self) -> None:
+        """Give back what an optimiser step that raised has left held."""
+        for held in self._held:
+            held.parameter.data.copy_(held.old)
+        self._held, self._step = [], None
+
+    def _trained(self) -> list[Tensor]:
+        return [p for tensors in self._members for p in tensors.parameters()]
+
+
+def session_of(roster: Roster) -> Session:
+    """The session of an adapter, made when first asked for."""
+    if roster.session is None:
+        roster.session = Session(roster)
+    return roster.session
+
+
+def peak_rate(group: dict[str, Any]) -> float:
+    """The highest learning rate of a group's schedule: `max_lr` where one wrote it, else `initial_lr`, else `lr`."""
+    return float(group.get("max_lr") or group.get("initial_lr") or group["lr"])
+
+
+def _gradients(parameters: Sequence[Tensor], scale: Tensor | None) -> list[Tensor]:
+    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    return found if scale is None else [g / scale for g in found]
+
+
+def _accumulate(parameters: Sequence[Tensor], gradient: Tensor) -> None:
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+    torch._foreach_add_([p.grad for p in parameters], list(gradient.to(parameters[0].dtype).unbind(0)))  # type: ignore[arg-type]

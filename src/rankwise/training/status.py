@@ -1,0 +1,126 @@
+"""What an adapter's training has come to, and ending it early."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from rankwise.adapters.layer import AdapterLinear
+from rankwise.adapters.lookup import adapted_layers, ranks
+from rankwise.adapters.progress import SOURCES
+from rankwise.adapters.roster import Roster
+from rankwise.training.session import session_of
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """Numbers in an adapter's tensors, task head left out."""
+
+    initial: int
+    """What trains at the start."""
+    final: int
+    """The part of it that belongs to ranks the method has not pruned."""
+    exported: int
+    """What a plain LoRA of the same update holds, zero ranks left out."""
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where an adapter's run stands; all of it is known without running the model."""
+
+    method: str
+    step: int
+    """Attempted optimiser steps."""
+    total_step: int | None
+    """Steps of the whole run; None until somebody told."""
+    total_step_source: str | None
+    """"config" or "trainer"."""
+    ranks: dict[str, int]
+    final_ranks_due: int | None
+    """The step at which the ranks become final; None for a method without a schedule, or once they are final."""
+    rules_run: int
+    """Steps at which the method's rules ran."""
+    steps_skipped: int
+    """Overflows and bad gradients."""
+    last_penalty: float | None
+    """The penalty's value at the last step of this process."""
+    parameters: Parameters
+
+
+def status(model: nn.Module, adapter: str = "default") -> Status:
+    """Where an adapter's run stands.
+
+    Raises:
+        ArgumentError: the model has no such adapter.
+
+    Example:
+        >>> import torch, rankwise
+        >>> from peft import get_peft_model
+        >>> net = torch.nn.Sequential(torch.nn.Linear(6, 5))
+        >>> model = get_peft_model(net, rankwise.LoraConfig(r=2, target_modules=["0"]))
+        >>> rankwise.status(model).parameters
+        Parameters(initial=22, final=22, exported=0)
+    """
+    layers = adapted_layers(model, adapter)
+    roster = next(iter(layers.values())).rosters[adapter]
+    session = session_of(roster)
+    progress = session.progress()
+    total = progress.total or getattr(roster.method, "total_step", None)
+    return Status(
+        method=roster.method.method,
+        step=progress.step,
+        total_step=total,
+        total_step_source=SOURCES[progress.source] or ("config" if total else None),
+        ranks=ranks(model, adapter),
+        final_ranks_due=final_ranks_due(roster),
+        rules_run=progress.rules,
+        steps_skipped=progress.skipped,
+        last_penalty=None if session.last_penalty is None else float(session.last_penalty),
+        parameters=_parameters(list(layers.values()), adapter),
+    )
+
+
+def final_ranks_due(roster: Roster) -> int | None:
+    """The step at which the adapter's ranks become final, None if they never change that way or already are."""
+    progress = session_of(roster).progress()
+    due = roster.method.final_step(progress.total or getattr(roster.method, "total_step", None))
+    return None if due is None or progress.finalized or progress.last >= due else due
+
+
+@torch.no_grad()
+def finalize(model: nn.Module, adapter: str = "default") -> None:
+    """Apply the final budget now, for a run that stopped before its schedule did.
+
+    Ranks that the schedule would still have pruned are pruned by the scores so far. Nothing happens where the ranks
+    are final already, or the method has no schedule.
+
+    Raises:
+        ArgumentError: the model has no such adapter.
+    """
+    roster = next(iter(adapted_layers(model, adapter).values())).rosters[adapter]
+    if final_ranks_due(roster) is not None:
+        session_of(roster).finalize()
+
+
+def metrics(roster: Roster) -> dict[str, float]:
+    """Numbers for a trainer's log: mean rank, penalty, steps skipped."""
+    session = session_of(roster)
+    kept = torch.stack([layer.kept(roster.adapter).sum() for layer in roster.layers])
+    found = {"rankwise/mean_rank": float(kept.float().mean()), "rankwise/steps_skipped": session.progress().skipped}
+    if session.last_penalty is not None:
+        found["rankwise/penalty"] = float(session.last_penalty)
+    return found
+
+
+def _parameters(layers: list[AdapterLinear], adapter: str) -> Parameters:
+    initial = final = exported = 0
+    for layer in layers:
+        tensors = layer.started(adapter)
+        numbers = sum(p.numel() for p in tensors.parameters())
+        kept = layer.kept(adapter)
+        initial += numbers
+        final += numbers * int(kept.sum()) // kept.numel()
+        exported += layer.factors(adapter).kept().r * (layer.in_features + layer.out_features)
+    return Parameters(initial, final, exported)

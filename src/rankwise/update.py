@@ -1,0 +1,61 @@
+"""The one definition of an update: ΔW = B·diag(s)·A, with every scale folded into s.
+
+Forward passes, merging, export and spectra all read an adapted layer through `Factors`, so that they cannot disagree.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """ΔW = B·diag(s)·A of one layer, or of a stack of same-shaped layers.
+
+    Shapes: B (…, out, r), s (…, r), A (…, r, in). No scale is left outside: `delta()` is what is added to the weight.
+
+    >>> B, s, A = torch.ones(3, 1), torch.tensor([2.0]), torch.ones(1, 4)
+    >>> Factors(B, s, A).delta().unique()
+    tensor([2.])
+    """
+
+    B: Tensor
+    s: Tensor
+    A: Tensor
+
+    @property
+    def r(self) -> int:
+        """The number of columns of B, zero or not."""
+        return self.s.shape[-1]
+
+    def delta(self) -> Tensor:
+        """The dense update, (…, out, in)."""
+        return (self.B * self.s.unsqueeze(-2)) @ self.A
+
+    def add_to(self, result: Tensor, x: Tensor) -> Tensor:
+        """result + ΔW x for inputs x (…, in) and result (…, out), without forming ΔW."""
+        return result + F.linear(F.linear(x, self.A) * self.s, self.B)
+
+    def kept(self) -> Factors:
+        """The same update (one layer, not a stack) without the ranks whose column of B·diag(s) or row of A is zero."""
+        alive = ((self.B * self.s).ne(0).any(0) & self.A.ne(0).any(1)).nonzero().squeeze(1)
+        return Factors(self.B[:, alive], self.s[alive], self.A[alive])
+
+    def orthogonal(self) -> Factors:
+        """The same update as a thin singular value decomposition, in float64.
+
+        B gets orthonormal columns, A orthonormal rows and s the singular values, falling. Costs two QR decompositions
+        and one SVD of an r × r matrix: never one of the dense (out, in) matrix.
+        """
+        B, s, A = (t.double() for t in self)
+        QB, RB = torch.linalg.qr(B * s.unsqueeze(-2))
+        QA, RA = torch.linalg.qr(A.mT)
+        U, S, Vh = torch.linalg.svd(RB @ RA.mT, full_matrices=False)
+        return Factors(QB @ U, S, Vh @ QA.mT)
+
+    def singular_values(self) -> Tensor:
+        """The min(r, out, in) leading singular values of ΔW, falling, in float64."""
+        return self.orthogonal().s

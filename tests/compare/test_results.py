@@ -1,0 +1,161 @@
+"""Result files: whole or absent, read back as written; and the row that many runs make."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from typing import Any
+
+import pytest
+
+from rankwise.compare.results import Result, read_results, summarise, write_result
+from rankwise.errors import DataError
+
+
+def made(label: str = "lora", seed: int = 0, **changes: Any) -> Result:
+    result = Result(
+        method=label.split()[0],
+        label=label,
+        seed=seed,
+        model="tiny-encoder",
+        task="classification",
+        learning_rate=1e-3,
+        steps=4,
+        batch_size=2,
+        fields={"r": 4, "target_modules": None},
+        metric="accuracy",
+        score=0.8,
+        validation_score=0.75,
+        extra_metrics={"macro_f1": 0.7},
+        train_loss=[(1, 2.0), (2, 1.5), (3, 1.0), (4, 1.0)],
+        parameters={"initial": 400, "final": 300, "exported": 350},
+        head_parameters=20,
+        mean_rank=3.0,
+        initial_mean_rank=4.0,
+        starting_scale=1.0,
+        ranks={"layer.0.query": 4, "layer.1.query": 2},
+        singular_values={"layer.0.query": [1.0, 0.5], "layer.1.query": [2.0, 0.0]},
+        seconds_per_step=0.2,
+        seconds=1,
+        steps_skipped=0,
+        export="exports/lora",
+        versions={"torch": "2.13.0"},
+        machine="2 cores",
+        command="rankwise compare spec.toml",
+    )
+    return dataclasses.replace(result, **changes)
+
+
+def test_a_result_reads_back_as_it_was_written(tmp_path):
+    results = [made("lora", 1), made("lora", 10), made("adalora", 2)]
+    for place, result in enumerate(results):
+        write_result(result, tmp_path / "new" / f"{place}.json")
+    assert read_results(tmp_path / "new") == [results[2], results[0], results[1]]
+    assert json.loads((tmp_path / "new" / "0.json").read_text())["format"] == 1
+    assert Result.from_dict(results[0].to_dict()) == results[0]
+
+
+def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch):
+    write_result(made(score=0.1), tmp_path / "a.json")
+    before = (tmp_path / "a.json").read_bytes()
+
+    def crash(source, target):
+        raise OSError("disk gone")
+
+    monkeypatch.setattr(os, "replace", crash)
+    for name in ("a.json", "b.json"):
+        with pytest.raises(OSError, match="disk gone"):
+            write_result(made(score=0.2), tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert (tmp_path / "a.json").read_bytes() == before
+
+
+def test_a_number_that_is_not_finite_is_never_written(tmp_path):
+    with pytest.raises(DataError, match=r"result for a\.json holds a number that is not finite"):
+        write_result(made(score=float("nan")), tmp_path / "a.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def without_score() -> str:
+    return json.dumps({key: value for key, value in made().to_dict().items() if key != "score"})
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        (json.dumps(made().to_dict())[:-30], "truncated or not strict JSON"),
+        ("", "truncated or not strict JSON"),
+        (json.dumps(made(score=float("nan")).to_dict()), "NaN is not JSON"),
+        ("[1, 2]", "holds no JSON object"),
+        ('{"peft_type": "LORA"}', "a result has format 1; found None"),
+        (without_score(), "a result needs score"),
+        (json.dumps(made().to_dict() | {"score": "high"}), "`score` of a result must be a number; found 'high'"),
+        (json.dumps(made().to_dict() | {"ranks": {"query": 1.5}}), "`ranks` of a result must be an object"),
+        (json.dumps(made().to_dict() | {"train_loss": [[1]]}), "`train_loss` of a result must be a list"),
+        (json.dumps(made().to_dict() | {"parameters": {"initial": 1}}), "must have initial, final and exported"),
+    ],
+)
+def test_a_file_that_is_no_whole_result_is_one_sentence_that_names_it(tmp_path, text, sentence):
+    (tmp_path / "bad.json").write_text(text)
+    with pytest.raises(DataError) as caught:
+        read_results(tmp_path)
+    message = str(caught.value)
+    assert sentence in message
+    assert message.startswith(str(tmp_path / "bad.json"))
+    assert "\n" not in message
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(DataError, match="nowhere"):
+        read_results(tmp_path / "nowhere")
+
+
+def test_rows_hold_medians_and_are_sorted_best_first():
+    scores = {"lora": [0.80, 0.82, 0.90], "adalora": [0.70, 0.95, 0.91], "sora": [0.1, 0.2, 0.3]}
+    runs = [
+        made(
+            label, seed, score=score, seconds_per_step=0.1 * (seed + 1) * (3 if label == "sora" else 1), steps_skipped=1
+        )
+        for label, row in scores.items()
+        for seed, score in enumerate(row)
+    ]
+    rows = summarise(runs)
+    assert [row.label for row in rows] == ["adalora", "lora", "sora"]
+    best = rows[0]
+    assert (best.seeds, best.score, best.lowest, best.highest) == (3, 0.91, 0.70, 0.95)
+    assert (best.initial, best.final, best.exported, best.mean_rank, best.steps_skipped) == (400, 300, 350, 3.0, 3)
+    assert [row.ratio_to_lora for row in rows] == pytest.approx([1.0, 1.0, 3.0])
+
+
+def test_the_paired_comparison_uses_the_common_seeds_only():
+    lora = [made("lora", seed, score=0.5 + 0.01 * seed) for seed in range(4)]
+    sora = [made("sora", seed, score=0.6 + 0.01 * seed) for seed in range(1, 6)]
+    rows = {row.label: row for row in summarise(lora + sora)}
+    assert rows["lora"].versus_lora is None
+    paired = rows["sora"].versus_lora
+    assert paired is not None
+    assert (paired.seeds, paired.median_difference, paired.p_value) == (3, 0.1, None)
+    assert {row.label: row for row in summarise(lora[:3] + sora)}["sora"].versus_lora is None
+
+
+def test_five_common_seeds_are_tested():
+    lora = [made("lora", seed, score=0.5) for seed in range(5)]
+    better = [made("sora", seed, score=0.6 + 0.01 * seed) for seed in range(5)]
+    same = [made("nnm", seed, score=0.5) for seed in range(5)]
+    paired = {row.label: row.versus_lora for row in summarise(lora + better + same)}
+    assert paired["sora"] is not None
+    assert paired["sora"].p_value == pytest.approx(2 / 2**5)  # all five of one sign, two-sided
+    assert paired["nnm"] is not None
+    assert paired["nnm"].p_value == 1.0
+
+
+def test_without_lora_there_is_no_ratio():
+    (row,) = summarise([made("sora")])
+    assert row.ratio_to_lora is None
+    assert row.versus_lora is None
+
+
+def test_two_runs_of_one_label_and_seed_are_refused():
+    with pytest.raises(DataError, match="one run of 'lora' with seed 0; found 2"):
+        summarise([made(), made()])
