@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -18,7 +19,7 @@ from rankwise.compare.data import Table, describe, load_splits
 from rankwise.compare.spec import DataSpec, TaskSpec
 from rankwise.errors import ArgumentError, DataError
 
-Row = dict[str, object]
+Row = dict[str, Any]
 FORMATS = ("jsonl", "jsonl.gz", "csv", "csv.gz", "parquet")
 CLASSIFICATION, REGRESSION = TaskSpec(), TaskSpec(type="regression")
 
@@ -51,7 +52,7 @@ def files(folder: Path, train: Sequence[Row], test: Sequence[Row], kind: str = "
 
 def names(table: Table, labels: list[str] | None) -> list[str]:
     assert labels is not None
-    return [labels[index] for index in table.target]
+    return [labels[int(index)] for index in table.target]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -270,6 +271,20 @@ def test_a_hub_data_set_without_a_test_split(monkeypatch: pytest.MonkeyPatch) ->
         load_splits(data, CLASSIFICATION)
 
 
+def test_a_hub_data_set_with_an_empty_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = hub(monkeypatch, {"train": [], "test": GOOD})
+    with pytest.raises(DataError, match=r"^some/set \(train\) holds no rows$"):
+        load_splits(data, CLASSIFICATION)
+
+
+def test_a_parquet_file_without_rows(tmp_path: Path) -> None:
+    data = files(tmp_path, GOOD, GOOD)
+    path = tmp_path / "empty.parquet"
+    datasets.Dataset.from_list(GOOD).select([]).to_parquet(path)
+    with pytest.raises(DataError, match=r"empty.parquet holds no rows$"):
+        load_splits(replace(data, test=path), CLASSIFICATION)
+
+
 def test_a_hub_data_set_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(name: str) -> None:
         raise ConnectionError(f"no route to {name}\nand more")
@@ -277,3 +292,15 @@ def test_a_hub_data_set_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(DataError, match=r"^the data set some/set cannot be read: no route to some/set$"):
         load_splits(DataSpec("text", "label", dataset="some/set"), CLASSIFICATION)
+
+
+def test_files_are_read_without_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reached(*args: object, **kwargs: object) -> None:
+        called.append(args)
+        raise OSError("no network")
+
+    called: list[object] = []
+    monkeypatch.setattr("socket.getaddrinfo", reached)
+    for kind in FORMATS:
+        load_splits(files(tmp_path, GOOD, GOOD, kind), CLASSIFICATION)
+    assert called == []

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft import PeftConfig
+from peft.utils.other import get_pattern_key
 
 from rankwise.errors import AdapterFileError, ArgumentError
 from rankwise.methods import adalora, lora, nnm, sora, sorsa
@@ -87,13 +88,18 @@ class AdapterConfig(Method, PeftConfig):
     def _read_spellings(self) -> None:
         if self.init_lora_weights is not None:
             if not isinstance(self.init_lora_weights, bool):
-                raise ArgumentError("init_lora_weights", "be True or False: the method sets its own start", self.init_lora_weights)
+                raise ArgumentError(
+                    "init_lora_weights", "be True or False: the method sets its own start", self.init_lora_weights
+                )
             self.init_weights, self.init_lora_weights = self.init_lora_weights, None
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, set(getattr(self, name)))
         if not self.scaled and not self.from_file and (self.lora_alpha is not None or self.use_rslora):
-            warnings.warn(f"{type(self).__name__} has no lora_alpha / r scale: lora_alpha and use_rslora are ignored", stacklevel=4)
+            warnings.warn(
+                f"{type(self).__name__} has no lora_alpha / r scale: lora_alpha and use_rslora are ignored",
+                stacklevel=4,
+            )
 
     def _check_shared(self) -> None:
         if self.lora_alpha is not None:
@@ -102,17 +108,27 @@ class AdapterConfig(Method, PeftConfig):
         if self.bias not in ("none", "all", "lora_only"):
             raise ArgumentError("bias", 'be "none", "all" or "lora_only"', self.bias)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ArgumentError("layers_to_transform", "be left out when target_modules is a string", self.layers_to_transform)
+            raise ArgumentError(
+                "layers_to_transform", "be left out when target_modules is a string", self.layers_to_transform
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ArgumentError("layers_pattern", "come with layers_to_transform", self.layers_pattern)
         for pattern, rank in (self.rank_pattern or {}).items():
             if not isinstance(rank, int) or rank < 1:
-                raise ArgumentError(f"rank_pattern[{pattern!r}]", "be a whole number ≥ 1 (leave modules out with exclude_modules)", rank)
+                raise ArgumentError(
+                    f"rank_pattern[{pattern!r}]", "be a whole number ≥ 1 (leave modules out with exclude_modules)", rank
+                )
 
-    def scale(self, r: int, alpha: float | None) -> float:
-        """lora_alpha / r (or / √r), 1 where no alpha is given or the method has no scale."""
+    def rank_of(self, module: str) -> int:
+        """The rank a module starts with, by its name in the base model."""
+        return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module), self.start_rank)
+
+    def scale_of(self, module: str) -> float:
+        """A module's lora_alpha / r (or / √r); 1 where no alpha is given or the method has no scale."""
+        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module), self.lora_alpha)
         if not self.scaled or alpha is None:
             return 1.0
+        r = self.rank_of(module)
         return alpha / (r**0.5 if self.use_rslora else r)
 
     def to_dict(self) -> dict[str, Any]:
@@ -156,7 +172,8 @@ class SorsaConfig(AdapterConfig, sorsa.Sorsa):
 
 
 CONFIGS: dict[str, type[AdapterConfig]] = {
-    config.method: config for config in list(globals().values())
+    config.method: config
+    for config in list(globals().values())
     if isinstance(config, type) and issubclass(config, AdapterConfig) and config is not AdapterConfig
 }
 """Every config class by its method's name."""

@@ -53,7 +53,9 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
 
     # --- adapters ---------------------------------------------------------------------------------------------------
 
-    def add_adapter(self, adapter: str, method: Method, roster: Roster, *, r: int, scale: float, dropout: float) -> None:
+    def add_adapter(
+        self, adapter: str, method: Method, roster: Roster, *, r: int, scale: float, dropout: float
+    ) -> None:
         """Create the tensors of `adapter` and give them their start.
 
         An adapter whose config came from a file is about to be loaded, so a start that reads the base weight waits
@@ -131,7 +133,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         if safe_merge and not torch.isfinite(merged).all():
             raise RankwiseError(f"NaN or infinity in the weights merged with adapter {', '.join(names)}")
         if self._pristine is None:
-            weight = self.get_base_layer().weight
+            weight: Any = self.get_base_layer().weight
             self._pristine = (weight, weight.data)
         self.set_base_weight(merged)
         self.merged_adapters.extend(names)
@@ -142,7 +144,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         layer, (weight, data) = self.get_base_layer(), self._pristine
-        weight.data = data.to(layer.weight.device)
+        weight.data = data.to(layer.weight.device)  # type: ignore[arg-type]
         layer.weight = weight
         self._pristine = None
         self.merged_adapters.clear()

@@ -43,7 +43,10 @@ def factors(model: nn.Module, adapter: str = "default") -> dict[str, Factors]:
         >>> {name: tuple(f.delta().shape) for name, f in rankwise.factors(model).items()}
         {'0': (5, 6)}
     """
-    return {name: Factors(*(t.detach() for t in layer.factors(adapter))) for name, layer in adapted_layers(model, adapter).items()}
+    return {
+        name: Factors(*(t.detach() for t in layer.factors(adapter)))
+        for name, layer in adapted_layers(model, adapter).items()
+    }
 
 
 def ranks(model: nn.Module, adapter: str = "default") -> dict[str, int]:

@@ -21,7 +21,9 @@ def register() -> None:
     names = ("PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "PEFT_TYPE_TO_PREFIX_MAPPING")
     registries = [getattr(mapping, name, None) for name in names]
     if not all(isinstance(registry, dict) for registry in registries):
-        raise ImportError(f"this version of peft keeps its methods elsewhere than peft.mapping.{names[0]}; rankwise needs peft 0.21")
+        raise ImportError(
+            f"this version of peft keeps its methods elsewhere than peft.mapping.{names[0]}; rankwise needs peft 0.21"
+        )
     to_config, to_tuner, to_prefix = registries
     for config in CONFIGS.values():
         key = peft_type(config)

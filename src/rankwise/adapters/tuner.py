@@ -8,7 +8,6 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -44,22 +43,17 @@ class RankwiseTuner(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: AdapterConfig,  # type: ignore[override]
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **optional: Any,
+        parameter_name: str | None = None,
     ) -> None:
         layer = target if isinstance(target, AdapterLinear) else self._wrap(target, current_key)
-        r_key = get_pattern_key(peft_config.rank_pattern.keys(), current_key)
-        alpha_key = get_pattern_key(peft_config.alpha_pattern.keys(), current_key)
-        r = peft_config.rank_pattern.get(r_key, peft_config.start_rank)
-        alpha = peft_config.alpha_pattern.get(alpha_key, peft_config.lora_alpha)
-        layer.add_adapter(
-            adapter_name, peft_config, self._roster, r=r, scale=peft_config.scale(r, alpha), dropout=peft_config.lora_dropout
-        )
+        r, scale = peft_config.rank_of(current_key), peft_config.scale_of(current_key)
+        layer.add_adapter(adapter_name, peft_config, self._roster, r=r, scale=scale, dropout=peft_config.lora_dropout)
         if layer.r[adapter_name] < r:
             self._clamped.append(current_key)
         if layer is not target:
@@ -71,7 +65,9 @@ class RankwiseTuner(BaseTuner):
     def _wrap(self, target: nn.Module, name: str) -> AdapterLinear:
         root = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not isinstance(root, nn.Linear | Conv1D):
-            raise ArgumentError("target_modules", "name linear layers or Conv1D of transformers", f"{name}: {type(root).__name__}")
+            raise ArgumentError(
+                "target_modules", "name linear layers or Conv1D of transformers", f"{name}: {type(root).__name__}"
+            )
         return AdapterLinear(target, **get_quantization_kwargs(self.model))
 
     @classmethod
@@ -84,7 +80,9 @@ class RankwiseTuner(BaseTuner):
         missing = expected - remapped.keys()
         if missing:
             raise ArgumentError(
-                "state_dict", f"hold every tensor of the adapter, {sorted(missing)[0]!r} for one", sorted(state_dict)[:3]
+                "state_dict",
+                f"hold every tensor of the adapter, {sorted(missing)[0]!r} for one",
+                sorted(state_dict)[:3],
             )
         return remapped
 

@@ -18,13 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from datasets.packaged_modules.csv.csv import Csv
+from datasets.packaged_modules.json.json import Json
+from datasets.packaged_modules.parquet.parquet import Parquet
 from datasets.utils import logging as datasets_logging
 from sklearn.model_selection import train_test_split
 
 from rankwise.compare.spec import DataSpec, TaskSpec
 from rankwise.errors import ArgumentError, DataError, nearest
 
-_FORMATS = {".jsonl": "json", ".jsonl.gz": "json", ".csv": "csv", ".csv.gz": "csv", ".parquet": "parquet"}
+# the builders themselves: `load_dataset("csv", ...)` would report each use of a local file over the network
+_BUILDERS = {".jsonl": Json, ".jsonl.gz": Json, ".csv": Csv, ".csv.gz": Csv, ".parquet": Parquet}
 _VALIDATION_PART = 0.1
 _SEED = 0  # splits are a property of the data: the same for every method and every seed of a comparison
 
@@ -66,10 +70,9 @@ class _Rows:
 def load_splits(data: DataSpec, task: TaskSpec) -> Splits:
     """Read the splits that `data` names, and check them for `task`.
 
-    `per_label` keeps that many training examples of each label (all, where there are fewer), drawn with a fixed seed.
-    Without a validation split, a tenth of what is then left of train becomes it, also drawn with a fixed seed, and in
-    classification label by label: at least one of every label that has two. `per_label` thus counts the examples of
-    training and validation together, unless the validation split is given.
+    Without a validation split, a tenth of train becomes it, drawn with a fixed seed, and in classification label by
+    label: at least one of every label that has two. `per_label` then keeps that many training examples of each label
+    (all, where there are fewer), also drawn with a fixed seed: it counts what is trained on, and nothing else.
 
     An empty field of a CSV file is a missing value; a validation or test split may lack labels that train has.
     """
@@ -78,10 +81,10 @@ def load_splits(data: DataSpec, task: TaskSpec) -> Splits:
     rows = {split: _typed(raw, task) for split, raw in _read(data).items()}
     if task.type == "classification":
         _check_labels(rows)
-    if data.per_label is not None:
-        rows["train"] = rows["train"].take(_few(rows["train"].label, data.per_label))
     if "validation" not in rows:
         rows["train"], rows["validation"] = _split(rows["train"], task)
+    if data.per_label is not None:
+        rows["train"] = rows["train"].take(_few(rows["train"].label, data.per_label))
     labels = _sorted_labels(rows["train"].label) if task.type == "classification" else None
     return Splits(**{split: _table(part, labels) for split, part in rows.items()}, labels=labels)
 
@@ -112,13 +115,13 @@ def _hub(name: str) -> dict[str, datasets.Dataset]:
 def _file(path: Path, data: DataSpec) -> datasets.Dataset:
     if not path.is_file():
         raise DataError(f"{path} is missing, or is not a file")
-    kind = _format(path)
+    kind = _builder(path)
     columns = [name for name in (data.text, data.pair, data.label) if name is not None]
     with _quiet(), _one_sentence(str(path)):
-        table = _load(kind, path, _csv_options(columns) if kind == "csv" else {})
+        table = _load(kind, path, _csv_options(columns) if kind is Csv else {})
     if table is None:
         raise DataError(f"{path} holds no rows")
-    if kind == "csv" and "__index_level_0__" in table.column_names:  # pandas shifted the columns to fit
+    if kind is Csv and "__index_level_0__" in table.column_names:  # pandas shifted the columns to fit
         raise DataError(f"{path} has rows with more fields than its header names")
     return table
 
@@ -128,11 +131,11 @@ def _csv_options(columns: list[str]) -> dict[str, Any]:
     return {"converters": dict.fromkeys(columns, str), "keep_default_na": False, "na_values": [""]}
 
 
-def _load(kind: str, path: Path, options: dict[str, Any]) -> datasets.Dataset | None:
+def _load(kind: type[datasets.ArrowBasedBuilder], path: Path, options: dict[str, Any]) -> datasets.Dataset | None:
     """The file as a table in memory, its cache thrown away; None where it has no rows."""
     name = glob.escape(str(path.absolute()))
     with tempfile.TemporaryDirectory() as cache:
-        builder = datasets.load_dataset_builder(kind, data_files=name, cache_dir=cache, **options)
+        builder = kind(data_files=name, cache_dir=cache, **options)
         try:
             builder.download_and_prepare()
         except StopIteration:  # of the JSON reader, which finds no first row
@@ -142,11 +145,11 @@ def _load(kind: str, path: Path, options: dict[str, Any]) -> datasets.Dataset | 
         return builder.as_dataset("train", in_memory=True)  # pyright: ignore[reportReturnType] # a split's name was given
 
 
-def _format(path: Path) -> str:
-    for suffix, kind in _FORMATS.items():
+def _builder(path: Path) -> type[datasets.ArrowBasedBuilder]:
+    for suffix, kind in _BUILDERS.items():
         if path.name.lower().endswith(suffix):
             return kind
-    raise DataError(f"{path} is in no known format: its name must end in one of {', '.join(_FORMATS)}")
+    raise DataError(f"{path} is in no known format: its name must end in one of {', '.join(_BUILDERS)}")
 
 
 @contextmanager
@@ -177,6 +180,8 @@ def _one_sentence(source: str) -> Iterator[None]:
 
 
 def _rows(table: datasets.Dataset, source: str, data: DataSpec) -> _Rows:
+    if len(table) == 0:
+        raise DataError(f"{source} holds no rows")
     pair = None if data.pair is None else _texts(table, source, "pair", data.pair)
     label = _column(table, source, "label", data.label)
     return _Rows(source, _texts(table, source, "text", data.text), pair, label)

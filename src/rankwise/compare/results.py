@@ -136,12 +136,16 @@ def write_result(result: Result, path: str | Path) -> None:
     write_whole(path, text + "\n")
 
 
-def read_results(folder: str | Path) -> list[Result]:
-    """All results in a folder, by label and then seed; a file that is not a whole result raises `DataError`."""
+def read_results(folder: str | Path, keys: Iterable[str] | None = None) -> list[Result]:
+    """The results in a folder, by label and then seed: all, or those whose file names without `.json` are `keys`.
+
+    A file that is not a whole result raises `DataError`.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"there is no folder of results at {folder}")
-    results = [_read_result(path) for path in sorted(folder.glob("*.json"))]
+    paths = sorted(folder.glob("*.json")) if keys is None else [folder / f"{key}.json" for key in keys]
+    results = [_read_result(path) for path in paths]
     return sorted(results, key=lambda result: (result.label, result.seed))
 
 

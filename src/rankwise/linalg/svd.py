@@ -40,14 +40,13 @@ def leading_triplets(W: Tensor, r: int, *, iterations: int = 12, seed: int = 0) 
     generator = torch.Generator(device="cpu").manual_seed(seed)
     sketch = torch.randn(W.shape[1], columns, generator=generator, dtype=torch.float64).to(W)
     Q = torch.linalg.qr(W @ sketch).Q
-    captured, done = torch.zeros((), dtype=W.dtype, device=W.device), 0
-    for done in range(1, iterations + 1):
+    captured, spent, settled = torch.zeros((), dtype=W.dtype, device=W.device), 0, False
+    while spent < iterations and not settled:
         Q = torch.linalg.qr(W @ torch.linalg.qr(W.mT @ Q).Q).Q
-        before, captured = captured, _top_energy(Q.mT @ W, r)
-        if captured - before <= SETTLED * captured:
-            break
+        before, captured, spent = captured, _top_energy(Q.mT @ W, r), spent + 1
+        settled = bool(captured - before <= SETTLED * captured)
     U, S, Vh = torch.linalg.svd(Q.mT @ W, full_matrices=False)
-    return _triplets(W, Q @ U[:, :r], S[:r], Vh[:r], done)
+    return _triplets(W, Q @ U[:, :r], S[:r], Vh[:r], spent)
 
 
 def leading_triplets_full(W: Tensor, r: int) -> Triplets:

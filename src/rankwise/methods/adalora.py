@@ -152,7 +152,9 @@ class AdaLora(Method):
         if budget.due(step.last, step.number):
             keep = keep_top([self._scores(m) for m in measured], budget.at(step.number))
             measured = [m | {"kept": mask} for m, mask in zip(measured, keep, strict=True)]
-        return [{name: t for name, t in m.items() if name in layers} for m, layers in zip(measured, stacks, strict=True)]
+        return [
+            {name: t for name, t in m.items() if name in layers} for m, layers in zip(measured, stacks, strict=True)
+        ]
 
     def after_step(self, stacks: Sequence[Stack], step: Step) -> Updates:
         """Λ = 0 outside the kept set (eq. 6): at allocations, and at every step once the kept set is final."""
@@ -167,9 +169,7 @@ class AdaLora(Method):
         stored = self.importance == "smoothed"
         scores = [self._scores(layers) if stored else layers["Lambda"].abs() for layers in stacks]
         keep = keep_top(scores, self._end(sizes))
-        return [
-            {"kept": mask, "Lambda": layers["Lambda"] * mask} for layers, mask in zip(stacks, keep, strict=True)
-        ]
+        return [{"kept": mask, "Lambda": layers["Lambda"] * mask} for layers, mask in zip(stacks, keep, strict=True)]
 
     def budget(self, sizes: Sequence[Size], total: int | None) -> CubicBudget:
         """b(t): from all triplets to bT = Σ_k min(target_r, rank of layer k)."""
@@ -191,7 +191,7 @@ class AdaLora(Method):
         """Ī and Ū after this step, or what the other two measures read."""
         if self.importance == "magnitude":
             return {"importance": layers["Lambda"].abs()}
-        I = {name: (layers[name] * layers.gradient(name)).abs().float() for name in TRIPLET}
+        I = {name: (layers[name] * layers.gradient(name)).abs().float() for name in TRIPLET}  # noqa: E741  as in eq. 8
         if self.importance == "sensitivity":
             return {"importance": _triplet_mean(I)}
         updates: dict[str, Tensor] = {}

@@ -113,7 +113,9 @@ class Stack:
 
     def _column(self, name: str, which: int) -> Tensor:
         pairs = self._rates(name) if self._rates else [(0.0, 0.0)] * len(self)
-        return torch.tensor([pair[which] for pair in pairs], dtype=torch.float32, device=self._values[name][0].device).unsqueeze(1)
+        return torch.tensor(
+            [pair[which] for pair in pairs], dtype=torch.float32, device=self._values[name][0].device
+        ).unsqueeze(1)
 
 
 Updates = list[dict[str, Tensor]]
@@ -219,8 +221,8 @@ def require_int(argument: str, value: object, *, least: int) -> None:
 
 def require_number(argument: str, value: object, *, least: float = 0.0, below: float = math.inf) -> None:
     """Raise unless `value` is a finite number in [least, below)."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not least <= value < below:
+    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+    if not math.isfinite(number) or not least <= number < below:
         rule = f"be a number ≥ {least:g}" if below == math.inf else f"be a number in [{least:g}, {below:g})"
         raise ArgumentError(argument, rule, value)
 

@@ -71,7 +71,9 @@ class Sorsa(Method):
         """The first r triplets of W0, from a fixed seed: the same base has the same start everywhere."""
         W = weight()
         full = self.svd == "full"
-        found = leading_triplets_full(W, size.r) if full else leading_triplets(W, size.r, iterations=self.svd_iterations)
+        found = (
+            leading_triplets_full(W, size.r) if full else leading_triplets(W, size.r, iterations=self.svd_iterations)
+        )
         U, S, Vh = found.factors
         start = {"U": U, "S": S, "Vh": Vh}
         offset = {f"{name}0": t for name, t in start.items()}
@@ -80,9 +82,7 @@ class Sorsa(Method):
     def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
         """[U U⁰]·diag(S, −S⁰)·[Vh; Vh⁰]: rank 2r. The start follows the parameters' dtype, so that it cancels them."""
         U0, Vh0, S0 = t["U0"].to(t["U"].dtype), t["Vh0"].to(t["Vh"].dtype), t["S0"].to(t["S"].dtype)
-        return Factors(
-            torch.cat([t["U"], U0], -1), torch.cat([t["S"], -S0], -1), torch.cat([t["Vh"], Vh0], -2)
-        )
+        return Factors(torch.cat([t["U"], U0], -1), torch.cat([t["S"], -S0], -1), torch.cat([t["Vh"], Vh0], -2))
 
     def kept(self, t: Mapping[str, Tensor]) -> Tensor:
         """All r triplets."""
@@ -95,7 +95,10 @@ class Sorsa(Method):
         matrices = 2 * sum(len(layers) for layers in stacks) if self.orth_reg_form == "mean" else 1
         gradients, values = [], []
         for layers in stacks:
-            (in_U, dU), (in_V, dV) = orthonormality_gap(layers["U"].float()), orthonormality_gap(layers["Vh"].float().mT)
+            (in_U, dU), (in_V, dV) = (
+                orthonormality_gap(layers["U"].float()),
+                orthonormality_gap(layers["Vh"].float().mT),
+            )
             weight_U, weight_V = self._weight(layers.peak("U")) / matrices, self._weight(layers.peak("Vh")) / matrices
             gradients.append({"U": weight_U.unsqueeze(2) * dU, "Vh": weight_V.unsqueeze(2) * dV.mT})
             values.append((weight_U.squeeze(1) * in_U + weight_V.squeeze(1) * in_V).sum())

@@ -22,7 +22,7 @@ class RankwiseCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Hand the total steps to every adapter of the model; a schedule that cannot fit fails here, before any step."""
+        """Hand the total steps to every adapter of the model; a schedule that cannot fit fails here."""
         for roster in rosters_of(model):
             roster.trainer_total = state.max_steps
             if not session_of(roster).progress().total:
@@ -60,4 +60,4 @@ def install() -> None:
     from transformers.trainer import DEFAULT_CALLBACKS  # noqa: PLC0415  only once the trainer module is loaded
 
     if RankwiseCallback not in DEFAULT_CALLBACKS:
-        DEFAULT_CALLBACKS.append(RankwiseCallback)
+        DEFAULT_CALLBACKS.append(RankwiseCallback)  # type: ignore[arg-type]

@@ -1,0 +1,64 @@
+"""`rankwise compare`."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from rankwise.cli.output import Watching
+
+if TYPE_CHECKING:
+    from rankwise.compare.spec import Spec
+
+
+def compare(
+    spec: Path = typer.Argument(..., help="The SPEC, a TOML file."),
+    out: Path | None = typer.Option(None, "--out", help="Write here instead of the SPEC's `output`."),
+) -> None:
+    """Train several methods and seeds under equal budgets; write a table and a page of plots.
+
+    Finished runs are kept: the same command goes on after a crash, and may run on several machines over one folder.
+
+    Example: `rankwise compare spec.toml`
+    """
+    from rankwise.compare.spec import read_spec
+
+    read = read_spec(spec)
+    read = read if out is None else dataclasses.replace(read, output=out.absolute())
+    run_and_show(read, f"rankwise compare {spec}", Watching)
+
+
+def run_and_show(spec: Spec, command: str, watching: type[Watching]) -> None:
+    """Plan, run with progress, print the table and where everything is."""
+    from rich.console import Console
+
+    from rankwise.compare.plan import make_plan
+    from rankwise.compare.report import table
+    from rankwise.compare.results import summarise
+    from rankwise.compare.runner import run_plan
+
+    quiet_libraries()
+    plan = make_plan(spec)
+    with watching(len(plan.runs), plan.steps) as watch:
+        results = run_plan(plan, command, watch)
+    if results:
+        Console().print(table(summarise(results), results[0].metric))
+    if len(results) < len(plan.runs):
+        typer.echo(
+            f"{len(plan.runs) - len(results)} runs are still under way elsewhere; the same command shows them later"
+        )
+    typer.echo(f"page     {spec.output / 'report.html'}")
+    typer.echo(f"adapters {spec.output / 'exports'} (plain LoRA), {spec.output / 'adapters'} (to train on)")
+
+
+def quiet_libraries() -> None:
+    """Only warnings that matter to a run: no bars inside ours, no advice about a head that is fresh on purpose."""
+    import datasets
+    import transformers
+
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()

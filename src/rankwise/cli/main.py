@@ -1,0 +1,50 @@
+"""Dispatch. Nothing heavy is imported until a command runs, so that help answers at once."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+import rankwise
+from rankwise.cli import compare, demo, methods, train
+from rankwise.cli.output import stop
+from rankwise.errors import RankwiseError
+
+app = typer.Typer(
+    name="rankwise",
+    help="Low-rank fine-tuning that chooses its own ranks.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("demo")(demo.demo)
+app.command("train")(train.train)
+app.command("compare")(compare.compare)
+app.command("methods")(methods.methods)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"rankwise {rankwise.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Low-rank fine-tuning that chooses its own ranks."""
+
+
+def main() -> None:
+    """Run the command line; a mistake of the user's is one sentence and exit code 2."""
+    try:
+        app()
+    except RankwiseError as error:
+        stop(error)
+    except KeyboardInterrupt:
+        typer.echo("stopped; finished runs are kept, and the same command goes on", err=True)
+        sys.exit(130)

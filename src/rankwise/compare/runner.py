@@ -1,0 +1,88 @@
+"""Running a plan: finished runs are kept and skipped, and several machines may share one output folder."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rankwise.compare.plan import Plan, Run
+from rankwise.compare.report import markdown, write_page
+from rankwise.compare.results import Result, read_results, summarise, write_result, write_whole
+from rankwise.compare.train import train_run
+
+STALE = 600.0
+"""Seconds without a sign of life after which another machine's claim on a run is taken over."""
+
+Watch = Callable[[Run, int], None]
+"""Told of progress: the run, and optimiser steps newly done (those of a run found finished at once)."""
+
+
+def run_plan(plan: Plan, command: str, watch: Watch = lambda run, steps: None) -> list[Result]:
+    """Train every run of the plan that is not finished yet, and write the table and the page.
+
+    Each finished run is written at once and whole to output/results; a run that another process works on is left to
+    it. Start the same command again, here or on another machine that shares the folder, to go on.
+
+    Returns:
+        The results of this plan that exist by now.
+    """
+    output = plan.spec.output
+    for run in plan.runs:
+        file = _file(output, run)
+        if file.exists():
+            watch(run, plan.steps)
+            continue
+        with _claimed(file.with_suffix(".claim")) as mine:
+            if mine and not file.exists():
+                write_result(train_run(plan, run, output, command, _stepper(run, file, watch)), file)
+            else:
+                watch(run, plan.steps)
+    results = finished(plan)
+    if results:
+        write_whole(output / "table.md", markdown(summarise(results), results[0].metric))
+        write_page(results, output / "report.html", title=f"rankwise: {plan.spec.output.name}")
+    return results
+
+
+def finished(plan: Plan) -> list[Result]:
+    """The results of the plan's own runs; what an edited SPEC left in the folder is not among them."""
+    folder = plan.spec.output / "results"
+    keys = [run.key for run in plan.runs if _file(plan.spec.output, run).exists()]
+    return read_results(folder, keys) if keys else []
+
+
+def _file(output: Path, run: Run) -> Path:
+    return output / "results" / f"{run.key}.json"
+
+
+def _stepper(run: Run, file: Path, watch: Watch) -> Callable[[], None]:
+    claim = file.with_suffix(".claim")
+
+    def on_step() -> None:
+        watch(run, 1)
+        with contextlib.suppress(OSError):
+            os.utime(claim)
+
+    return on_step
+
+
+@contextlib.contextmanager
+def _claimed(claim: Path) -> Iterator[bool]:
+    """Hold a run for this process; False if a living process holds it."""
+    claim.parent.mkdir(parents=True, exist_ok=True)
+    if claim.exists() and time.time() - claim.stat().st_mtime > STALE:
+        claim.unlink(missing_ok=True)
+    try:
+        with claim.open("x") as mark:
+            mark.write(f"{socket.gethostname()} {os.getpid()}\n")
+    except FileExistsError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        claim.unlink(missing_ok=True)

@@ -1,0 +1,198 @@
+"""One run of a plan: train, score, measure, save, export."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from rankwise.adapters.configs import AdapterConfig
+from rankwise.adapters.lookup import factors, ranks
+from rankwise.compare.data import Table
+from rankwise.compare.models import open_model, open_tokenizer
+from rankwise.compare.plan import Plan, Run, make_config
+from rankwise.compare.results import Result
+from rankwise.export.lora import export_lora
+from rankwise.methods import METHODS
+from rankwise.training.status import status
+
+SHOWN_SINGULAR_VALUES = 64
+"""How many singular values of each update a result keeps."""
+WARMUP_STEPS = 3
+"""First steps left out of the time per step: allocations and caches settle in them."""
+
+
+def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callable[[], None] | None = None) -> Result:
+    """Train one run of a plan and return what it came to.
+
+    The adapter is saved under output/adapters and exported as a plain LoRA under output/exports.
+
+    Args:
+        plan: the checked SPEC.
+        run: which of its runs.
+        output: the SPEC's output folder.
+        command: what the user typed, kept with the result.
+        on_step: called after each optimiser step.
+    """
+    began = time.perf_counter()
+    set_seed(run.seed)
+    config = make_config(plan.spec, run.entry)
+    model = get_peft_model(open_model(plan.spec.model, plan.splits.labels), config)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    initial_ranks = ranks(model)
+    clock = _Clock(on_step)
+    trainer = _trainer(plan, run, model, output, clock)
+    trainer.train()
+    scores = {name: _score(trainer, getattr(plan.splits, name), plan) for name in ("validation", "test")}
+    model.save_pretrained(str(output / "adapters" / run.key))
+    exported = export_lora(model, output / "exports" / run.key, overwrite=True)
+    now = status(model)
+    metric, *extra = scores["test"]
+    return Result(
+        method=run.entry.name,
+        label=run.label,
+        seed=run.seed,
+        model=plan.spec.model,
+        task=plan.spec.task.type,
+        learning_rate=run.learning_rate,
+        steps=plan.steps,
+        batch_size=plan.spec.training.batch_size,
+        fields=method_fields(config),
+        metric=metric,
+        score=scores["test"][metric],
+        validation_score=scores["validation"][metric],
+        extra_metrics={name: scores["test"][name] for name in extra},
+        train_loss=clock.losses,
+        parameters=dataclasses.asdict(now.parameters),
+        head_parameters=trainable - now.parameters.initial,
+        mean_rank=statistics.fmean(now.ranks.values()),
+        initial_mean_rank=statistics.fmean(initial_ranks.values()),
+        starting_scale=config.scale_of(""),
+        ranks=now.ranks,
+        singular_values=_spectra(model),
+        seconds_per_step=statistics.median(clock.seconds[WARMUP_STEPS:] or clock.seconds),
+        seconds=time.perf_counter() - began,
+        steps_skipped=now.steps_skipped,
+        export=str(exported.folder.relative_to(output)),
+        versions={name: version(name) for name in ("rankwise", "torch", "peft", "transformers")},
+        machine=f"{platform.machine()}, {os.cpu_count()} cores, {_device()}",
+        command=command,
+    )
+
+
+def method_fields(config: AdapterConfig) -> dict[str, Any]:
+    """A config's hyper-parameters of its own method, with their resolved values."""
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(METHODS[config.method])}
+
+
+class _Clock(TrainerCallback):
+    """Seconds of each step and the training losses, as the trainer goes."""
+
+    def __init__(self, on_step: Callable[[], None] | None) -> None:
+        self.seconds: list[float] = []
+        self.losses: list[tuple[int, float]] = []
+        self._on_step = on_step
+        self._since = 0.0
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self._since = time.perf_counter()
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._since)
+        if self._on_step:
+            self._on_step()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
+        loss = float((logs or {}).get("loss", math.nan))
+        if math.isfinite(loss):
+            self.losses.append((state.global_step, loss))
+
+
+def _trainer(plan: Plan, run: Run, model: PeftModel | Any, output: Path, clock: _Clock) -> Trainer:
+    spec, tokenizer = plan.spec, open_tokenizer(plan.spec.model)
+    arguments = TrainingArguments(
+        output_dir=str(output / "checkpoints" / run.key),
+        max_steps=plan.steps,
+        per_device_train_batch_size=spec.training.batch_size,
+        per_device_eval_batch_size=2 * spec.training.batch_size,
+        learning_rate=run.learning_rate,
+        warmup_steps=round(spec.training.warmup * plan.steps),
+        logging_steps=max(1, plan.steps // 50),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=run.seed,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=_tokenized(plan.splits.train, plan, tokenizer),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        callbacks=[clock],
+    )
+    _silence(trainer)
+    return trainer
+
+
+def _silence(trainer: Trainer) -> None:
+    """Without its progress bar the Trainer prints each log; ours goes to the result."""
+    from transformers.trainer_callback import PrinterCallback  # noqa: PLC0415  named only to be removed
+
+    trainer.remove_callback(PrinterCallback)
+
+
+def _tokenized(table: Table, plan: Plan, tokenizer: Any) -> Dataset:
+    texts = (table.text,) if table.pair is None else (table.text, table.pair)
+    tokens = tokenizer(*texts, truncation=True, max_length=plan.spec.task.max_length)
+    return Dataset.from_dict({**tokens, "labels": table.target})
+
+
+def _score(trainer: Trainer, table: Table, plan: Plan) -> dict[str, float]:
+    """The metrics of a split, the one that ranks methods first; higher is better."""
+    predicted = trainer.predict(_tokenized(table, plan, trainer.processing_class)).predictions  # type: ignore[arg-type]
+    predicted = np.asarray(predicted[0] if isinstance(predicted, tuple) else predicted)
+    if plan.splits.labels is None:
+        truth, guess = np.asarray(table.target), predicted.squeeze(-1)
+        return {"spearman": _defined(spearmanr(truth, guess)[0]), "pearson": _defined(pearsonr(truth, guess)[0])}
+    guess = predicted.argmax(-1)
+    return {
+        "accuracy": float(accuracy_score(table.target, guess)),
+        "macro_f1": float(f1_score(table.target, guess, average="macro", zero_division=0)),
+    }
+
+
+def _defined(correlation: Any) -> float:
+    """A correlation; 0 where it is undefined because the model predicts one value for all."""
+    return float(correlation) if math.isfinite(correlation) else 0.0
+
+
+def _spectra(model: PreTrainedModel | Any) -> dict[str, list[float]]:
+    return {name: f.singular_values()[:SHOWN_SINGULAR_VALUES].tolist() for name, f in factors(model).items()}
+
+
+def _device() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

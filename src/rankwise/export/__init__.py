@@ -1,0 +1,1 @@
+"""From a trained adapter to a plain LoRA that any server loads."""

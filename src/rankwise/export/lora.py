@@ -1,0 +1,240 @@
+"""Export to a plain LoRA: closed form for every method, whole or not at all, verified before success is reported."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from rankwise.errors import ArgumentError, RankwiseError
+from rankwise.export.source import CONFIG, PEFT_PREFIX, TENSORS, Source, finite, from_folder, from_model
+from rankwise.methods.base import require_choice, require_int
+from rankwise.update import Factors
+
+TOLERANCE = 1e-6
+"""Largest relative error of the whole update an export may have beyond a truncation that was asked for."""
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What an export wrote."""
+
+    folder: Path
+    layout: str
+    rank: int
+    """The config's r: what a server must allow."""
+    ranks: dict[str, int]
+    """The rank each module holds, by name in the base model; modules added with zero factors hold 0."""
+    parameters: int
+    """Numbers in the adapter's tensors as written, padding included."""
+    relative_error: float
+    """‖ΔW_exported − ΔW‖_F / ‖ΔW‖_F over all modules, read back from the file."""
+
+
+def export_lora(
+    model_or_folder: nn.Module | str | Path,
+    folder: str | Path,
+    *,
+    adapter: str = "default",
+    layout: str = "uniform",
+    rank: int | None = None,
+    base: str | Path | nn.Module | None = None,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write a trained adapter as a plain LoRA that stock PEFT and servers load without rankwise.
+
+    ΔW = B·diag(s)·A becomes lora_B = B·diag(s), lora_A = A with lora_alpha = r, so that the scale is 1 everywhere.
+
+    Args:
+        model_or_folder: the adapted model, or a folder written by its `save_pretrained`.
+        folder: where to write; missing parents are made.
+        adapter: which adapter of a live model.
+        layout: "uniform": one rank for all modules, unused rows and columns zero, every module present in every layer.
+            "compact": each module at its own rank through rank_pattern, modules of rank 0 left out.
+        rank: the rank to write, by default the largest a module holds. Below it, each update is truncated optimally
+            and the report states the error.
+        base: for a folder, the base model or where it is, if not where the adapter's config says.
+        overwrite: replace an existing folder.
+
+    Raises:
+        ArgumentError: the folder exists, or an argument breaks its rule.
+        AdapterFileError: the source folder holds no whole rankwise adapter.
+        RankwiseError: the adapter cannot be a plain LoRA, or what was written does not read back as it is.
+
+    Example:
+        >>> import tempfile, torch, rankwise
+        >>> from peft import get_peft_model
+        >>> net = torch.nn.Sequential(torch.nn.Linear(6, 5))
+        >>> model = get_peft_model(net, rankwise.SoraConfig(r=2, target_modules=["0"], init_weights=False))
+        >>> rankwise.export_lora(model, tempfile.mkdtemp() + "/lora").ranks
+        {'0': 2}
+    """
+    folder = Path(folder)
+    require_choice("layout", layout, ("uniform", "compact"))
+    if rank is not None:
+        require_int("rank", rank, least=1)
+    if folder.exists() and not overwrite:
+        raise ArgumentError("folder", "not exist yet, or be replaced with overwrite", str(folder))
+    live = isinstance(model_or_folder, nn.Module)
+    source = from_model(model_or_folder, adapter) if live else from_folder(Path(model_or_folder), base)
+    _check_exportable(source)
+    written = _truncated(source.updates, rank)
+    config, factors = (_uniform if layout == "uniform" else _compact)(source, written, rank)
+    _write(folder, config, _tensors(factors) | source.others, overwrite)
+    error = _error_of(folder, config, source.updates)
+    allowed = TOLERANCE + relative_error(source.updates, written)
+    if error > allowed:
+        shutil.rmtree(folder)
+        raise RankwiseError(
+            f"the export differs from the adapter by {error:.1e}, more than {allowed:.1e}; nothing was kept"
+        )
+    ranks = {name: written[name].r if name in written else 0 for name in factors}
+    return ExportReport(
+        folder, layout, config.r, ranks, sum(f.B.numel() + f.A.numel() for f in factors.values()), error
+    )
+
+
+def _check_exportable(source: Source) -> None:
+    config = source.config
+    if config.bias != "none":
+        raise RankwiseError(f"trained biases cannot be part of a plain LoRA that servers load: bias is {config.bias!r}")
+    broken = finite(source.updates)
+    if broken:
+        raise RankwiseError(f"the update of module {broken!r} holds NaN or infinity")
+    due = config.final_step(source.progress.total or getattr(config, "total_step", None))
+    if due is not None and source.progress.last < due and not source.progress.finalized:
+        warnings.warn(
+            f"the ranks of this {config.method} adapter would have become final at step {due} and training stopped at "
+            f"{source.progress.step}: it is exported at the ranks it has; call rankwise.finalize(model) first to apply "
+            "the final budget",
+            stacklevel=3,
+        )
+
+
+def _truncated(updates: Mapping[str, Factors], rank: int | None) -> dict[str, Factors]:
+    """Each update without its zero ranks, and at most `rank` of its singular directions."""
+    kept = {name: f.kept() for name, f in updates.items()}
+    if rank is None:
+        return kept
+    return {name: f if f.r <= rank else _leading(f, rank) for name, f in kept.items()}
+
+
+def _leading(f: Factors, rank: int) -> Factors:
+    U, s, Vh = f.orthogonal()
+    return Factors(U[:, :rank].to(f.B.dtype), s[:rank].to(f.s.dtype), Vh[:rank].to(f.A.dtype))
+
+
+def _uniform(
+    source: Source, updates: Mapping[str, Factors], rank: int | None
+) -> tuple[peft.LoraConfig, dict[str, Factors]]:
+    """One rank for all, and zero factors wherever a target name matches a module that has no update."""
+    r = rank or max(1, *(f.r for f in updates.values()))
+    plain = sorted({name.rpartition(".")[2] for name in updates})
+    matched = [name for name in source.names if name.rpartition(".")[2] in plain]
+    trained_in_full = [key.removeprefix(PEFT_PREFIX) for key in source.others]
+    usable = all(name in source.linear and not _is_within(name, trained_in_full) for name in matched)
+    modules = matched if usable else list(updates)
+    padded = {name: _padded(updates.get(name), source.linear[name], r) for name in modules}
+    return _config(source, r, plain if usable else sorted(updates), {}), padded
+
+
+def _compact(
+    source: Source, updates: Mapping[str, Factors], rank: int | None
+) -> tuple[peft.LoraConfig, dict[str, Factors]]:
+    """Each module at its own rank. B is scaled by r_i / lora_alpha, since loaders divide lora_alpha by r_i."""
+    alive = {name: f for name, f in updates.items() if f.r > 0}
+    if not alive:
+        raise RankwiseError('every update is zero, which a compact export cannot hold; use layout="uniform"')
+    r = max(f.r for f in alive.values())
+    scaled = {name: Factors(f.B, f.s * (f.r / r), f.A) for name, f in alive.items()}
+    return _config(source, r, sorted(alive), {name: f.r for name, f in alive.items() if f.r != r}), scaled
+
+
+def _config(source: Source, r: int, targets: list[str], ranks: dict[str, int]) -> peft.LoraConfig:
+    own = source.config
+    return peft.LoraConfig(
+        task_type=own.task_type,
+        base_model_name_or_path=own.base_model_name_or_path,
+        inference_mode=True,
+        r=r,
+        lora_alpha=r,
+        target_modules=targets,
+        rank_pattern=ranks,
+        modules_to_save=sorted(own.modules_to_save) if own.modules_to_save else None,
+        fan_in_fan_out=source.transposed,
+    )
+
+
+def _padded(f: Factors | None, shape: tuple[int, int], r: int) -> Factors:
+    out, into = shape
+    B, s, A = torch.zeros(out, r), torch.zeros(r), torch.zeros(r, into)
+    if f is not None:
+        B[:, : f.r], s[: f.r], A[: f.r] = f.B.float(), f.s.float(), f.A.float()
+    return Factors(B, s, A)
+
+
+def _is_within(name: str, tensors: list[str]) -> bool:
+    return any(tensor.startswith(f"{name}.") for tensor in tensors)
+
+
+def _tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
+    found = {}
+    for name, f in factors.items():
+        found[f"{PEFT_PREFIX}{name}.lora_A.weight"] = f.A.float()
+        found[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (f.B * f.s).float()
+    return found
+
+
+def _write(folder: Path, config: peft.LoraConfig, tensors: Mapping[str, Tensor], overwrite: bool) -> None:
+    """Write everything into a folder beside, then put it in place by one rename."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        beside.chmod(0o755)
+        save_file(
+            {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, beside / TENSORS, {"format": "pt"}
+        )
+        config.save_pretrained(str(beside))
+        if folder.exists() and overwrite:
+            replaced = beside.with_name(f"{beside.name}-old")
+            os.replace(folder, replaced)
+            os.replace(beside, folder)
+            shutil.rmtree(replaced)
+        else:
+            os.replace(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _error_of(folder: Path, config: peft.LoraConfig, updates: Mapping[str, Factors]) -> float:
+    """The error of what a loader will compute, from the files alone."""
+    if not (folder / CONFIG).is_file():
+        raise RankwiseError(f"{folder / CONFIG} was not written")
+    tensors, read = load_file(folder / TENSORS), {}
+    for name in updates:
+        A, B = (tensors.get(f"{PEFT_PREFIX}{name}.lora_{which}.weight") for which in "AB")
+        if A is not None and B is not None:
+            read[name] = Factors(B, torch.full(A.shape[:1], config.lora_alpha / A.shape[0]), A)
+    return relative_error(updates, read)
+
+
+def relative_error(updates: Mapping[str, Factors], others: Mapping[str, Factors]) -> float:
+    """‖ΔW' − ΔW‖_F / ‖ΔW‖_F over all modules together, without forming any; a module that is missing counts as 0."""
+    difference = size = 0.0
+    for name, f in updates.items():
+        B, s, A = (t.double().cpu() for t in f)
+        size += float(Factors(B, s, A).singular_values().square().sum())
+        if name in others:
+            B2, s2, A2 = (t.double().cpu() for t in others[name])
+            f = Factors(torch.cat([B, B2], 1), torch.cat([s, -s2]), torch.cat([A, A2]))
+        difference += float(f.singular_values().square().sum())
+    return (difference / size) ** 0.5 if size > 0 else difference**0.5
