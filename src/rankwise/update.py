@@ -37,7 +37,8 @@ class Factors(NamedTuple):
 
     def add_to(self, result: Tensor, x: Tensor) -> Tensor:
         """result + ΔW x for inputs x (…, in) and result (…, out), without forming ΔW."""
-        return result + F.linear(F.linear(x, self.A) * self.s, self.B)
+        h = F.linear(x, self.A) * self.s
+        return result + F.linear(h.to(self.B.dtype), self.B)
 
     def kept(self) -> Factors:
         """The same update (one layer, not a stack) without the ranks whose column of B·diag(s) or row of A is zero."""

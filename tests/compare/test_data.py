@@ -109,10 +109,10 @@ def test_validation_is_a_stratified_tenth_of_train(tmp_path: Path) -> None:
     assert describe(splits) == {"train": 92, "validation": 11, "test": 1, "labels": 3}
 
 
-def test_per_label_counts_training_and_validation_together(tmp_path: Path) -> None:
+def test_per_label_counts_what_is_trained_on(tmp_path: Path) -> None:
     data = files(tmp_path, examples(["a", "b", "b"] * 30 + ["c", "c"]), examples(["a"]), per_label=20)
     splits = load_splits(data, CLASSIFICATION)
-    assert Counter(names(splits.train, splits.labels)) == {"a": 18, "b": 18, "c": 1}
+    assert Counter(names(splits.train, splits.labels)) == {"a": 20, "b": 20, "c": 1}
     assert Counter(names(splits.validation, splits.labels)) == {"a": 2, "b": 2, "c": 1}
 
 

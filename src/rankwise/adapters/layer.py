@@ -74,9 +74,13 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         if not (method.starts_from_weight and getattr(method, "from_file", False)):
             self.started(adapter)
 
+    def tensors(self, adapter: str) -> AdapterTensors:
+        """The tensors of `adapter` as they are."""
+        return self.rankwise_tensors[adapter]  # type: ignore[return-value]
+
     def started(self, adapter: str) -> AdapterTensors:
         """The tensors of `adapter`, given their start if they still await it."""
-        tensors: AdapterTensors = self.rankwise_tensors[adapter]  # type: ignore[assignment]
+        tensors = self.tensors(adapter)
         if tensors.awaits_start:
             tensors.awaits_start = False
             method = self.methods[adapter]

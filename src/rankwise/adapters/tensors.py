@@ -16,7 +16,8 @@ class AdapterTensors(nn.Module):
     """What a method's `slots` declare for one layer, under their own names.
 
     Trained slots are parameters; the others persistent buffers (PEFT's `set_adapter` turns gradients on for every
-    parameter, so what must not train cannot be one). `exact` slots stay float32 through every cast of the model.
+    parameter, so what must not train cannot be one). `exact` slots stay float32 through every cast of the model, unless
+    the adapter was made with `autocast_adapter_dtype=False`.
     """
 
     progress: Tensor
@@ -26,6 +27,7 @@ class AdapterTensors(nn.Module):
         self.size = size
         self.slots = method.slots(size)
         self.awaits_start = False
+        self.loose_dtype, self.exact_dtype = dtype, torch.float32
         for name, slot in self.slots.items():
             kept_exact = slot.exact or not slot.dtype.is_floating_point
             value = torch.zeros(slot.shape, dtype=slot.dtype if kept_exact else dtype, device=device)
@@ -48,9 +50,14 @@ class AdapterTensors(nn.Module):
     def restore_exact(self) -> None:
         """Put exact tensors that a trainer cast by hand back to float32."""
         for name, slot in self.slots.items():
-            tensor = getattr(self, name)
-            if slot.exact and tensor.dtype != torch.float32:
-                tensor.data = tensor.data.float()
+            tensor, dtype = getattr(self, name), self.exact_dtype if slot.trained else torch.float32
+            if slot.exact and tensor.dtype != dtype:
+                tensor.data = tensor.data.to(dtype)
+
+    def follow_base_dtype(self) -> None:
+        """Hold exact parameters, too, in the base layer's dtype: what `autocast_adapter_dtype=False` asks for."""
+        self.exact_dtype = self.loose_dtype
+        self.restore_exact()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterTensors:
         """Move as any module does, but do not let a cast round what is exact."""

@@ -62,6 +62,14 @@ class RankwiseTuner(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """As PEFT; without the upcast, every parameter of the adapter takes the base's dtype."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        if not autocast_adapter_dtype:
+            for layer in self.model.modules():
+                if isinstance(layer, AdapterLinear) and adapter_name in layer.rankwise_tensors:
+                    layer.tensors(adapter_name).follow_base_dtype()
+
     def _wrap(self, target: nn.Module, name: str) -> AdapterLinear:
         root = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not isinstance(root, nn.Linear | Conv1D):
@@ -74,7 +82,13 @@ class RankwiseTuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """As PEFT, but tensors of another kind of adapter are refused: PEFT would leave the adapter as it was."""
+        """As PEFT, but tensors of another kind of adapter are refused: PEFT would leave the adapter as it was.
+
+        What is about to be loaded needs no start; PEFT reads the model's state dict on the way, which would give it one.
+        """
+        for layer in model.modules():
+            if isinstance(layer, AdapterLinear) and adapter_name in layer.rankwise_tensors:
+                layer.tensors(adapter_name).awaits_start = False
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         expected = {name for name in model.state_dict() if f".{PREFIX}tensors.{adapter_name}." in name}
         missing = expected - remapped.keys()

@@ -1,0 +1,82 @@
+"""rankwise registers with PEFT from outside, whichever is imported first, and is light until it is used."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from peft import PeftConfig, mapping
+
+import rankwise
+from rankwise.adapters import register
+from rankwise.adapters.configs import CONFIGS, MethodType, peft_type
+
+
+def run(code: str) -> str:
+    """The output of a fresh interpreter."""
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_importing_rankwise_loads_nothing_heavy() -> None:
+    code = (
+        "import rankwise, sys; print([m for m in ('torch', 'peft', 'transformers', 'accelerate') if m in sys.modules])"
+    )
+    assert run(code) == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import rankwise, peft",
+        "import peft, rankwise",
+        "import rankwise.adapters.configs",
+        "import transformers.trainer, rankwise, peft",
+        "from rankwise import SoraConfig",
+        "import rankwise.training.hooks",
+    ],
+)
+def test_any_order_of_imports_registers(first: str) -> None:
+    code = f"""
+        {first}
+        from peft import mapping
+        from transformers.trainer import DEFAULT_CALLBACKS
+        print('RANKWISE_SORA' in mapping.PEFT_TYPE_TO_TUNER_MAPPING, [c.__name__ for c in DEFAULT_CALLBACKS].count('RankwiseCallback'))
+    """
+    assert run(code) == "True 1\n"
+
+
+def test_registering_twice_changes_nothing() -> None:
+    before = dict(mapping.PEFT_TYPE_TO_CONFIG_MAPPING)
+    register.register()
+    assert before == mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+
+
+def test_a_peft_whose_registries_changed_gives_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(mapping, "PEFT_TYPE_TO_PREFIX_MAPPING")
+    with pytest.raises(ImportError, match=r"rankwise needs peft 0\.21"):
+        register.register()
+
+
+def test_type_strings_are_namespaced_and_look_like_an_enum() -> None:
+    kinds = [peft_type(config) for config in CONFIGS.values()]
+    assert len(set(kinds)) == len(CONFIGS)
+    for kind in kinds:
+        assert isinstance(kind, MethodType)
+        assert kind.value == kind.name == str.__str__(kind)
+        assert kind.startswith("RANKWISE_")
+        assert str(kind) == f"PeftType.{kind.value}"
+        assert hash(kind) == hash(kind.value)
+
+
+def test_public_names() -> None:
+    names = {"Factors", "Status", "export_lora", "factors", "finalize", "ranks", "status"}
+    assert set(rankwise.__all__) == names
+    assert set(dir(rankwise)) == names | {config.__name__ for config in CONFIGS.values()} | {"__version__"}
+    assert all(getattr(rankwise, name) is not None for name in dir(rankwise))
+    with pytest.raises(AttributeError, match="no attribute 'NoSuchConfig'"):
+        rankwise.NoSuchConfig  # noqa: B018
+    assert all(issubclass(config, PeftConfig) for config in CONFIGS.values())

@@ -1,0 +1,252 @@
+"""What a plan refuses before any weight is loaded, and what a run's key and label depend on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel
+
+from rankwise.compare import runner
+from rankwise.compare.plan import Plan, make_plan
+from rankwise.compare.spec import read_spec
+from rankwise.errors import RankwiseError
+
+Refuse = Callable[..., None]
+WriteSpec = Callable[..., Path]
+
+
+@pytest.fixture
+def nothing_trains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading a model's weights or training a run fails the test at once."""
+
+    def too_late(*_: object, **__: object) -> None:
+        pytest.fail("weights were loaded or a run was started")
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", too_late)
+    monkeypatch.setattr(runner, "train_run", too_late)
+
+
+@pytest.fixture
+def refuse(nothing_trains: None, write_spec: WriteSpec, tmp_path: Path) -> Refuse:
+    """Checks that a SPEC with these changes is refused in one sentence, before anything is loaded or written."""
+
+    def check(message: str, **changes: Any) -> None:
+        path = write_spec(tmp_path, **changes)
+        with pytest.raises(RankwiseError, match=message) as raised:
+            runner.run_plan(make_plan(read_spec(path)), "")
+        assert "\n" not in str(raised.value)
+        assert not (tmp_path / "out").exists()
+
+    return check
+
+
+def planned(write_spec: WriteSpec, folder: Path, **changes: Any) -> Plan:
+    return make_plan(read_spec(write_spec(folder, **changes)))
+
+
+def keys(plan: Plan) -> dict[tuple[str, int], str]:
+    return {(run.label, run.seed): run.key for run in plan.runs}
+
+
+@pytest.mark.usefixtures("nothing_trains")
+def test_a_good_spec_is_planned_without_weights(write_spec: WriteSpec, tmp_path: Path) -> None:
+    plan = planned(write_spec, tmp_path, methods=["lora", "nnm", "adalora", "sora", "sorsa"], seeds=[0, 3])
+    assert [(run.label, run.seed) for run in plan.runs] == [
+        (label, seed) for seed in (0, 3) for label in ("lora", "nnm", "adalora", "sora", "sorsa")
+    ]
+    assert plan.splits.labels == ["colour", "food", "music"]
+    assert plan.steps == 12
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(pytest.fail.Exception, match="a run was started"):  # the guard of this file's tests holds
+        runner.run_plan(plan, "")
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"name": "adalor"}, r"^`methods` .*\(the nearest names are adalora, lora, sora\); found 'adalor'$"),
+        (
+            {"name": "nnm", "nuclear_wieght": 1.0},
+            r"^`nnm.nuclear_wieght` must be a field of the method \(the nearest names are nuclear_weight, .*found 1.0$",
+        ),
+        ({"name": "lora", "nuclear_weight": 1.0}, r"^`lora.nuclear_weight` must be a field of the method"),
+        ({"name": "lora", "r": 0}, r"^`r` must be a whole number ≥ 1; found 0$"),
+        ({"name": "lora", "r": "8"}, r"^`r` must be a whole number ≥ 1; found '8'$"),
+        ({"name": "adalora", "init_r": 2}, r"^`init_r` must be at least target_r \(4\); found 2$"),
+        ({"name": "nnm", "nuclear_weight": -1}, r"^`nuclear_weight` must be a number ≥ 0; found -1$"),
+        ({"name": "sora", "sparse_weight": -0.5}, r"^`sparse_weight` must be a number ≥ 0; found -0.5$"),
+        ({"name": "sora", "gate_init": "zeros"}, r"^`gate_init` must be one of normal, ones; found 'zeros'$"),
+        ({"name": "lora", "lora_dropout": 1.0}, r"^`lora_dropout` must be a number in \[0, 1\); found 1.0$"),
+        (
+            {"name": "adalora", "tinit": 8, "tfinal": 5},
+            r"^`tinit \+ tfinal` must be less than total_step \(12\); found 13$",
+        ),
+        (
+            {"name": "adalora", "tinit": 4, "tfinal": 5, "total_step": 9},
+            r"^`tinit \+ tfinal` must be less than total_step \(9\); found 9$",
+        ),
+    ],
+)
+def test_bad_methods(refuse: Refuse, method: dict[str, object], message: str) -> None:
+    refuse(message, method=[{"name": "lora", "lora_alpha": 4.0}, method])  # the second of two: all are checked
+
+
+def test_rank_zero_in_the_budget(refuse: Refuse) -> None:
+    refuse(r"^`budget.r` must be an integer of at least 1; found 0$", budget={"r": 0})
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["qurey"], r"^`target_modules` must name modules .*\(the nearest names are query, \w+, \w+\); found 'qurey'$"),
+        (["query", "valeu"], r"nearest names are value, .*; found 'valeu'$"),
+        (
+            ["bert.encoder.layer.0.attention.self.qury"],
+            r"nearest names are bert.encoder.layer.0.attention.self.query, ",
+        ),
+        (["word_embeddings"], r"^`target_modules` must name linear layers .*; found '.*word_embeddings: Embedding'$"),
+        pytest.param(
+            "qurey",
+            r"^`target_modules` must .*; found 'qurey'$",
+            marks=pytest.mark.xfail(strict=True, reason="a string is a pattern, and PEFT's own error comes through"),
+        ),
+    ],
+)
+def test_target_modules_that_cannot_be_adapted(refuse: Refuse, targets: object, message: str) -> None:
+    refuse(message, task={"target_modules": targets})
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        ({"name": "lora", "bias": "all"}, "bias"),  # an export could not hold it, which is known beforehand
+        ({"name": "lora", "modules_to_save": ["poler"]}, "modules_to_save"),
+        ({"name": "lora", "task_type": "CAUSAL_LM"}, "task_type"),
+        ({"name": "lora", "rank_pattern": 3}, "rank_pattern"),
+        ({"name": "lora", "target_modules": 3}, "target_modules"),
+    ],
+)
+@pytest.mark.xfail(strict=True, reason="not refused by the plan in a sentence of its own")
+def test_fields_that_no_run_could_use(refuse: Refuse, method: dict[str, object], message: str) -> None:
+    refuse(message, method=[method])
+
+
+@pytest.mark.parametrize("model", ["./no-such-model", "no/such/model", "../model"])
+def test_a_model_that_does_not_exist(refuse: Refuse, model: str) -> None:
+    refuse(rf"^`model` must be a folder, hub id or embedded model with a tokenizer; found '{model}'$", model=model)
+
+
+def test_a_model_without_a_sequence_classifier(refuse: Refuse, tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "vit"}')
+    refuse("^`model` must be .* that can classify sequences; found '.*model'$", model="model")
+
+
+def test_a_missing_data_file(refuse: Refuse) -> None:
+    refuse(r"nowhere\.jsonl is missing, or is not a file$", data={"train": "nowhere.jsonl"})
+
+
+@pytest.mark.parametrize("split", ["train", "test", "validation"])
+def test_an_empty_data_file(refuse: Refuse, tmp_path: Path, split: str) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    refuse(r"empty\.jsonl holds no rows$", data={split: "empty.jsonl"})
+
+
+@pytest.mark.parametrize("key", ["text", "label", "pair"])
+def test_a_missing_column(refuse: Refuse, key: str) -> None:
+    refuse(
+        rf"train\.jsonl has no column 'txet', as `data\.{key}` asks: the nearest names are text, intent, its columns",
+        data={key: "txet"},
+    )
+
+
+def test_a_label_that_training_never_saw(refuse: Refuse, tmp_path: Path) -> None:
+    (tmp_path / "test.jsonl").write_text('{"text": "red", "intent": "colour"}\n{"text": "red", "intent": "sport"}\n')
+    refuse(r"test\.jsonl has the label 'sport', which .*train\.jsonl never shows$", data={"test": "test.jsonl"})
+
+
+def test_steps_follow_from_epochs(write_spec: WriteSpec, tmp_path: Path) -> None:
+    plan = planned(write_spec, tmp_path, training={"steps": None, "epochs": 1.5})
+    assert len(plan.splits.train.text) == 54  # 60 without a tenth for validation: 7 batches of 8 at most
+    assert plan.steps == 11
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": [{"name": "nnm", "nuclear_weight": 2.0}]},
+        {"method": [{"name": "nnm", "learning_rate": 2e-2}]},
+        {"training": {"learning_rate": 2e-2}},
+        {"training": {"steps": 13}},
+        {"training": {"batch_size": 4}},
+        {"training": {"warmup": 0.2}},
+        {"budget": {"r": 5}},
+        {"task": {"max_length": 15}},
+        {"task": {"target_modules": ["query"]}},
+        {"data": {"per_label": 10}},
+    ],
+)
+def test_what_changes_a_key(write_spec: WriteSpec, tmp_path: Path, changes: dict[str, Any]) -> None:
+    (base,) = planned(write_spec, tmp_path, method=[{"name": "nnm"}]).runs
+    (changed,) = planned(write_spec, tmp_path, **{"method": [{"name": "nnm"}]} | changes).runs
+    assert changed.key != base.key
+    assert changed.label == base.label == "nnm"
+
+
+@pytest.mark.parametrize("split", ["train", "test", "validation"])
+def test_a_key_changes_with_the_contents_of_the_data(
+    write_spec: WriteSpec, tiny: Path, tmp_path: Path, split: str
+) -> None:
+    own = tmp_path / "own.jsonl"
+    rows = (tiny / "train.jsonl").read_text()
+    own.write_text(rows)
+    before = planned(write_spec, tmp_path, data={split: "own.jsonl"})
+    assert keys(planned(write_spec, tmp_path, data={split: "own.jsonl"})) == keys(before)
+    own.write_text(rows + json.dumps({"text": "red", "intent": "colour"}) + "\n")
+    (key,) = keys(planned(write_spec, tmp_path, data={split: "own.jsonl"})).values()
+    assert key not in keys(before).values()
+
+
+def test_what_does_not_change_a_key(write_spec: WriteSpec, tmp_path: Path) -> None:
+    base = keys(planned(write_spec, tmp_path, methods=["lora", "nnm"], seeds=[0, 1]))
+    assert len(set(base.values())) == len(base) == 4
+    assert base == keys(planned(write_spec, tmp_path, methods=["lora", "nnm"], seeds=[0, 1], output="elsewhere"))
+    assert base == keys(planned(write_spec, tmp_path, methods=["nnm", "lora"], seeds=[0, 1]))
+    assert base == keys(planned(write_spec, tmp_path, methods=["lora", "nnm"], seeds=[1, 0]))
+    more = keys(planned(write_spec, tmp_path, methods=["sora", "lora", "nnm"], seeds=[5, 1, 0]))
+    assert len(set(more.values())) == len(more) == 9
+    assert base.items() <= more.items()
+
+
+def test_moving_the_folder_does_not_change_a_key(write_spec: WriteSpec, tiny: Path, tmp_path: Path) -> None:
+    found = []
+    for name in ("one", "two"):
+        shutil.copytree(tiny, tmp_path / name)
+        files = {"train": "train.jsonl", "test": "test.jsonl"}
+        found.append(keys(planned(write_spec, tmp_path / name, model="model", data=files)))
+    assert found[0] == found[1]
+
+
+def test_labels_tell_entries_of_one_method_apart(write_spec: WriteSpec, tmp_path: Path) -> None:
+    entries = [
+        {"name": "lora"},
+        {"name": "nnm"},
+        {"name": "nnm", "nuclear_weight": 2.0},
+        {"name": "nnm", "learning_rate": 2e-2},
+        {"name": "nnm", "nuclear_weight": 2.0, "learning_rate": 2e-2},
+    ]
+    runs = planned(write_spec, tmp_path, method=entries).runs
+    assert [run.label for run in runs] == [
+        "lora",
+        "nnm",
+        "nnm nuclear_weight=2.0",
+        "nnm lr=0.02",
+        "nnm lr=0.02 nuclear_weight=2.0",
+    ]
+    assert [run.learning_rate for run in runs] == [1e-2, 1e-2, 1e-2, 2e-2, 2e-2]
+    assert len({run.key for run in runs}) == 5

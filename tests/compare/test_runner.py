@@ -1,0 +1,437 @@
+"""A plan is run whole on a tiny model; what is finished is kept, and several processes share one folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
+from transformers import Trainer, TrainerCallback
+
+import rankwise
+from rankwise.compare import runner, train
+from rankwise.compare.models import open_model, open_tokenizer
+from rankwise.compare.plan import Plan, Run, make_plan
+from rankwise.compare.results import Result, read_results
+from rankwise.compare.runner import run_plan
+from rankwise.compare.spec import read_spec
+
+METHODS = ["lora", "nnm", "adalora", "sora", "sorsa"]
+COMMAND = "rankwise compare spec.toml"
+
+WriteSpec = Callable[..., Path]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished comparison of all methods, and what was seen while it ran."""
+
+    plan: Plan
+    results: list[Result]
+    predictions: dict[str, np.ndarray]
+    """By a run's key: the trained model's outputs on the test split."""
+    watched: list[tuple[str, int]]
+
+    @property
+    def output(self) -> Path:
+        return self.plan.spec.output
+
+    def run(self, method: str) -> Run:
+        return next(run for run in self.plan.runs if run.label == method)
+
+    def result(self, method: str) -> Result:
+        return next(result for result in self.results if result.label == method)
+
+
+@pytest.fixture(scope="module")
+def comparison(write_spec: WriteSpec, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
+    plan = make_plan(read_spec(write_spec(tmp_path_factory.mktemp("comparison"), methods=METHODS)))
+    predictions: dict[str, np.ndarray] = {}
+    watched: list[tuple[str, int]] = []
+    original = Trainer.predict
+
+    def predict(self: Trainer, data: Any, *rest: Any, **named: Any) -> Any:
+        found = original(self, data, *rest, **named)
+        if len(data) == len(plan.splits.test.text):
+            predictions[Path(str(self.args.output_dir)).name] = np.asarray(found.predictions)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "predict", predict)
+        results = run_plan(plan, COMMAND, lambda run, steps: watched.append((run.key, steps)))
+    return Comparison(plan, results, predictions, watched)
+
+
+@dataclass
+class Trained:
+    """What the stand-in for training was asked to do, in order; at the `breaks`-th call it raises `error`."""
+
+    keys: list[str]
+    breaks: int | None = None
+    error: BaseException | None = None
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch, comparison: Comparison) -> Trained:
+    """In place of training, a result made up at once."""
+    log = Trained([])
+
+    def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callable[[], None]) -> Result:
+        log.keys.append(run.key)
+        assert (output / "results" / f"{run.key}.claim").exists()
+        if log.error is not None and len(log.keys) == log.breaks:
+            raise log.error
+        for _ in range(plan.steps):
+            on_step()
+        return dataclasses.replace(comparison.result("lora"), label=run.label, method=run.entry.name, seed=run.seed)
+
+    monkeypatch.setattr(runner, "train_run", train_run)
+    return log
+
+
+@pytest.fixture
+def four(write_spec: WriteSpec, tmp_path: Path) -> Plan:
+    """A plan of four runs."""
+    return make_plan(read_spec(write_spec(tmp_path, methods=["lora", "nnm"], seeds=[0, 1])))
+
+
+def claim_of(plan: Plan, run: Run) -> Path:
+    return plan.spec.output / "results" / f"{run.key}.claim"
+
+
+def held(plan: Plan, run: Run, age: float) -> Path:
+    """A claim on a run by another process, whose last sign of life is `age` seconds old."""
+    claim = claim_of(plan, run)
+    claim.parent.mkdir(parents=True, exist_ok=True)
+    claim.write_text("elsewhere 1\n")
+    os.utime(claim, (time.time() - age,) * 2)
+    return claim
+
+
+def outputs(model: torch.nn.Module, plan: Plan) -> np.ndarray:
+    """What a model says to the test split."""
+    tokens = open_tokenizer(plan.spec.model)(plan.splits.test.text, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        return model.eval()(**tokens).logits.numpy()
+
+
+def adapted(plan: Plan, folder: Path) -> PeftModel:
+    """A saved adapter on the base model, whose own head is a fresh one."""
+    return PeftModel.from_pretrained(open_model(plan.spec.model, plan.splits.labels), str(folder))
+
+
+# --- what a comparison leaves ----------------------------------------------------------------------------------------
+
+
+def test_every_run_is_written_and_reads_back(comparison: Comparison) -> None:
+    folder = comparison.output / "results"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(f"{run.key}.json" for run in comparison.plan.runs)
+    assert read_results(folder) == comparison.results
+    assert [result.label for result in comparison.results] == sorted(METHODS)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_result_says_what_was_run(comparison: Comparison, method: str) -> None:
+    result = comparison.result(method)
+    assert (result.method, result.seed, result.task, result.metric) == (method, 0, "classification", "accuracy")
+    assert (result.steps, result.batch_size, result.learning_rate, result.command) == (12, 8, 1e-2, COMMAND)
+    assert [step for step, _ in result.train_loss] == list(range(1, 13))
+    assert result.train_loss[-1][1] < result.train_loss[0][1]
+    assert result.score > 0.5  # of three labels
+    assert set(result.extra_metrics) == {"macro_f1"}
+    assert result.fields["r"] == 4
+    assert result.steps_skipped == 0
+    assert set(result.ranks) == set(result.singular_values)
+    assert len(result.ranks) == 12 + 1  # six linear layers in each of two blocks, and the pooler
+    assert result.mean_rank == sum(result.ranks.values()) / len(result.ranks)
+    assert result.versions["rankwise"] == rankwise.__version__
+
+
+def test_parameters_are_counted_without_the_head(comparison: Comparison) -> None:
+    linear = 2 * (4 * (32 + 32) + 2 * (32 + 64)) + (32 + 32)
+    lora = comparison.result("lora")
+    assert lora.parameters == {"initial": 4 * linear, "final": 4 * linear, "exported": 4 * linear}
+    assert lora.head_parameters == 32 * 3 + 3
+    assert comparison.result("sorsa").parameters["exported"] == 2 * 4 * linear  # the start is subtracted
+
+
+def test_the_budget_falls_to_r(comparison: Comparison) -> None:
+    adalora = comparison.result("adalora")
+    assert (adalora.initial_mean_rank, adalora.mean_rank) == (6.0, 4.0)
+    assert adalora.parameters["final"] < adalora.parameters["initial"]
+
+
+def test_nothing_half_done_is_left(comparison: Comparison) -> None:
+    expected = {run.key for run in comparison.plan.runs}
+    for folder in ("adapters", "exports"):
+        assert {path.name for path in (comparison.output / folder).iterdir()} == expected
+    left = [path.name for path in comparison.output.rglob("*") if path.name.startswith(".") or path.suffix == ".claim"]
+    assert left == []
+
+
+def test_the_table_and_the_page_show_every_method(comparison: Comparison) -> None:
+    table = (comparison.output / "table.md").read_text().splitlines()
+    assert table[0].startswith("| method | accuracy |")
+    assert sorted(line.split("|")[1].strip() for line in table[2 : 2 + len(METHODS)]) == sorted(METHODS)
+    page = (comparison.output / "report.html").read_text()
+    assert "<svg" in page
+    assert all(method in page for method in METHODS)
+    assert COMMAND in page
+
+
+def test_progress_is_told_step_by_step(comparison: Comparison) -> None:
+    assert comparison.watched == [(run.key, 1) for run in comparison.plan.runs for _ in range(12)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_adapters_reload_with_the_same_predictions(comparison: Comparison, method: str) -> None:
+    key = comparison.run(method).key
+    model = adapted(comparison.plan, comparison.output / "adapters" / key)
+    assert rankwise.status(model).method == method
+    assert rankwise.status(model).step == 12
+    expected = comparison.predictions[key]
+    np.testing.assert_allclose(outputs(model, comparison.plan), expected, atol=1e-5)
+    with model.disable_adapter():
+        assert np.abs(outputs(model, comparison.plan) - expected).max() > 1e-2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_exports_are_plain_loras_with_the_same_predictions(comparison: Comparison, method: str) -> None:
+    folder = comparison.output / comparison.result(method).export
+    assert folder == comparison.output / "exports" / comparison.run(method).key
+    written = json.loads((folder / "adapter_config.json").read_text())
+    assert written["peft_type"] == "LORA"
+    assert written.keys() <= {field.name for field in dataclasses.fields(peft.LoraConfig)}
+    config = PeftConfig.from_pretrained(str(folder))
+    assert type(config) is peft.LoraConfig
+    assert (config.lora_alpha, config.bias, config.use_rslora, config.rank_pattern) == (config.r, "none", False, {})
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert {name.rsplit(".", 2)[-2] for name in tensors} == {"lora_A", "lora_B", "classifier"}
+    model = adapted(comparison.plan, folder)
+    np.testing.assert_allclose(
+        outputs(model, comparison.plan), comparison.predictions[comparison.run(method).key], atol=1e-5
+    )
+
+
+# --- going on --------------------------------------------------------------------------------------------------------
+
+
+def test_a_second_run_trains_nothing(comparison: Comparison, trained: Trained) -> None:
+    trained.breaks, trained.error = 1, AssertionError("a finished run was trained again")
+    page = comparison.output / "report.html"
+    page.unlink()
+    watched: list[tuple[str, int]] = []
+    assert run_plan(comparison.plan, COMMAND, lambda run, steps: watched.append((run.key, steps))) == comparison.results
+    assert trained.keys == []
+    assert watched == [(run.key, 12) for run in comparison.plan.runs]
+    assert page.exists()
+
+
+def test_what_an_edited_spec_left_is_not_shown(comparison: Comparison, write_spec: WriteSpec, trained: Trained) -> None:
+    plan = make_plan(read_spec(write_spec(comparison.output.parent / "edited", methods=["lora", "sora"])))
+    plan = dataclasses.replace(plan, spec=dataclasses.replace(plan.spec, output=comparison.output))
+    try:
+        assert [result.label for result in run_plan(plan, COMMAND)] == ["lora", "sora"]
+        assert "adalora" not in (comparison.output / "table.md").read_text()
+        assert trained.keys == []
+    finally:
+        run_plan(comparison.plan, COMMAND)
+    assert "adalora" in (comparison.output / "table.md").read_text()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
+def test_a_crash_keeps_what_is_finished(four: Plan, trained: Trained, error: BaseException) -> None:
+    trained.breaks, trained.error = 2, error
+    with pytest.raises(type(error)):
+        run_plan(four, COMMAND)
+    results = four.spec.output / "results"
+    (kept,) = results.iterdir()
+    assert kept.name == f"{four.runs[0].key}.json"
+    content = kept.read_bytes()
+
+    trained.keys.clear()
+    trained.error = None
+    found = run_plan(four, COMMAND)
+    assert trained.keys == [run.key for run in four.runs[1:]]
+    assert [(result.label, result.seed) for result in found] == [("lora", 0), ("lora", 1), ("nnm", 0), ("nnm", 1)]
+    assert kept.read_bytes() == content
+    assert {path.suffix for path in results.iterdir()} == {".json"}
+
+
+def test_a_run_that_crashed_after_its_export_is_done_again(
+    write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = make_plan(read_spec(write_spec(tmp_path, training={"steps": 2})))
+    exports = plan.spec.output / "exports"
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
+        patch.setattr(train, "status", lambda model: (_ for _ in ()).throw(OSError("no space left on device")))
+        run_plan(plan, COMMAND)
+    assert [path.name for path in exports.iterdir()] == [plan.runs[0].key]
+    assert not list((plan.spec.output / "results").iterdir())
+    (result,) = run_plan(plan, COMMAND)
+    assert (plan.spec.output / result.export / "adapter_model.safetensors").exists()
+
+
+# --- several processes over one folder -------------------------------------------------------------------------------
+
+
+def test_a_run_that_another_process_works_on_is_left_to_it(four: Plan, trained: Trained) -> None:
+    claim = held(four, four.runs[1], age=runner.STALE / 2)
+    watched: dict[str, int] = {}
+    found = run_plan(four, COMMAND, lambda run, steps: watched.update({run.key: watched.get(run.key, 0) + steps}))
+    others = [run for run in four.runs if run is not four.runs[1]]
+    assert trained.keys == [run.key for run in others]
+    assert {(result.label, result.seed) for result in found} == {(run.label, run.seed) for run in others}
+    assert claim.read_text() == "elsewhere 1\n"
+    assert watched == {run.key: four.steps for run in four.runs}  # the progress ends at its total
+
+
+def test_a_stale_claim_is_taken_over(four: Plan, trained: Trained) -> None:
+    claim = held(four, four.runs[1], age=runner.STALE + 60)
+    found = run_plan(four, COMMAND)
+    assert trained.keys == [run.key for run in four.runs]
+    assert len(found) == 4
+    assert not claim.exists()
+
+
+def test_all_runs_elsewhere_is_no_result_and_no_page(four: Plan, trained: Trained) -> None:
+    for run in four.runs:
+        held(four, run, age=0)
+    assert run_plan(four, COMMAND) == []
+    assert trained.keys == []
+    assert not (four.spec.output / "report.html").exists()
+
+
+def test_a_run_that_another_process_finished_meanwhile_is_not_done_again(
+    four: Plan, trained: Trained, monkeypatch: pytest.MonkeyPatch, comparison: Comparison
+) -> None:
+    theirs = four.runs[2]
+    claimed = runner._claimed
+
+    def late(claim: Path) -> Any:
+        if claim == claim_of(four, theirs):  # finished after the look at its file, before the claim
+            result = dataclasses.replace(comparison.result("lora"), label=theirs.label, seed=theirs.seed, score=0.125)
+            runner.write_result(result, claim.with_suffix(".json"))
+        return claimed(claim)
+
+    monkeypatch.setattr(runner, "_claimed", late)
+    found = run_plan(four, COMMAND)
+    assert theirs.key not in trained.keys
+    assert [result.score for result in found if (result.label, result.seed) == (theirs.label, theirs.seed)] == [0.125]
+
+
+def test_every_step_is_a_sign_of_life(four: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Enough(Exception):
+        pass
+
+    def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callable[[], None]) -> Result:
+        claim = claim_of(plan, run)
+        assert claim.read_text().split()[1] == str(os.getpid())
+        os.utime(claim, (1.0, 1.0))
+        on_step()
+        assert claim.stat().st_mtime > time.time() - 60
+        raise Enough
+
+    monkeypatch.setattr(runner, "train_run", train_run)
+    with pytest.raises(Enough):
+        run_plan(four, COMMAND)
+
+
+# --- what reaches training -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[float, float]]]:
+    """The peak and the present learning rate of the optimiser at each run's first step."""
+    seen: list[tuple[float, float]] = []
+
+    class Recorder(TrainerCallback):
+        def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
+            if state.global_step == 0:
+                ((peak, now),) = {(group["initial_lr"], group["lr"]) for group in optimizer.param_groups}
+                seen.append((peak, now))
+
+    callbacks = [*transformers.trainer.DEFAULT_CALLBACKS, Recorder]
+    monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", callbacks)
+    return seen
+
+
+def test_an_entrys_learning_rate_reaches_the_optimiser(
+    write_spec: WriteSpec, tmp_path: Path, rates: list[tuple[float, float]]
+) -> None:
+    entries = [{"name": "lora"}, {"name": "lora", "learning_rate": 5e-3}]
+    path = write_spec(tmp_path, method=entries, training={"steps": 2, "learning_rate": 2e-3, "warmup": 0.0})
+    results = run_plan(make_plan(read_spec(path)), COMMAND)
+    assert {result.label: result.learning_rate for result in results} == {"lora": 2e-3, "lora lr=0.005": 5e-3}
+    assert rates == [(2e-3, 2e-3), (5e-3, 5e-3)]
+
+
+def test_warmup_reaches_the_optimiser(
+    write_spec: WriteSpec, tmp_path: Path, rates: list[tuple[float, float]]
+) -> None:
+    path = write_spec(tmp_path, training={"steps": 4, "learning_rate": 2e-3, "warmup": 0.5})
+    run_plan(make_plan(read_spec(path)), COMMAND)
+    assert rates == [(2e-3, 0.0)]
+
+
+def test_fields_of_an_entry_reach_the_adapter(write_spec: WriteSpec, tmp_path: Path) -> None:
+    entries = [{"name": "sora", "r": 3, "gate_init": "ones"}]
+    plan = make_plan(read_spec(write_spec(tmp_path, method=entries, training={"steps": 1})))
+    (result,) = run_plan(plan, COMMAND)
+    assert (result.fields["r"], result.fields["gate_init"]) == (3, "ones")
+    saved = PeftConfig.from_pretrained(str(plan.spec.output / "adapters" / plan.runs[0].key))
+    assert (saved.r, saved.gate_init) == (3, "ones")
+
+
+def test_equal_seeds_give_equal_bits(comparison: Comparison, write_spec: WriteSpec, tmp_path: Path) -> None:
+    torch.manual_seed(12345)  # what went before must not matter
+    plan = make_plan(read_spec(write_spec(tmp_path, methods=METHODS[::-1])))
+    again = run_plan(plan, COMMAND)
+    for run in plan.runs:
+        for folder in ("adapters", "exports"):
+            file = Path(folder) / run.key / "adapter_model.safetensors"
+            assert (plan.spec.output / file).read_bytes() == (comparison.output / file).read_bytes(), file
+    for first, second in zip(comparison.results, again, strict=True):
+        assert (first.label, first.score, first.train_loss) == (second.label, second.score, second.train_loss)
+
+
+def test_another_seed_gives_another_adapter(comparison: Comparison, write_spec: WriteSpec, tmp_path: Path) -> None:
+    plan = make_plan(read_spec(write_spec(tmp_path, seeds=[1])))
+    run_plan(plan, COMMAND)
+    one, other = (
+        load_file(output / "adapters" / key / "adapter_model.safetensors")
+        for output, key in ((comparison.output, comparison.run("lora").key), (plan.spec.output, plan.runs[0].key))
+    )
+    assert one.keys() == other.keys()
+    assert all(not torch.equal(one[name], other[name]) for name in one if "A" in name.split("."))
+
+
+def test_regression_on_pairs(write_spec: WriteSpec, tiny: Path, tmp_path: Path) -> None:
+    data = {name: str(tiny / f"pairs-{name}.jsonl") for name in ("train", "test")}
+    path = write_spec(
+        tmp_path,
+        methods=["nnm"],
+        data=data | {"pair": "other_text", "label": "score"},
+        task={"type": "regression"},
+        training={"steps": 30},
+    )
+    plan = make_plan(read_spec(path))
+    assert plan.splits.labels is None
+    (result,) = run_plan(plan, COMMAND)
+    assert (result.task, result.metric, set(result.extra_metrics)) == ("regression", "spearman", {"pearson"})
+    assert result.score > 0.5  # the second text alone tells the target: without it every guess is the same
+    assert result.head_parameters == 32 + 1
+    model = adapted(plan, plan.spec.output / "adapters" / plan.runs[0].key)
+    assert model.config.num_labels == 1

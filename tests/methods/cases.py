@@ -1,0 +1,56 @@
+"""One row per method: what the conformance suite cannot derive. A registered method without a row fails the suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Tensors = list[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A method's row.
+
+    `penalty` is λR of a list of layers, written out from the paper's equation in plain float64, one layer at a time;
+    None says that the defaults add nothing to the loss. `peak` is the peak learning rate.
+    """
+
+    fields: dict[str, Any] = field(default_factory=dict)
+    penalty: Callable[[Tensors, float], Tensor] | None = None
+    start_error: float = 0.0
+    exported_rank: int = 4
+    """The rank an export of a trained r = 4 module may have at most."""
+
+
+def nnm(layers: Tensors, peak: float) -> Tensor:
+    """−λ Σ ‖A‖_* / ‖A‖_F with the Frobenius norm held constant."""
+    return -5.0 * sum(torch.linalg.matrix_norm(t["A"], "nuc") / t["A"].detach().norm() for t in layers)  # type: ignore[return-value]
+
+
+def gap(P: Tensor) -> Tensor:
+    """‖PᵀP − I‖_F."""
+    return (P.T @ P - torch.eye(P.shape[1], dtype=P.dtype)).norm()
+
+
+def adalora(layers: Tensors, peak: float) -> Tensor:
+    """γ times the mean of ‖PᵀP − I‖_F and ‖QQᵀ − I‖_F over the 2L matrices."""
+    return 0.1 * sum(gap(t["P"]) + gap(t["Q"].T) for t in layers) / (2 * len(layers))  # type: ignore[return-value]
+
+
+def sorsa(layers: Tensors, peak: float) -> Tensor:
+    """γ/η_d times the mean of ‖UᵀU − I‖_F and ‖VᵀV − I‖_F over the 2L matrices."""
+    return 4e-4 / peak * sum(gap(t["U"]) + gap(t["Vh"].T) for t in layers) / (2 * len(layers))  # type: ignore[return-value]
+
+
+CASES: dict[str, Case] = {
+    "lora": Case(),
+    "nnm": Case(penalty=nnm),
+    "adalora": Case({"total_step": 12}, penalty=adalora, exported_rank=6),
+    "sora": Case({"sparse_weight": 5.0}),
+    "sorsa": Case(penalty=sorsa, start_error=1e-6, exported_rank=8),
+}
