@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from fractions import Fraction
 
 import pytest
@@ -40,7 +41,7 @@ def budgets(draw: st.DrawFn) -> CubicBudget:
 def test_the_budget_is_the_formula_and_never_rises(budget: CubicBudget) -> None:
     values = [budget.at(t) for t in range(1, budget.total + 1)]
     assert values == [b(t, budget) for t in range(1, budget.total + 1)]
-    assert all(later <= earlier for earlier, later in zip(values, values[1:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(values))
     assert all(budget.end <= value <= budget.start for value in values)
 
 

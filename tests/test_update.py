@@ -130,3 +130,14 @@ def test_orthogonal_of_a_stack_is_the_stack_of_spectra() -> None:
     each = [torch.linalg.svdvals(dense(Factors(*layer)))[:2] for layer in zip(*f, strict=True)]
     assert torch.allclose(f.singular_values(), torch.stack(each), atol=1e-12)
     assert torch.allclose(f.orthogonal().delta(), f.delta(), atol=1e-12)
+
+
+def test_a_float32_diagonal_between_bfloat16_factors_is_read_as_the_matrix_it_stands_for() -> None:
+    f = factors(6, 5, 3)
+    mixed = Factors(f.B.bfloat16(), f.s.float(), f.A.bfloat16())
+    x = torch.eye(5, dtype=torch.bfloat16)
+    moved = mixed.add_to(torch.zeros(5, 6, dtype=torch.bfloat16), x)
+    assert moved.dtype == torch.bfloat16
+    assert torch.allclose(moved.double().T, dense(mixed), rtol=0.05, atol=0.05)
+    assert torch.allclose(mixed.kept().orthogonal().delta(), dense(mixed), atol=1e-10)
+    assert torch.allclose(mixed.delta().double(), dense(mixed), rtol=0.05, atol=0.05)

@@ -67,7 +67,7 @@ def test_unknown_module_lists_the_nearest_and_changes_nothing() -> None:
 
 
 def test_module_of_another_kind_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="name linear layers or Conv1D of transformers; found '.*LayerNorm"):
+    with pytest.raises(ArgumentError, match=r"name linear layers or Conv1D of transformers; found '.*LayerNorm"):
         get_peft_model(tiny_bert(), rankwise.LoraConfig(target_modules=["LayerNorm"]))
 
 

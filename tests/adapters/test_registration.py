@@ -44,7 +44,8 @@ def test_any_order_of_imports_registers(first: str) -> None:
         {first}
         from peft import mapping
         from transformers.trainer import DEFAULT_CALLBACKS
-        print('RANKWISE_SORA' in mapping.PEFT_TYPE_TO_TUNER_MAPPING, [c.__name__ for c in DEFAULT_CALLBACKS].count('RankwiseCallback'))
+        names = [callback.__name__ for callback in DEFAULT_CALLBACKS]
+        print('RANKWISE_SORA' in mapping.PEFT_TYPE_TO_TUNER_MAPPING, names.count('RankwiseCallback'))
     """
     assert run(code) == "True 1\n"
 

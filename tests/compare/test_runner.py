@@ -275,9 +275,14 @@ def test_a_run_that_crashed_after_its_export_is_done_again(
 ) -> None:
     plan = make_plan(read_spec(write_spec(tmp_path, training={"steps": 2})))
     exports = plan.spec.output / "exports"
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="no space"):
-        patch.setattr(train, "status", lambda model: (_ for _ in ()).throw(OSError("no space left on device")))
-        run_plan(plan, COMMAND)
+
+    def full(model: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "status", full)
+        with pytest.raises(OSError, match="no space"):
+            run_plan(plan, COMMAND)
     assert [path.name for path in exports.iterdir()] == [plan.runs[0].key]
     assert not list((plan.spec.output / "results").iterdir())
     (result,) = run_plan(plan, COMMAND)
@@ -333,7 +338,7 @@ def test_a_run_that_another_process_finished_meanwhile_is_not_done_again(
 
 
 def test_every_step_is_a_sign_of_life(four: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Enough(Exception):
+    class StopHereError(Exception):
         pass
 
     def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callable[[], None]) -> Result:
@@ -342,10 +347,10 @@ def test_every_step_is_a_sign_of_life(four: Plan, monkeypatch: pytest.MonkeyPatc
         os.utime(claim, (1.0, 1.0))
         on_step()
         assert claim.stat().st_mtime > time.time() - 60
-        raise Enough
+        raise StopHereError
 
     monkeypatch.setattr(runner, "train_run", train_run)
-    with pytest.raises(Enough):
+    with pytest.raises(StopHereError):
         run_plan(four, COMMAND)
 
 
@@ -378,9 +383,7 @@ def test_an_entrys_learning_rate_reaches_the_optimiser(
     assert rates == [(2e-3, 2e-3), (5e-3, 5e-3)]
 
 
-def test_warmup_reaches_the_optimiser(
-    write_spec: WriteSpec, tmp_path: Path, rates: list[tuple[float, float]]
-) -> None:
+def test_warmup_reaches_the_optimiser(write_spec: WriteSpec, tmp_path: Path, rates: list[tuple[float, float]]) -> None:
     path = write_spec(tmp_path, training={"steps": 4, "learning_rate": 2e-3, "warmup": 0.5})
     run_plan(make_plan(read_spec(path)), COMMAND)
     assert rates == [(2e-3, 0.0)]
@@ -392,6 +395,7 @@ def test_fields_of_an_entry_reach_the_adapter(write_spec: WriteSpec, tmp_path: P
     (result,) = run_plan(plan, COMMAND)
     assert (result.fields["r"], result.fields["gate_init"]) == (3, "ones")
     saved = PeftConfig.from_pretrained(str(plan.spec.output / "adapters" / plan.runs[0].key))
+    assert isinstance(saved, rankwise.SoraConfig)
     assert (saved.r, saved.gate_init) == (3, "ones")
 
 

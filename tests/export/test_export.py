@@ -121,7 +121,7 @@ def test_an_adapter_of_rank_zero_throughout(tmp_path: Path) -> None:
     close_gates(model, "")
     assert rankwise.export_lora(model, tmp_path / "out").rank == 1
     torch.testing.assert_close(logits(plain(tmp_path / "out")), logits(model), rtol=1e-6, atol=1e-6)
-    with pytest.raises(RankwiseError, match='every update is zero.*use layout="uniform"'):
+    with pytest.raises(RankwiseError, match=r'every update is zero.*use layout="uniform"'):
         rankwise.export_lora(model, tmp_path / "compact", layout="compact")
     assert not (tmp_path / "compact").exists()
 

@@ -14,7 +14,7 @@ from rankwise.linalg.polar import polar
 def by_svd(A: Tensor) -> tuple[Tensor, Tensor]:
     """U Vᵀ over the nonzero singular values, and their sum, of one matrix."""
     U, S, Vh = torch.linalg.svd(A.double(), full_matrices=False)
-    alive = S > 1e-7 * S.max()
+    alive = S / S.max() > 1e-7
     return (U * alive) @ Vh, S[alive].sum()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -111,8 +112,8 @@ def test_the_ratio_of_norms_rises_towards_the_root_of_the_rank_while_the_factor_
         A = descend(A, 0.1)
         ratios.append(ratio(A))
         norms.append(float(A.norm()))
-    assert all(after > before for before, after in zip(ratios, ratios[1:], strict=False))
-    assert all(after > before for before, after in zip(norms, norms[1:], strict=False))
+    assert all(after > before for before, after in itertools.pairwise(ratios))
+    assert all(after > before for before, after in itertools.pairwise(norms))
     assert ratios[0] < 0.7 * math.sqrt(RANK)
     assert 0.99 * math.sqrt(RANK) < ratios[-1] < math.sqrt(RANK)
     assert norms[-1] > 5 * norms[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -98,8 +99,10 @@ def test_the_update_is_the_moved_triplets_minus_the_first_ones() -> None:
 def test_the_update_is_zero_at_the_start_of_rounded_parameters_too() -> None:
     t = start_of(Sorsa(), weight_of(24, 16), 4)
     rounded = t | {name: t[name].bfloat16() for name in ("U", "Vh")}
-    delta = Sorsa().factors(rounded, 1.0).delta()
-    assert float(delta.abs().max()) <= 1e-6
+    x = torch.eye(16, dtype=torch.bfloat16)
+    moved = Sorsa().factors(rounded, 1.0).add_to(torch.zeros(16, 24, dtype=torch.bfloat16), x)
+    assert moved.dtype == torch.bfloat16
+    assert float(moved.float().abs().max()) <= 1e-6
 
 
 def test_a_start_that_is_not_zero_is_clearly_not_zero() -> None:
@@ -179,25 +182,22 @@ def gap(U: Tensor) -> float:
     return float((U.double().T @ U.double() - torch.eye(U.shape[1], dtype=torch.float64)).norm())
 
 
-def descend(t: dict[str, Tensor], steps: int, *, decaying: bool) -> dict[str, Tensor]:
-    """Plain descent on the penalty alone; its own rate is η_t·γ/η_max."""
-    method, peak = Sorsa(orth_reg_weight=4e-3, orth_reg_form="sum"), 0.01
+@pytest.mark.parametrize("form", ["mean", "sum"])
+def test_under_a_decaying_rate_the_penalty_alone_leads_to_orthonormal_vectors(form: str) -> None:
+    """Plain descent at rate η_t moves by η_t·γ/η_max: the norm ends no farther out than that step."""
+    t, steps, peak = away(20, 16, 4), 1000, 0.01
+    gamma = 4e-3 if form == "sum" else 8e-3  # two matrices
+    method = Sorsa(orth_reg_weight=gamma, orth_reg_form=form)
+    S = t["S"].clone()
+    assert min(gap(t["U"]), gap(t["Vh"].T)) > 0.5
     for k in range(steps):
-        rate = peak * (1 - k / steps) if decaying else peak
+        share = 1 - k / steps
         gradients = penalty_of(method, [stack([t], [peak])]).gradients[0]
-        t = t | {name: t[name] - rate * gradient[0] for name, gradient in gradients.items()}
-    return t
-
-
-def test_under_a_decaying_rate_the_penalty_alone_leads_to_orthonormal_vectors() -> None:
-    t = away(20, 16, 4)
-    decayed, constant = descend(t, 1000, decaying=True), descend(t, 1000, decaying=False)
-    for name in ("U", "Vh"):
-        start, end, hover = (gap(x[name].reshape(-1, 4) if name == "U" else x[name].T) for x in (t, decayed, constant))
-        assert start > 1
-        assert end < 1e-4
-        assert hover > 20 * end
-    assert torch.equal(decayed["S"], t["S"])
+        t = t | {name: t[name] - peak * share * gradient[0] for name, gradient in gradients.items()}
+        if k > 0.7 * steps:
+            assert max(gap(t["U"]), gap(t["Vh"].T)) <= 5 * 4e-3 * share + 1e-5
+    assert max(gap(t["U"]), gap(t["Vh"].T)) < 1e-4
+    assert torch.equal(t["S"], S)
 
 
 # --- theorems 1 and 2 -----------------------------------------------------------------------------------------------
@@ -223,7 +223,7 @@ def test_counterexample_to_theorem_2_the_gradient_is_not_lipschitz_near_orthonor
         apart = float((outer - inner).norm())
         assert abs(float(high - low)) <= float(outer.norm() + inner.norm()) * apart
         ratios.append(float((up - down).norm()) / apart)
-    assert all(later > 90 * earlier for earlier, later in zip(ratios, ratios[1:], strict=False))
+    assert all(later > 90 * earlier for earlier, later in itertools.pairwise(ratios))
     assert ratios[-1] > 1e6
 
 

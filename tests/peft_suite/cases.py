@@ -9,16 +9,11 @@ from __future__ import annotations
 from typing import Any
 
 import rankwise
+from rankwise.adapters.configs import CONFIGS
 
 Kwargs = dict[str, Any]
 
-CLASSES: tuple[type, ...] = (
-    rankwise.LoraConfig,
-    rankwise.NnmLoraConfig,
-    rankwise.SoraConfig,
-    rankwise.AdaLoraConfig,
-    rankwise.SorsaConfig,
-)
+CLASSES: tuple[type, ...] = tuple(CONFIGS.values())
 """Every config class; the order of the printed counts."""
 
 ALWAYS: dict[type, Kwargs] = {rankwise.AdaLoraConfig: {"total_step": 1000}}

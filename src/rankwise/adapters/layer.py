@@ -175,7 +175,10 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         tensors.restore_exact()
         factors = self.methods[adapter].factors(tensors.named(), self.scaling[adapter])
         x = self._cast_input_dtype(self.rankwise_dropout[adapter](x), factors.A.dtype)
-        return factors.add_to(result, x)
+        output = factors.add_to(result, x)
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            self.rosters[adapter].saw_forward(self, output)
+        return output
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Every method's update is low-rank."""

@@ -7,7 +7,10 @@ copied or unpickled model gets rosters of its own: a roster travels empty and it
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
 
 from rankwise.methods.base import Method
 
@@ -24,6 +27,9 @@ class Roster:
         adapter: the adapter's name.
         method: its config, which is its method.
     """
+
+    on_forward: ClassVar[Callable[[Roster, AdapterLinear, Tensor], None] | None] = None
+    """What `training` wants to see of the first layer's training forwards: (roster, layer, output)."""
 
     def __init__(self, adapter: str, method: Method) -> None:
         self.adapter = adapter
@@ -42,6 +48,11 @@ class Roster:
         """The living layers that still carry this adapter, in model order."""
         found = (reference() for reference in self._layers)
         return [layer for layer in found if layer is not None and layer.rosters.get(self.adapter) is self]
+
+    def saw_forward(self, layer: AdapterLinear, output: Tensor) -> None:
+        """A layer ran forward in training; pass it on if it is the first of the model."""
+        if Roster.on_forward is not None and self._layers and self._layers[0]() is layer:
+            Roster.on_forward(self, layer, output)
 
     def __reduce__(self) -> tuple[type[Roster], tuple[str, Method]]:
         return Roster, (self.adapter, self.method)

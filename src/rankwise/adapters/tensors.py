@@ -27,6 +27,7 @@ class AdapterTensors(nn.Module):
         self.size = size
         self.slots = method.slots(size)
         self.awaits_start = False
+        self.edits = 0  # of its values by loads, casts and starts: everything but training
         self.loose_dtype, self.exact_dtype = dtype, torch.float32
         for name, slot in self.slots.items():
             kept_exact = slot.exact or not slot.dtype.is_floating_point
@@ -44,6 +45,7 @@ class AdapterTensors(nn.Module):
     @torch.no_grad()
     def fill(self, values: Mapping[str, Tensor]) -> None:
         """Copy `values` in; tensors not named keep theirs."""
+        self.edits += 1
         for name, value in values.items():
             getattr(self, name).copy_(value)
 
@@ -53,6 +55,7 @@ class AdapterTensors(nn.Module):
             tensor, dtype = getattr(self, name), self.exact_dtype if slot.trained else torch.float32
             if slot.exact and tensor.dtype != dtype:
                 tensor.data = tensor.data.to(dtype)
+                self.edits += 1
 
     def follow_base_dtype(self) -> None:
         """Hold exact parameters, too, in the base layer's dtype: what `autocast_adapter_dtype=False` asks for."""
@@ -61,6 +64,7 @@ class AdapterTensors(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterTensors:
         """Move as any module does, but do not let a cast round what is exact."""
+        self.edits += 1
         exact = {name: getattr(self, name).data for name, slot in self.slots.items() if slot.exact}
         super()._apply(fn, recurse)
         for name, before in exact.items():
@@ -73,6 +77,7 @@ class AdapterTensors(nn.Module):
         """Loaded tensors need no start: an SVD is never recomputed for a saved adapter."""
         if any(key.startswith(prefix) for key in state_dict):
             self.awaits_start = False
+            self.edits += 1
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[arg-type]
 
     def extra_repr(self) -> str:

@@ -84,7 +84,7 @@ class RankwiseTuner(BaseTuner):
     ) -> dict[str, Tensor]:
         """As PEFT, but tensors of another kind of adapter are refused: PEFT would leave the adapter as it was.
 
-        What is about to be loaded needs no start; PEFT reads the model's state dict on the way, which would give it one.
+        What is about to be loaded needs no start; PEFT reads the state dict on the way, which would give it one.
         """
         for layer in model.modules():
             if isinstance(layer, AdapterLinear) and adapter_name in layer.rankwise_tensors:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from rankwise.adapters.layer import AdapterLinear
 from rankwise.adapters.roster import Roster, living_rosters
 from rankwise.errors import TrainingError
 from rankwise.training.session import Groups, session_of
@@ -24,6 +25,7 @@ def install() -> None:
     """Register the two hooks, once per process."""
     global _installed
     if not _installed:
+        Roster.on_forward = _saw_forward
         register_optimizer_step_pre_hook(_before_step)
         register_optimizer_step_post_hook(_after_step)
         _installed = True
@@ -51,6 +53,10 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs
 def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for roster in _moved_by(optimizer):
         session_of(roster).after()
+
+
+def _saw_forward(roster: Roster, layer: AdapterLinear, output: torch.Tensor) -> None:
+    session_of(roster).saw_forward(layer.tensors(roster.adapter), output)
 
 
 def _run_before(optimizer: torch.optim.Optimizer) -> None:

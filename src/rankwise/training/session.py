@@ -20,6 +20,7 @@ from rankwise.adapters.roster import Roster
 from rankwise.adapters.tensors import AdapterTensors
 from rankwise.errors import TrainingError
 from rankwise.methods.base import Stack, Step, Updates
+from rankwise.training.watch import Seen, Watch
 
 BAD_GRADIENTS = 5
 """Steps in a row with NaN or infinite gradients that stop a run."""
@@ -56,6 +57,7 @@ class Session:
         self._progress = Progress()
         self._read_from: tuple[int, int] | None = None
         self._told = False
+        self._watch = Watch()
 
     # --- the two moments --------------------------------------------------------------------------------------------
 
@@ -105,6 +107,21 @@ class Session:
         progress.finalized = 1
         self._store(progress)
 
+    def saw_forward(self, tensors: AdapterTensors, output: Tensor) -> None:
+        """The first layer ran forward in training: notice steps that were skipped or taken out of sight.
+
+        Raises:
+            TrainingError: the weights moved without an optimiser step.
+        """
+        seen = self._watch.forward(tensors, output)
+        if seen is Seen.DROPPED:
+            self._count_skip(self.progress())
+        if seen is Seen.MOVED:
+            raise TrainingError(
+                f"the weights of adapter {self.roster.adapter!r} moved after a backward pass and no optimiser step was "
+                "seen: an engine that bypasses torch's optimiser hooks (DeepSpeed) cannot run the method's rules"
+            )
+
     # --- counters ---------------------------------------------------------------------------------------------------
 
     def progress(self) -> Progress:
@@ -119,6 +136,7 @@ class Session:
         value = progress.tensor()
         stored = [layer.rankwise_tensors[self.roster.adapter].progress for layer in self.roster.layers]
         torch._foreach_copy_(stored, [value.to(stored[0].device)] * len(stored))  # type: ignore[arg-type]
+        self._watch.reset()
         self._progress, self._read_from = progress, (id(stored[0]), stored[0]._version)  # type: ignore[assignment]
 
     def _total(self, progress: Progress) -> int | None:

@@ -1,0 +1,70 @@
+"""Plain PEFT LoRA with Trainer on a SPEC's data and settings, without rankwise's layer, configs or rules.
+
+    python bench/plain_peft.py spec.toml
+
+The accuracy that `rankwise compare spec.toml` reports for `lora` is to be held against this one.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+
+import numpy as np
+import peft
+from datasets import Dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from rankwise.compare.data import Table, load_splits
+from rankwise.compare.models import locate
+from rankwise.compare.spec import read_spec
+
+
+def main(path: str) -> None:
+    spec = read_spec(path)
+    splits = load_splits(spec.data, spec.task)
+    tokenizer = AutoTokenizer.from_pretrained(locate(spec.model))
+
+    def tokenized(table: Table) -> Dataset:
+        return Dataset.from_dict(
+            {**tokenizer(table.text, truncation=True, max_length=spec.task.max_length), "labels": table.target}
+        )
+
+    assert spec.training.steps is not None
+    for seed in spec.seeds:
+        set_seed(seed)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            locate(spec.model), num_labels=len(splits.labels or [0])
+        )
+        r = spec.budget.r
+        config = peft.LoraConfig(r=r, lora_alpha=r, target_modules="all-linear", task_type="SEQ_CLS")
+        arguments = TrainingArguments(
+            output_dir=tempfile.mkdtemp(),
+            max_steps=spec.training.steps,
+            per_device_train_batch_size=spec.training.batch_size,
+            learning_rate=spec.training.learning_rate,
+            warmup_steps=round(spec.training.warmup * spec.training.steps),
+            save_strategy="no",
+            report_to="none",
+            seed=seed,
+        )
+        trainer = Trainer(
+            model=peft.get_peft_model(model, config),
+            args=arguments,
+            train_dataset=tokenized(splits.train),
+            data_collator=DataCollatorWithPadding(tokenizer),
+        )
+        trainer.train()
+        guesses = np.argmax(trainer.predict(tokenized(splits.test)).predictions, -1)
+        print(f"plain PEFT LoRA, seed {seed}: accuracy {np.mean(guesses == np.asarray(splits.test.target)):.4f}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
