@@ -11,6 +11,9 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 
+torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where cores are shared
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from rankwise.errors import ArgumentError
@@ -38,8 +39,8 @@ class CubicBudget:
             return self.start
         if t >= self.final:
             return self.end
-        left = 1 - (t - self.tinit) / (self.final - self.tinit)
-        return int(self.end + (self.start - self.end) * left**3)
+        # In whole numbers: a float would round some exact values of b(t) down by one.
+        return self.end + (self.start - self.end) * (self.final - t) ** 3 // (self.final - self.tinit) ** 3
 
     def due(self, last: int, t: int) -> bool:
         """Whether an allocation falls in (last, t].
@@ -58,6 +59,8 @@ def steps_of(argument: str, value: float, total: int, *, least: int = 0) -> int:
     >>> steps_of("tinit", 0.1, 300), steps_of("tinit", 25, 300)
     (30, 25)
     """
+    if not math.isfinite(value):
+        raise ArgumentError(argument, "be finite", value)
     if isinstance(value, float) and 0 < value < 1:
         return max(least, round(value * total))
     if value != int(value) or value < least:

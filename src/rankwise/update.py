@@ -33,7 +33,7 @@ class Factors(NamedTuple):
 
     def delta(self) -> Tensor:
         """The dense update, (…, out, in)."""
-        return (self.B * self.s.unsqueeze(-2)) @ self.A
+        return (self.B * self.s.unsqueeze(-2)).to(self.A.dtype) @ self.A
 
     def add_to(self, result: Tensor, x: Tensor) -> Tensor:
         """result + ΔW x for inputs x (…, in) and result (…, out), without forming ΔW."""

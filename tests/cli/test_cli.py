@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import json
 import subprocess
 import sys
@@ -21,15 +20,7 @@ from typer.testing import CliRunner
 import rankwise
 from rankwise.cli.main import app, main
 
-# the model, data and SPEC files of the comparison's own tests
-_found = importlib.util.spec_from_file_location(
-    "fixtures_of_compare", Path(__file__).parents[1] / "compare" / "conftest.py"
-)
-assert _found is not None
-assert _found.loader is not None
-_fixtures = importlib.util.module_from_spec(_found)
-_found.loader.exec_module(_fixtures)
-tiny, write_spec = _fixtures.tiny, _fixtures.write_spec
+pytest_plugins = ["tiny_comparison"]
 
 WriteSpec = Callable[..., Path]
 

@@ -14,6 +14,8 @@ import pytest
 from rankwise.compare.models import EMBEDDED, locate, model_skeleton, open_model, open_tokenizer
 from rankwise.errors import ArgumentError
 
+pytest_plugins = ["tiny_comparison"]
+
 LABELS = ["colour", "food", "music"]
 
 

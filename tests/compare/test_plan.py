@@ -16,6 +16,8 @@ from rankwise.compare.plan import Plan, make_plan
 from rankwise.compare.spec import read_spec
 from rankwise.errors import RankwiseError
 
+pytest_plugins = ["tiny_comparison"]
+
 Refuse = Callable[..., None]
 WriteSpec = Callable[..., Path]
 
@@ -145,6 +147,23 @@ def test_a_model_without_a_sequence_classifier(refuse: Refuse, tiny: Path, tmp_p
     shutil.copytree(tiny / "model", tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"model_type": "vit"}')
     refuse("^`model` must be .* that can classify sequences; found '.*model'$", model="model")
+
+
+@pytest.mark.xfail(strict=True, reason="a tokenizer without a vocabulary is made up for the folder")
+def test_a_model_without_a_tokenizer(refuse: Refuse, tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny / "model", tmp_path / "model", ignore=shutil.ignore_patterns("tokenizer*", "vocab*"))
+    refuse("^`model` must be a folder, hub id or embedded model with a tokenizer; found '.*model'$", model="model")
+
+
+@pytest.mark.xfail(strict=True, reason="whether there are weights shows when a run begins")
+def test_a_model_without_weights(refuse: Refuse, tiny: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny / "model", tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
+    refuse("^`model` must ", model="model")
+
+
+@pytest.mark.xfail(strict=True, reason="a text beyond the model's positions fails in the middle of training")
+def test_texts_longer_than_the_model_can_read(refuse: Refuse) -> None:
+    refuse(r"^`task.max_length` must be .*32; found 33$", task={"max_length": 33})
 
 
 def test_a_missing_data_file(refuse: Refuse) -> None:

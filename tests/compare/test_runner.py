@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ from rankwise.compare.plan import Plan, Run, make_plan
 from rankwise.compare.results import Result, read_results
 from rankwise.compare.runner import run_plan
 from rankwise.compare.spec import read_spec
+
+pytest_plugins = ["tiny_comparison"]
 
 METHODS = ["lora", "nnm", "adalora", "sora", "sorsa"]
 COMMAND = "rankwise compare spec.toml"
@@ -116,7 +118,8 @@ def held(plan: Plan, run: Run, age: float) -> Path:
     claim = claim_of(plan, run)
     claim.parent.mkdir(parents=True, exist_ok=True)
     claim.write_text("elsewhere 1\n")
-    os.utime(claim, (time.time() - age,) * 2)
+    then = time.time() - age
+    os.utime(claim, (then, then))
     return claim
 
 
@@ -358,7 +361,7 @@ def test_every_step_is_a_sign_of_life(four: Plan, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def rates(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[float, float]]]:
+def rates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
     """The peak and the present learning rate of the optimiser at each run's first step."""
     seen: list[tuple[float, float]] = []
 

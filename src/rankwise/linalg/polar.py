@@ -30,4 +30,5 @@ def polar(A: Tensor) -> tuple[Tensor, Tensor]:
     alive = w > floor
     sigma = torch.where(alive, w, 1).sqrt()
     inverse_root = (V * torch.where(alive, 1 / sigma, 0).unsqueeze(-2)) @ V.mT
-    return (inverse_root @ A64).to(A.dtype), torch.where(alive, sigma, 0).sum(-1)
+    Q = torch.where((A64 != 0).any(-1, keepdim=True), inverse_root @ A64, 0)
+    return Q.to(A.dtype), torch.where(alive, sigma, 0).sum(-1)

@@ -49,7 +49,7 @@ class Nnm(Method):
             A = layers["A"].float()
             Q, nuclear = polar(A)
             norm = torch.linalg.matrix_norm(A)
-            weight = self.nuclear_weight / norm.clamp_min(torch.finfo(A.dtype).tiny)
+            weight = torch.where(norm > 0, self.nuclear_weight / norm, 0)
             if not self.scale_by_frobenius:
                 weight = torch.full_like(norm, self.nuclear_weight)
             gradients.append({"A": -weight[:, None, None] * Q})

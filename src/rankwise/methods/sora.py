@@ -87,13 +87,15 @@ class Sora(Method):
         """Says when the whole run cannot shrink a gate as far as the smallest one is from 0."""
         if step.total is None or self.sparse_weight == 0:
             return None
-        reach = max(float(layers.peak("g").max()) for layers in stacks) * self.sparse_weight * step.total
-        smallest = min(float(layers["g"].abs().min()) for layers in stacks)
-        if reach >= smallest:
+        peaks = [float(peak) for layers in stacks for peak in layers.peak("g")]
+        reaches = [peak * self.ratio("g", peak) * self.sparse_weight * step.total for peak in peaks]
+        smallest = [float(g) for layers in stacks for g in layers["g"].abs().amin(-1)]
+        reach, gate = max(zip(reaches, smallest, strict=True), key=lambda pair: pair[0] - pair[1])
+        if reach >= gate:
             return None
         return (
-            f"no gate can close in this run: {step.total} steps shrink a gate by at most {reach:.2g} and the smallest "
-            f"gate is {smallest:.2g}; raise `sparse_weight` ({self.sparse_weight}), `gate_lr` or the number of steps"
+            f"no gate can close in this run: {step.total} steps shrink a gate by at most {reach:.2g} and the nearest "
+            f"to 0 is {gate:.2g}; raise `sparse_weight` ({self.sparse_weight}), `gate_lr` or the number of steps"
         )
 
     def penalty(self, stacks: Sequence[Stack], step: Step) -> Penalty | None:

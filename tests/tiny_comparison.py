@@ -1,4 +1,7 @@
-"""A tiny BERT with a tokenizer, text data it can learn, and SPEC files that point to them, all made on the spot."""
+"""A tiny BERT with a tokenizer, text data it can learn, and SPEC files that point to them, all made on the spot.
+
+A plugin for the test files that name it in `pytest_plugins`; a second conftest.py would hide the first from imports.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from transformers import BertConfig, BertModel, BertTokenizer
 from transformers.utils import logging
 
 WORDS = {
@@ -55,7 +58,7 @@ def write_model(folder: Path) -> None:
     vocabulary = folder / "vocab.txt"
     words = [word for group in WORDS.values() for word in group]
     vocabulary.write_text("\n".join([*SPECIAL, *words, *FILLERS, *SCORES]) + "\n")
-    tokenizer = BertTokenizerFast(vocab=str(vocabulary))
+    tokenizer = BertTokenizer(vocab=str(vocabulary))
     tokenizer.save_pretrained(folder)
     config = BertConfig(
         vocab_size=len(tokenizer),
