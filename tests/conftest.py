@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where cores are shared
 
 

@@ -38,12 +38,9 @@ def uninstalled(monkeypatch: pytest.MonkeyPatch) -> str:
     return "tiny-embedded"
 
 
-BURIED = pytest.mark.xfail(strict=True, reason="the error is caught as a ValueError and replaced by a vaguer one")
-
-
 @pytest.mark.parametrize(
     "opener",
-    [locate, open_labelled, pytest.param(open_tokenizer, marks=BURIED), pytest.param(skeleton_labelled, marks=BURIED)],
+    [locate, open_labelled, open_tokenizer, skeleton_labelled],
 )
 def test_an_embedded_model_that_is_not_installed_names_its_extra(
     opener: Callable[[str], Any], uninstalled: str

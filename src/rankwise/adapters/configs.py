@@ -93,8 +93,11 @@ class AdapterConfig(Method, PeftConfig):
                 )
             self.init_weights, self.init_lora_weights = self.init_lora_weights, None
         for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), list):
-                setattr(self, name, set(getattr(self, name)))
+            names = getattr(self, name)
+            if not isinstance(names, str | list | set | tuple | None):
+                raise ArgumentError(name, "be module names or a regular expression", names)
+            if isinstance(names, list | tuple):
+                setattr(self, name, set(names))
         if not self.scaled and not self.from_file and (self.lora_alpha is not None or self.use_rslora):
             warnings.warn(
                 f"{type(self).__name__} has no lora_alpha / r scale: lora_alpha and use_rslora are ignored",
@@ -113,11 +116,16 @@ class AdapterConfig(Method, PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ArgumentError("layers_pattern", "come with layers_to_transform", self.layers_pattern)
-        for pattern, rank in (self.rank_pattern or {}).items():
+        for name in ("rank_pattern", "alpha_pattern"):
+            if not isinstance(getattr(self, name), dict):
+                raise ArgumentError(name, "map names or patterns to numbers", getattr(self, name))
+        for pattern, rank in self.rank_pattern.items():
             if not isinstance(rank, int) or rank < 1:
                 raise ArgumentError(
                     f"rank_pattern[{pattern!r}]", "be a whole number ≥ 1 (leave modules out with exclude_modules)", rank
                 )
+        for pattern, alpha in self.alpha_pattern.items():
+            require_number(f"alpha_pattern[{pattern!r}]", alpha, least=1e-30)
 
     def rank_of(self, module: str) -> int:
         """The rank a module starts with, by its name in the base model."""

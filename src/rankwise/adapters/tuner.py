@@ -30,7 +30,7 @@ class RankwiseTuner(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As PEFT, with one roster per adapter and unknown module names refused before anything is changed."""
         config: AdapterConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
-        _check_names("target_modules", config.target_modules, model)
+        check_names("target_modules", config.target_modules, model)
         self._roster = Roster(adapter_name, config)
         self._clamped: list[str] = []
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -101,13 +101,29 @@ class RankwiseTuner(BaseTuner):
         return remapped
 
 
-def _check_names(argument: str, names: object, model: nn.Module) -> None:
-    """Every listed name must match a module; the error lists the nearest."""
-    if not isinstance(names, list | set | tuple):
+def check_names(argument: str, names: object, model: nn.Module) -> None:
+    """Raise `ArgumentError`, with the nearest names, for a name or pattern that matches no module of the model.
+
+    A list holds names, or the ends of names; a string is a regular expression, or "all-linear".
+    """
+    if names is None or names == "all-linear":
         return
     modules = [name.replace(".base_layer", "") for name, _ in model.named_modules() if name]
-    for name in sorted(names):
-        if not any(module == name or module.endswith(f".{name}") for module in modules):
+    listed = [names] if isinstance(names, str) else sorted(names)  # type: ignore[arg-type]
+    for name in listed:
+        matches = _pattern(argument, name).fullmatch if isinstance(names, str) else re.compile(_ending(name)).fullmatch
+        if not any(matches(module) for module in modules):
             last = {module.rsplit(".", 1)[-1] for module in modules}
             known = modules if "." in name else sorted(part for part in last if not re.fullmatch(r"\d+", part))
             raise ArgumentError(argument, f"name modules of the model ({nearest(name, known)})", name)
+
+
+def _ending(name: str) -> str:
+    return rf"(.*\.)?{re.escape(name)}"
+
+
+def _pattern(argument: str, pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ArgumentError(argument, f"be a regular expression ({error})", pattern) from error

@@ -47,11 +47,10 @@ def run_and_show(spec: Spec, command: str, watching: type[Watching]) -> None:
     if results:
         Console().print(table(summarise(results), results[0].metric))
     if len(results) < len(plan.runs):
-        typer.echo(
-            f"{len(plan.runs) - len(results)} runs are still under way elsewhere; the same command shows them later"
-        )
-    typer.echo(f"page     {spec.output / 'report.html'}")
-    typer.echo(f"adapters {spec.output / 'exports'} (plain LoRA), {spec.output / 'adapters'} (to train on)")
+        typer.echo(f"under way elsewhere: {len(plan.runs) - len(results)}; the same command shows them once finished")
+    if results:
+        typer.echo(f"page     {spec.output / 'report.html'}")
+        typer.echo(f"adapters {spec.output / 'exports'} (plain LoRA), {spec.output / 'adapters'} (to train on)")
 
 
 def quiet_libraries() -> None:

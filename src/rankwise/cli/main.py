@@ -5,15 +5,17 @@ from __future__ import annotations
 import sys
 
 import typer
+from typer.exceptions import TyperException
 
 import rankwise
 from rankwise.cli import compare, demo, methods, train
 from rankwise.cli.output import stop
 from rankwise.errors import RankwiseError
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="rankwise",
-    help="Low-rank fine-tuning that chooses its own ranks.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -36,15 +38,18 @@ def _version(asked: bool) -> None:
 def root(
     version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
 ) -> None:
-    """Low-rank fine-tuning that chooses its own ranks."""
+    """Low-rank fine-tuning that chooses its own ranks.
+
+    Example: `rankwise compare spec.toml`
+    """
 
 
 def main() -> None:
     """Run the command line; a mistake of the user's is one sentence and exit code 2."""
     try:
-        app()
-    except RankwiseError as error:
+        code = app(standalone_mode=False)
+    except (RankwiseError, TyperException) as error:
         stop(error)
-    except KeyboardInterrupt:
+    if code == INTERRUPTED:
         typer.echo("stopped; finished runs are kept, and the same command goes on", err=True)
-        sys.exit(130)
+    sys.exit(code or 0)

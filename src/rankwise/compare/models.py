@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from rankwise.errors import ArgumentError
@@ -31,36 +32,68 @@ def locate(name: str) -> str:
 
 
 def open_tokenizer(name: str) -> Any:
-    """The tokenizer of a model.
+    """The tokenizer of a model; one without a padding token pads with its end token.
 
     Raises:
-        ArgumentError: it does not open.
+        ArgumentError: it does not open, or has no vocabulary.
     """
+    place = locate(name)
     try:
-        return AutoTokenizer.from_pretrained(locate(name))
+        tokenizer = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise ArgumentError("model", "be a folder, hub id or embedded model with a tokenizer", name) from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # what transformers makes up for a folder without one
+        raise ArgumentError("model", "be a folder, hub id or embedded model with a tokenizer", name)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
-def open_model(name: str, labels: list[str] | None) -> PreTrainedModel:
-    """A sequence classifier with these labels, or with one output for regression, its head fresh."""
-    return AutoModelForSequenceClassification.from_pretrained(locate(name), **_head(labels))
+def open_model(name: str, labels: list[str] | None, pad: int | None = None) -> PreTrainedModel:
+    """A sequence classifier with these labels, or with one output for regression, its head fresh.
+
+    `pad` is the tokenizer's padding token, for models whose config names none.
+    """
+    padding = {} if pad is None else {"pad_token_id": pad}
+    return AutoModelForSequenceClassification.from_pretrained(locate(name), **_head(labels), **padding)
 
 
 def model_skeleton(name: str, labels: list[str] | None) -> PreTrainedModel:
     """The same model without weights, on the meta device: enough to check what a config targets.
 
     Raises:
-        ArgumentError: the model's config does not open, or no sequence classifier exists for it.
+        ArgumentError: the model's config does not open, no sequence classifier exists for it, or a local folder holds
+            no whole weights.
     """
+    place = locate(name)
     try:
-        config = AutoConfig.from_pretrained(locate(name), **_head(labels))
+        config = AutoConfig.from_pretrained(place, **_head(labels))
         with init_empty_weights():
-            return AutoModelForSequenceClassification.from_config(config)
+            model = AutoModelForSequenceClassification.from_config(config)
     except (OSError, ValueError) as error:
         raise ArgumentError(
             "model", "be a folder, hub id or embedded model that can classify sequences", name
         ) from error
+    if Path(place).is_dir():
+        _check_weights(Path(place), name)
+    return model
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder."""
+    return sorted(folder.glob("model*.safetensors"))
+
+
+def _check_weights(folder: Path, name: str) -> None:
+    files = weight_files(folder)
+    if not files:
+        raise ArgumentError("model", "be a folder with model*.safetensors in it", name)
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except SafetensorError as error:
+            raise ArgumentError("model", f"have whole weights ({file.name} is truncated)", name) from error
 
 
 def _head(labels: list[str] | None) -> dict[str, Any]:

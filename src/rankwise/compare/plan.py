@@ -9,13 +9,16 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft import get_peft_model
+from peft import NoMatchingPeftModuleError, PeftConfig, get_peft_model
+from transformers import PreTrainedModel
 
 from rankwise.adapters.configs import CONFIGS, AdapterConfig
+from rankwise.adapters.tuner import check_names
 from rankwise.compare.data import Splits, load_splits
-from rankwise.compare.models import model_skeleton, open_tokenizer
+from rankwise.compare.models import locate, model_skeleton, open_tokenizer, weight_files
 from rankwise.compare.spec import MethodEntry, Spec
 from rankwise.errors import ArgumentError, nearest
+from rankwise.export.lora import check_exportable
 
 
 @dataclass(frozen=True)
@@ -50,14 +53,16 @@ def make_plan(spec: Spec) -> Plan:
         DataError: the data is not what the SPEC says.
     """
     for entry in spec.methods:
-        make_config(spec, entry)
+        check_exportable(make_config(spec, entry))
+    open_tokenizer(spec.model)
     splits = load_splits(spec.data, spec.task)
     steps = _steps(spec, len(splits.train.text))
-    open_tokenizer(spec.model)
     for entry in spec.methods:
-        config = make_config(spec, entry)
-        config.final_step(getattr(config, "total_step", None) or steps)
-        get_peft_model(model_skeleton(spec.model, splits.labels), config, low_cpu_mem_usage=True)
+        config, model = make_config(spec, entry), model_skeleton(spec.model, splits.labels)
+        _check_length(spec, model)
+        _check_schedule(entry, config, steps)
+        check_names("modules_to_save", config.modules_to_save, model)
+        _check_targets(model, config)
     runs = [_run(spec, entry, seed) for seed in spec.seeds for entry in spec.methods]
     return Plan(spec, splits, steps, tuple(runs))
 
@@ -70,13 +75,36 @@ def make_config(spec: Spec, entry: MethodEntry) -> AdapterConfig:
     """
     if entry.name not in CONFIGS:
         raise ArgumentError("methods", f"be methods of rankwise ({nearest(entry.name, CONFIGS)})", entry.name)
-    known = [field.name for field in dataclasses.fields(CONFIGS[entry.name]) if field.init]
+    pefts = {field.name for field in dataclasses.fields(PeftConfig)} | {"rankwise_format"}
+    known = [field.name for field in dataclasses.fields(CONFIGS[entry.name]) if field.name not in pefts]
     for name, value in entry.fields.items():
         if name not in known:
             raise ArgumentError(f"{entry.name}.{name}", f"be a field of the method ({nearest(name, known)})", value)
     targets = spec.task.target_modules
     shared = {"r": spec.budget.r, "target_modules": targets if isinstance(targets, str) else list(targets)}
     return CONFIGS[entry.name](**shared | entry.fields, task_type="SEQ_CLS")  # type: ignore[arg-type]
+
+
+def _check_length(spec: Spec, model: PreTrainedModel) -> None:
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and spec.task.max_length > positions:
+        raise ArgumentError("task.max_length", f"be at most the model's positions, {positions}", spec.task.max_length)
+
+
+def _check_schedule(entry: MethodEntry, config: AdapterConfig, steps: int) -> None:
+    """Equal budgets need schedules that end with the run."""
+    told = getattr(config, "total_step", None)
+    if told not in (None, steps):
+        raise ArgumentError(f"{entry.name}.total_step", f"be left out, or be the steps of the run, {steps}", told)
+    config.final_step(steps)
+
+
+def _check_targets(model: PreTrainedModel, config: AdapterConfig) -> None:
+    try:
+        get_peft_model(model, config, low_cpu_mem_usage=True)
+    except NoMatchingPeftModuleError as error:
+        seen = {"target_modules": config.target_modules, "layers_to_transform": config.layers_to_transform}
+        raise ArgumentError("target_modules", "match modules together with exclude_modules and layers", seen) from error
 
 
 def _steps(spec: Spec, examples: int) -> int:
@@ -104,9 +132,18 @@ def _digest(spec: Spec, entry: MethodEntry) -> str:
     told = {key: value for key, value in spec.to_dict().items() if key not in ("output", "methods", "seeds")}
     files = [spec.data.train, spec.data.test, spec.data.validation]
     told["contents"] = [_hash(file) for file in files if file is not None]
+    told["weights"] = [_fingerprint(file) for file in weight_files(Path(locate(spec.model)))]
     told["entry"] = dataclasses.asdict(entry)
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _hash(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _fingerprint(weights: Path) -> str:
+    """Size and last mebibyte: enough to tell a model that was trained on in place, without reading all of it."""
+    size = weights.stat().st_size
+    with weights.open("rb") as file:
+        file.seek(max(0, size - 2**20))
+        return f"{size}-{hashlib.sha256(file.read()).hexdigest()}"

@@ -74,15 +74,19 @@ def _stepper(run: Run, file: Path, watch: Watch) -> Callable[[], None]:
 def _claimed(claim: Path) -> Iterator[bool]:
     """Hold a run for this process; False if a living process holds it."""
     claim.parent.mkdir(parents=True, exist_ok=True)
-    if claim.exists() and time.time() - claim.stat().st_mtime > STALE:
-        claim.unlink(missing_ok=True)
+    owner = f"{socket.gethostname()} {os.getpid()}\n"
+    with contextlib.suppress(FileNotFoundError):
+        if time.time() - claim.stat().st_mtime > STALE:
+            claim.unlink()
     try:
         with claim.open("x") as mark:
-            mark.write(f"{socket.gethostname()} {os.getpid()}\n")
+            mark.write(owner)
     except FileExistsError:
         yield False
         return
     try:
         yield True
     finally:
-        claim.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if claim.read_text() == owner:  # not so where it went stale and another process took over
+                claim.unlink()

@@ -59,11 +59,12 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
     began = time.perf_counter()
     set_seed(run.seed)
     config = make_config(plan.spec, run.entry)
-    model = get_peft_model(open_model(plan.spec.model, plan.splits.labels), config)
+    tokenizer = open_tokenizer(plan.spec.model)
+    model = get_peft_model(open_model(plan.spec.model, plan.splits.labels, tokenizer.pad_token_id), config)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     initial_ranks = ranks(model)
     clock = _Clock(on_step)
-    trainer = _trainer(plan, run, model, output, clock)
+    trainer = _trainer(plan, run, model, tokenizer, output, clock)
     trainer.train()
     scores = {name: _score(trainer, getattr(plan.splits, name), plan) for name in ("validation", "test")}
     model.save_pretrained(str(output / "adapters" / run.key))
@@ -130,8 +131,8 @@ class _Clock(TrainerCallback):
             self.losses.append((state.global_step, loss))
 
 
-def _trainer(plan: Plan, run: Run, model: PeftModel | Any, output: Path, clock: _Clock) -> Trainer:
-    spec, tokenizer = plan.spec, open_tokenizer(plan.spec.model)
+def _trainer(plan: Plan, run: Run, model: PeftModel | Any, tokenizer: Any, output: Path, clock: _Clock) -> Trainer:
+    spec = plan.spec
     arguments = TrainingArguments(
         output_dir=str(output / "checkpoints" / run.key),
         max_steps=plan.steps,

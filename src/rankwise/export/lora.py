@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rankwise.adapters.configs import AdapterConfig
 from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.source import CONFIG, PEFT_PREFIX, TENSORS, Source, finite, from_folder, from_model
 from rankwise.methods.base import require_choice, require_int
@@ -86,7 +87,7 @@ def export_lora(
         raise ArgumentError("folder", "not exist yet, or be replaced with overwrite", str(folder))
     live = isinstance(model_or_folder, nn.Module)
     source = from_model(model_or_folder, adapter) if live else from_folder(Path(model_or_folder), base)
-    _check_exportable(source)
+    _check(source)
     written = _truncated(source.updates, rank)
     config, factors = (_uniform if layout == "uniform" else _compact)(source, written, rank)
     _write(folder, config, _tensors(factors) | source.others, overwrite)
@@ -103,10 +104,17 @@ def export_lora(
     )
 
 
-def _check_exportable(source: Source) -> None:
-    config = source.config
+def check_exportable(config: AdapterConfig) -> None:
+    """Raise `RankwiseError` for a config whose adapter could not be a plain LoRA."""
     if config.bias != "none":
-        raise RankwiseError(f"trained biases cannot be part of a plain LoRA that servers load: bias is {config.bias!r}")
+        raise RankwiseError(
+            f"trained biases cannot be part of a plain LoRA that servers load: `bias` is {config.bias!r}"
+        )
+
+
+def _check(source: Source) -> None:
+    config = source.config
+    check_exportable(config)
     broken = finite(source.updates)
     if broken:
         raise RankwiseError(f"the update of module {broken!r} holds NaN or infinity")
