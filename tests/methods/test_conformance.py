@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import rankwise
+from cases import CASES, Case
 from conftest import tiny_bert, tiny_gpt2
 from rankwise.adapters.configs import CONFIGS, AdapterConfig
 from rankwise.adapters.lookup import adapted_layers

@@ -26,6 +26,7 @@ from types import ModuleType
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # PEFT's custom models are built in the test file
 
 import pytest
+
 from cases import CLASSES, DECORATORS, DERIVED, LEFT_OUT, TABLES
 
 HERE = Path(__file__).resolve().parent

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case
-from conftest import tiny_bert
 from peft import get_peft_model
 
 import rankwise
+from cases import CASES, Case
+from conftest import tiny_bert
 from rankwise.adapters.configs import CONFIGS
 from rankwise.adapters.lookup import adapted_layers
 from rankwise.errors import TrainingError
