@@ -59,11 +59,11 @@ def _file(output: Path, run: Run) -> Path:
     return output / "results" / f"{run.key}.json"
 
 
-def _stepper(run: Run, file: Path, watch: Watch) -> Callable[[], None]:
+def _stepper(run: Run, file: Path, watch: Watch) -> Callable[[int], None]:
     claim = file.with_suffix(".claim")
 
-    def on_step() -> None:
-        watch(run, 1)
+    def on_step(steps: int) -> None:
+        watch(run, steps)
         with contextlib.suppress(OSError):
             os.utime(claim)
 

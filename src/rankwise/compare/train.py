@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 import platform
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from transformers import (
 
 from rankwise.adapters.configs import AdapterConfig
 from rankwise.adapters.lookup import factors, ranks
+from rankwise.compare.checkpoints import newest_complete
 from rankwise.compare.data import Table
 from rankwise.compare.models import open_model, open_tokenizer
 from rankwise.compare.plan import Plan, Run, make_config
@@ -40,21 +42,24 @@ from rankwise.training.status import status
 
 SHOWN_SINGULAR_VALUES = 64
 """How many singular values of each update a result keeps."""
+CHECKPOINTS = 5
+"""Checkpoints a run writes on its way; they are removed at its end."""
 WARMUP_STEPS = 3
 """First steps left out of the time per step: allocations and caches settle in them."""
 
 
-def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callable[[], None] | None = None) -> Result:
+def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callable[[int], None] | None = None) -> Result:
     """Train one run of a plan and return what it came to.
 
-    The adapter is saved under output/adapters and exported as a plain LoRA under output/exports.
+    A run that was killed goes on from its newest whole checkpoint, and ends as if it had not been. The adapter is saved
+    under output/adapters and exported as a plain LoRA under output/exports.
 
     Args:
         plan: the checked SPEC.
         run: which of its runs.
         output: the SPEC's output folder.
         command: what the user typed, kept with the result.
-        on_step: called after each optimiser step.
+        on_step: told how many more optimiser steps are done.
     """
     began = time.perf_counter()
     set_seed(run.seed)
@@ -65,12 +70,15 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
     initial_ranks = ranks(model)
     clock = _Clock(on_step)
     trainer = _trainer(plan, run, model, tokenizer, output, clock)
-    trainer.train()
+    checkpoints = Path(trainer.args.output_dir or "")
+    resumed = newest_complete(checkpoints)
+    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     scores = {name: _score(trainer, getattr(plan.splits, name), plan) for name in ("validation", "test")}
     model.save_pretrained(str(output / "adapters" / run.key))
     exported = export_lora(model, output / "exports" / run.key, overwrite=True)
     now = status(model)
     metric, *extra = scores["test"]
+    shutil.rmtree(checkpoints, ignore_errors=True)
     return Result(
         method=run.entry.name,
         label=run.label,
@@ -85,7 +93,7 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
         score=scores["test"][metric],
         validation_score=scores["validation"][metric],
         extra_metrics={name: scores["test"][name] for name in extra},
-        train_loss=clock.losses,
+        train_loss=_losses(trainer),
         parameters=dataclasses.asdict(now.parameters),
         head_parameters=trainable - now.parameters.initial,
         mean_rank=statistics.fmean(now.ranks.values()),
@@ -109,13 +117,16 @@ def method_fields(config: AdapterConfig) -> dict[str, Any]:
 
 
 class _Clock(TrainerCallback):
-    """Seconds of each step and the training losses, as the trainer goes."""
+    """Seconds of each step, as the trainer goes."""
 
-    def __init__(self, on_step: Callable[[], None] | None) -> None:
+    def __init__(self, on_step: Callable[[int], None] | None) -> None:
         self.seconds: list[float] = []
-        self.losses: list[tuple[int, float]] = []
         self._on_step = on_step
         self._since = 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self._on_step and state.global_step:
+            self._on_step(state.global_step)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._since = time.perf_counter()
@@ -123,12 +134,7 @@ class _Clock(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self.seconds.append(time.perf_counter() - self._since)
         if self._on_step:
-            self._on_step()
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        loss = float((logs or {}).get("loss", math.nan))
-        if math.isfinite(loss):
-            self.losses.append((state.global_step, loss))
+            self._on_step(1)
 
 
 def _trainer(plan: Plan, run: Run, model: PeftModel | Any, tokenizer: Any, output: Path, clock: _Clock) -> Trainer:
@@ -141,7 +147,8 @@ def _trainer(plan: Plan, run: Run, model: PeftModel | Any, tokenizer: Any, outpu
         learning_rate=run.learning_rate,
         warmup_steps=round(spec.training.warmup * plan.steps),
         logging_steps=max(1, plan.steps // 50),
-        save_strategy="no",
+        save_steps=max(1, plan.steps // CHECKPOINTS),
+        save_total_limit=2,
         report_to="none",
         disable_tqdm=True,
         seed=run.seed,
@@ -157,6 +164,12 @@ def _trainer(plan: Plan, run: Run, model: PeftModel | Any, tokenizer: Any, outpu
     )
     _silence(trainer)
     return trainer
+
+
+def _losses(trainer: Trainer) -> list[tuple[int, float]]:
+    """(step, loss) as logged, before a resumption too; a loss that is not finite is left out."""
+    logged = [(int(log["step"]), float(log["loss"])) for log in trainer.state.log_history if "loss" in log]
+    return [(step, loss) for step, loss in logged if math.isfinite(loss)]
 
 
 def _silence(trainer: Trainer) -> None:

@@ -12,6 +12,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from rankwise.adapters.layer import AdapterLinear
 from rankwise.adapters.roster import Roster
+from rankwise.errors import TrainingError
 from rankwise.training.session import session_of
 from rankwise.training.status import metrics
 
@@ -22,9 +23,19 @@ class RankwiseCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        """Hand the total steps to every adapter of the model; a schedule that cannot fit fails here."""
+        """Hand the total steps to every adapter of the model.
+
+        Raises:
+            ArgumentError: a schedule cannot fit the steps.
+            TrainingError: training resumes and an adapter was not in the checkpoint (PEFT would start it afresh).
+        """
         for roster in rosters_of(model):
             roster.trainer_total = state.max_steps
+            if state.global_step and not session_of(roster).progress().step:
+                raise TrainingError(
+                    f"the checkpoint at step {state.global_step} did not hold adapter {roster.adapter!r}, which is "
+                    "still at step 0: it was saved from an adapter of another name"
+                )
             if not session_of(roster).progress().total:
                 roster.method.final_step(getattr(roster.method, "total_step", None) or state.max_steps)
 
