@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -166,39 +165,34 @@ def test_sft_trainer_moves_a_by_the_penalty_alone_at_its_first_step(tmp_path: Pa
     assert moved == {"lora": False, "nnm": True}
 
 
+def accelerate_run(name: str, case: Case, folder: Path, first: int, last: int) -> dict[str, torch.Tensor]:
+    """Steps first … last − 1 of one run of twelve; a run that starts later loads what the earlier one saved."""
+    torch.manual_seed(4)
+    accelerator = Accelerator(cpu=True)
+    model = get_peft_model(tiny_bert().train(), config_of(name, case, "SEQ_CLS"))
+    optimizer: Any = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    tokens = torch.randint(0, 100, (12 * 16, 8), generator=torch.Generator().manual_seed(2))
+    loader: Any = DataLoader(TensorDataset(tokens, tokens[:, 0] % 3), batch_size=16)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    if first:
+        accelerator.load_state(str(folder))
+    for i, (inputs, labels) in enumerate(loader):
+        if first <= i < last:
+            accelerator.backward(model(input_ids=inputs, labels=labels).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    accelerator.save_state(str(folder))
+    assert rankwise.status(accelerator.unwrap_model(model)).step == last
+    return {key: t.clone() for key, t in model.state_dict().items() if "rankwise" in key}
+
+
 @ROWS
 def test_accelerate_saves_and_resumes_bit_identical(name: str, case: Case, tmp_path: Path) -> None:
-    ends = []
-    tokens = torch.randint(0, 100, (12 * 16, 8), generator=torch.Generator().manual_seed(2))
-    for stop in (None, 5):
-        torch.manual_seed(4)
-        model, done = get_peft_model(tiny_bert().train(), config_of(name, case, "SEQ_CLS")), 0
-        for part in (range(stop or 12), range(stop, 12) if stop else ()):
-            if not part:
-                continue
-            accelerator = Accelerator(cpu=True)
-            model = get_peft_model(tiny_bert().train(), config_of(name, case, "SEQ_CLS"))
-            optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-            torch.manual_seed(4)
-            loader = DataLoader(TensorDataset(tokens, tokens[:, 0] % 3), batch_size=16)
-            prepared, wrapped, loader = accelerator.prepare(model, optimizer, loader)
-            if done == 0:
-                start = copy.deepcopy(prepared.state_dict()) if not ends else start
-                prepared.load_state_dict(start)
-            else:
-                accelerator.load_state(str(tmp_path / "state"))
-            for i, (inputs, labels) in enumerate(loader):
-                if i in part:
-                    accelerator.backward(prepared(input_ids=inputs, labels=labels).loss)
-                    wrapped.step()
-                    wrapped.zero_grad()
-                    done += 1
-            if stop and done == stop:
-                accelerator.save_state(str(tmp_path / "state"))
-        ends.append({key: t.clone() for key, t in prepared.state_dict().items() if "rankwise" in key})
-    assert rankwise.status(prepared).step == 12
-    assert ends[0].keys() == ends[1].keys()
-    assert all(torch.equal(ends[0][key], t) for key, t in ends[1].items())
+    whole = accelerate_run(name, case, tmp_path / "whole", 0, 12)
+    accelerate_run(name, case, tmp_path / "part", 0, 5)
+    resumed = accelerate_run(name, case, tmp_path / "part", 5, 12)
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[key], t) for key, t in resumed.items())
 
 
 @pytest.mark.slow
