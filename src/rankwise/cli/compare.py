@@ -55,9 +55,12 @@ def run_and_show(spec: Spec, command: str, watching: type[Watching]) -> None:
 
 def quiet_libraries() -> None:
     """Only warnings that matter to a run: no bars inside ours, no advice about a head that is fresh on purpose."""
+    import warnings
+
     import datasets
     import transformers
 
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
