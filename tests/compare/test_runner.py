@@ -90,13 +90,13 @@ def trained(monkeypatch: pytest.MonkeyPatch, comparison: Comparison) -> Trained:
     """In place of training, a result made up at once."""
     log = Trained([])
 
-    def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callable[[], None]) -> Result:
+    def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callable[[int], None]) -> Result:
         log.keys.append(run.key)
         assert (output / "results" / f"{run.key}.claim").exists()
         if log.error is not None and len(log.keys) == log.breaks:
             raise log.error
         for _ in range(plan.steps):
-            on_step()
+            on_step(1)
         return dataclasses.replace(comparison.result("lora"), label=run.label, method=run.entry.name, seed=run.seed)
 
     monkeypatch.setattr(runner, "train_run", train_run)
@@ -344,11 +344,11 @@ def test_every_step_is_a_sign_of_life(four: Plan, monkeypatch: pytest.MonkeyPatc
     class StopHereError(Exception):
         pass
 
-    def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callable[[], None]) -> Result:
+    def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callable[[int], None]) -> Result:
         claim = claim_of(plan, run)
         assert claim.read_text().split()[1] == str(os.getpid())
         os.utime(claim, (1.0, 1.0))
-        on_step()
+        on_step(1)
         assert claim.stat().st_mtime > time.time() - 60
         raise StopHereError
 
