@@ -138,7 +138,11 @@ def test_metrics_reach_the_trainers_reporters(tmp_path: Path) -> None:
     trainer(model, tmp_path, Reporter()).train()
     ranks = [logs["rankwise/mean_rank"] for logs in seen if "rankwise/mean_rank" in logs]
     assert ranks[0] > ranks[-1] == 4.0
-    assert all("rankwise/penalty" in logs for logs in seen if "loss" in logs)
+    told = [logs for logs in seen if "loss" in logs]
+    names = {"mean_rank", "sparsity", "steps_skipped", "penalty", "budget"}
+    assert all({f"rankwise/{name}" for name in names} <= logs.keys() for logs in told)
+    assert told[-1]["rankwise/budget"] == 4 * len(rankwise.ranks(model))
+    assert told[-1]["rankwise/sparsity"] == pytest.approx(1 / 3)
 
 
 def test_penalties_stay_out_of_the_reported_loss(tmp_path: Path, batch: dict[str, torch.Tensor]) -> None:

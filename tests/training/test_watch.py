@@ -119,6 +119,24 @@ def test_gradient_checkpointing_gives_the_same_run(name: str, case: Case, batch:
 
 
 @ROWS
+def test_a_cast_by_hand_leaves_exact_tensors_float32(name: str, case: Case, batch: Batch) -> None:
+    """TRL casts every trainable parameter of a quantised model to bfloat16 after the adapter was made."""
+    model = adapted(name, case)
+    for p in parameters(model):
+        p.data = p.data.to(torch.bfloat16)
+    model.classifier.modules_to_save["default"].float()
+    model(**batch).loss.backward()
+    torch.optim.AdamW(parameters(model), lr=1e-2).step()
+    for layer in adapted_layers(model).values():
+        tensors = layer.tensors("default")
+        wrong = [
+            key for key, slot in tensors.slots.items() if slot.exact and getattr(tensors, key).dtype != torch.float32
+        ]
+        assert not wrong
+    assert rankwise.status(model).rules_run == 1
+
+
+@ROWS
 def test_bfloat16_autocast_trains_and_keeps_exact_tensors(name: str, case: Case, batch: Batch) -> None:
     model = adapted(name, case)
     optimizer = torch.optim.AdamW(parameters(model), lr=1e-2)

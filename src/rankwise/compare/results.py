@@ -7,9 +7,7 @@ and a crash leaves only runs that are really done.
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import uuid
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -19,6 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 from scipy.stats import wilcoxon
 
 from rankwise.errors import DataError
+from rankwise.files import write_whole
 
 FORMAT = 1
 REFERENCE = "lora"
@@ -108,22 +107,6 @@ def _fits(value: Any, hint: Any) -> bool:
 def _spoken(hint: Any) -> str:
     names = {str: "text", int: "an integer", float: "a number", dict: "an object", list: "a list"}
     return names[get_origin(hint) or hint]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Writes `text` so that `path` holds all of it or is left as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # In the same folder, since a rename is atomic only within one file system; a random name, since several
-    # machines may share the folder; not ending in .json, since `read_results` reads those.
-    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def write_result(result: Result, path: str | Path) -> None:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from rankwise.compare.plan import Plan, Run
 from rankwise.compare.report import markdown, write_page
-from rankwise.compare.results import Result, read_results, summarise, write_result, write_whole
+from rankwise.compare.results import Result, read_results, summarise, write_result
 from rankwise.compare.train import train_run
+from rankwise.files import write_whole
 
 STALE = 600.0
 """Seconds without a sign of life after which another machine's claim on a run is taken over."""

@@ -37,6 +37,7 @@ from rankwise.compare.models import open_model, open_tokenizer
 from rankwise.compare.plan import Plan, Run, make_config
 from rankwise.compare.results import Result
 from rankwise.export.lora import export_lora
+from rankwise.files import whole_folder
 from rankwise.methods import METHODS
 from rankwise.training.status import status
 
@@ -74,7 +75,8 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
     resumed = newest_complete(checkpoints)
     trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     scores = {name: _score(trainer, getattr(plan.splits, name), plan) for name in ("validation", "test")}
-    model.save_pretrained(str(output / "adapters" / run.key))
+    with whole_folder(output / "adapters" / run.key) as folder:
+        model.save_pretrained(str(folder))
     exported = export_lora(model, output / "exports" / run.key, overwrite=True)
     now = status(model)
     metric, *extra = scores["test"]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from rankwise.adapters.configs import AdapterConfig
 from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.source import CONFIG, PEFT_PREFIX, TENSORS, Source, finite, from_folder, from_model
+from rankwise.files import whole_folder
 from rankwise.methods.base import require_choice, require_int
 from rankwise.update import Factors
 
@@ -90,7 +89,7 @@ def export_lora(
     _check(source)
     written = _truncated(source.updates, rank)
     config, factors = (_uniform if layout == "uniform" else _compact)(source, written, rank)
-    _write(folder, config, _tensors(factors) | source.others, overwrite)
+    _write(folder, config, _tensors(factors) | source.others)
     error = _error_of(folder, config, source.updates)
     allowed = TOLERANCE + relative_error(source.updates, written)
     if error > allowed:
@@ -202,25 +201,12 @@ def _tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
     return found
 
 
-def _write(folder: Path, config: peft.LoraConfig, tensors: Mapping[str, Tensor], overwrite: bool) -> None:
-    """Write everything into a folder beside, then put it in place by one rename."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        beside.chmod(0o755)
+def _write(folder: Path, config: peft.LoraConfig, tensors: Mapping[str, Tensor]) -> None:
+    with whole_folder(folder) as beside:
         save_file(
             {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, beside / TENSORS, {"format": "pt"}
         )
         config.save_pretrained(str(beside))
-        if folder.exists() and overwrite:
-            replaced = beside.with_name(f"{beside.name}-old")
-            os.replace(folder, replaced)
-            os.replace(beside, folder)
-            shutil.rmtree(replaced)
-        else:
-            os.replace(beside, folder)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
 
 
 def _error_of(folder: Path, config: peft.LoraConfig, updates: Mapping[str, Factors]) -> float:

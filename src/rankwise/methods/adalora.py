@@ -171,6 +171,10 @@ class AdaLora(Method):
         keep = keep_top(scores, self._end(sizes))
         return [{"kept": mask, "Lambda": layers["Lambda"] * mask} for layers, mask in zip(stacks, keep, strict=True)]
 
+    def budget_at(self, sizes: Sequence[Size], step: int, total: int | None) -> int | None:
+        """b(t)."""
+        return None if total is None else self.budget(sizes, total).at(step)
+
     def budget(self, sizes: Sequence[Size], total: int | None) -> CubicBudget:
         """b(t): from all triplets to bT = Σ_k min(target_r, rank of layer k)."""
         if total is None:

@@ -203,6 +203,10 @@ class Method:
         """The step from which the kept ranks no longer change; None for a method without such a step."""
         return None
 
+    def budget_at(self, sizes: Sequence[Size], step: int, total: int | None) -> int | None:
+        """Ranks over all layers that the method's schedule allows at a step; None for a method without a budget."""
+        return None
+
     def finalize(self, stacks: Sequence[Stack]) -> Updates:
         """The final budget applied now, for a run that stopped before its schedule ended."""
         return []

@@ -105,13 +105,20 @@ def finalize(model: nn.Module, adapter: str = "default") -> None:
 
 
 def metrics(roster: Roster) -> dict[str, float]:
-    """Numbers for a trainer's log: mean rank, penalty, steps skipped."""
-    session = session_of(roster)
-    kept = torch.stack([layer.kept(roster.adapter).sum() for layer in roster.layers])
-    found = {"rankwise/mean_rank": float(kept.float().mean()), "rankwise/steps_skipped": session.progress().skipped}
+    """Numbers for a trainer's log: mean rank, sparsity (share of ranks pruned), steps skipped, penalty, budget."""
+    session, layers = session_of(roster), roster.layers
+    progress = session.progress()
+    kept = torch.stack([layer.kept(roster.adapter).sum() for layer in layers]).float()
+    sizes = [layer.tensors(roster.adapter).size for layer in layers]
+    found = {
+        "rankwise/mean_rank": float(kept.mean()),
+        "rankwise/sparsity": 1 - float(kept.sum()) / sum(size.r for size in sizes),
+        "rankwise/steps_skipped": float(progress.skipped),
+    }
     if session.last_penalty is not None:
         found["rankwise/penalty"] = float(session.last_penalty)
-    return found
+    budget = roster.method.budget_at(sizes, progress.step, progress.total or None)
+    return found if budget is None else found | {"rankwise/budget": float(budget)}
 
 
 def _parameters(layers: list[AdapterLinear], adapter: str) -> Parameters:
