@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,11 @@ def test_module_of_another_kind_is_refused() -> None:
 
 
 def test_adalora_reads_r_as_its_target() -> None:
-    config = rankwise.AdaLoraConfig(r=5)
+    with pytest.warns(UserWarning, match="AdaLoRA reads r = 5 as target_r = 5 and init_r = 8"):
+        config = rankwise.AdaLoraConfig(r=5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        rankwise.AdaLoraConfig(r=5)  # said once
     assert (config.target_r, config.init_r, config.start_rank) == (5, 8, 8)
     assert (rankwise.AdaLoraConfig().target_r, rankwise.AdaLoraConfig().init_r) == (8, 12)
     assert rankwise.AdaLoraConfig(r=5, init_r=5).init_r == 5

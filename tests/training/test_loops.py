@@ -98,8 +98,11 @@ def test_a_run_that_ends_early_is_finalized_by_hand(tmp_path: Path) -> None:
     model = get_peft_model(tiny_bert(), rankwise.AdaLoraConfig(r=4, **TARGETS))
     trainer(model, tmp_path, StopAtSix()).train()
     assert rankwise.status(model).final_ranks_due == 14
-    with pytest.warns(UserWarning, match=r"final at step 14 and training stopped at 6.*rankwise\.finalize"):
+    told = r"final at step 14, at a mean of 4, and training stopped at 6: their mean is 4.54; call rankwise\.finalize"
+    with pytest.warns(UserWarning, match=told):
         rankwise.export_lora(model, tmp_path / "early")
+    with pytest.warns(UserWarning, match=told):
+        model.save_pretrained(str(tmp_path / "saved"))
     rankwise.finalize(model)
     assert sum(rankwise.ranks(model).values()) == 4 * len(rankwise.ranks(model))
     assert rankwise.status(model).final_ranks_due is None

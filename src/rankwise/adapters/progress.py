@@ -6,10 +6,13 @@ schedule goes with it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import astuple, dataclass, fields
 
 import torch
 from torch import Tensor
+
+from rankwise.methods.base import Method
 
 CONFIG, TRAINER = 1, 2
 SOURCES = {0: None, CONFIG: "config", TRAINER: "trainer"}
@@ -49,3 +52,22 @@ class Progress:
 
 LENGTH = len(fields(Progress))
 """Entries of the stored form."""
+
+
+def final_ranks_due(method: Method, progress: Progress) -> int | None:
+    """The step at which an adapter's ranks become final; None if they never change that way, or already are."""
+    due = method.final_step(progress.total or getattr(method, "total_step", None))
+    return None if due is None or progress.finalized or progress.last >= due else due
+
+
+def unfinished(method: Method, progress: Progress, ranks: Iterable[int]) -> str | None:
+    """A sentence about ranks that a run left short of their budget, achieved against asked; None if there are none."""
+    due = final_ranks_due(method, progress)
+    if due is None:
+        return None
+    kept = list(ranks)
+    return (
+        f"the ranks of this {method.method} adapter would have become final at step {due}, at a mean of "
+        f"{method.final_rank:g}, and training stopped at {progress.step}: their mean is {sum(kept) / len(kept):.3g}; "
+        "call rankwise.finalize(model) to apply the final budget"
+    )

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from rankwise.adapters.progress import Progress, unfinished
 from rankwise.methods.base import Method
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Roster:
         self.adapter = adapter
         self.method = method
         self.trainer_total: int | None = None
+        self.in_trainer = False  # a trainer's own checkpoints are no sign that a run has ended
         self.session: Any = None
         self._layers: list[weakref.ref[AdapterLinear]] = []
         _ROSTERS.append(weakref.ref(self))
@@ -53,6 +55,16 @@ class Roster:
         """A layer ran forward in training; pass it on if it is the first of the model."""
         if Roster.on_forward is not None and self._layers and self._layers[0]() is layer:
             Roster.on_forward(self, layer, output)
+
+    def unfinished(self) -> str | None:
+        """A sentence about ranks short of their budget, if training has begun; see `progress.unfinished`."""
+        layers = self.layers
+        progress = Progress.of(layers[0].tensors(self.adapter).progress)
+        return (
+            unfinished(self.method, progress, (int(layer.kept(self.adapter).sum()) for layer in layers))
+            if progress.step
+            else None
+        )
 
     def __reduce__(self) -> tuple[type[Roster], tuple[str, Method]]:
         return Roster, (self.adapter, self.method)

@@ -79,6 +79,18 @@ class RankwiseTuner(BaseTuner):
         return AdapterLinear(target, **get_quantization_kwargs(self.model))
 
     @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """As PEFT; ranks short of their budget are saved with a warning, unless by a trainer on its way."""
+        layer = next((m for m in model.modules() if isinstance(m, AdapterLinear) and adapter_name in m.rosters), None)
+        roster = layer.rosters[adapter_name] if layer is not None else None
+        left = None if roster is None or roster.in_trainer else roster.unfinished()
+        if left:
+            warnings.warn(left, stacklevel=4)
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rankwise.adapters.configs import AdapterConfig
+from rankwise.adapters.progress import unfinished
 from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.source import CONFIG, PEFT_PREFIX, TENSORS, Source, finite, from_folder, from_model
 from rankwise.files import whole_folder
@@ -87,6 +88,9 @@ def export_lora(
     live = isinstance(model_or_folder, nn.Module)
     source = from_model(model_or_folder, adapter) if live else from_folder(Path(model_or_folder), base)
     _check(source)
+    left = None if live else unfinished(source.config, source.progress, source.ranks)  # a live model's state has warned
+    if left:
+        warnings.warn(left, stacklevel=2)
     written = _truncated(source.updates, rank)
     config, factors = (_uniform if layout == "uniform" else _compact)(source, written, rank)
     _write(folder, config, _tensors(factors) | source.others)
@@ -117,14 +121,6 @@ def _check(source: Source) -> None:
     broken = finite(source.updates)
     if broken:
         raise RankwiseError(f"the update of module {broken!r} holds NaN or infinity")
-    due = config.final_step(source.progress.total or getattr(config, "total_step", None))
-    if due is not None and source.progress.last < due and not source.progress.finalized:
-        warnings.warn(
-            f"the ranks of this {config.method} adapter would have become final at step {due} and training stopped at "
-            f"{source.progress.step}: it is exported at the ranks it has; call rankwise.finalize(model) first to apply "
-            "the final budget",
-            stacklevel=3,
-        )
 
 
 def _truncated(updates: Mapping[str, Factors], rank: int | None) -> dict[str, Factors]:

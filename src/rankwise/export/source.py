@@ -21,7 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise.adapters.configs import AdapterConfig
 from rankwise.adapters.layer import AdapterLinear
-from rankwise.adapters.lookup import adapted_layers, base_name, factors
+from rankwise.adapters.lookup import adapted_layers, base_name, factors, ranks
 from rankwise.adapters.progress import Progress
 from rankwise.adapters.tuner import PREFIX
 from rankwise.errors import AdapterFileError
@@ -42,6 +42,8 @@ class Source:
     """Modules trained in full (a classifier), by PEFT's names for them."""
     progress: Progress
     """How far training had come."""
+    ranks: list[int]
+    """What the method has not pruned, per module."""
     linear: dict[str, tuple[int, int]]
     """(out, in) of every linear module of the base model; a Conv1D counts."""
     names: tuple[str, ...]
@@ -61,7 +63,8 @@ def from_model(model: nn.Module, adapter: str) -> Source:
     state = get_peft_model_state_dict(model, adapter_name=adapter)
     others = {key: t for key, t in state.items() if f".{PREFIX}" not in key}
     progress = Progress.of(first.started(adapter).progress)
-    return Source(first.methods[adapter], factors(model, adapter), others, progress, *_shapes(model))  # type: ignore[arg-type]
+    kept = list(ranks(model, adapter).values())
+    return Source(first.methods[adapter], factors(model, adapter), others, progress, kept, *_shapes(model))  # type: ignore[arg-type]
 
 
 def from_folder(folder: Path, base: str | Path | nn.Module | None) -> Source:
@@ -91,7 +94,10 @@ def from_folder(folder: Path, base: str | Path | nn.Module | None) -> Source:
             f"the base model has no module {unknown[0]!r}, which {folder} adapts: is it the right base?"
         )
     others = {key: tensor for key, tensor in state.items() if f".{PREFIX}" not in key}
-    return Source(config, updates, others, Progress.of(next(iter(by_module.values()))["progress"]), *shapes)
+    progress = Progress.of(next(iter(by_module.values()))["progress"])
+    return Source(
+        config, updates, others, progress, [int(config.kept(by_module[name]).sum()) for name in updates], *shapes
+    )
 
 
 def read_config(folder: Path) -> AdapterConfig:

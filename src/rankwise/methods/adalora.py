@@ -15,7 +15,9 @@ against gradients before it; eq. 8 is kept here.
 
 from __future__ import annotations
 
+import functools
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -75,6 +77,8 @@ class AdaLora(Method):
     def check(self) -> None:
         """Resolve target_r and init_r, then every rule."""
         super().check()
+        if self.target_r is None and self.init_r is None and self.r != AdaLora.r:
+            _say_once(f"AdaLoRA reads r = {self.r} as target_r = {self.r} and init_r = {math.ceil(1.5 * self.r)}")
         self.target_r = self.r if self.target_r is None else self.target_r
         require_int("target_r", self.target_r, least=1)
         self.init_r = math.ceil(1.5 * self.target_r) if self.init_r is None else self.init_r
@@ -96,6 +100,11 @@ class AdaLora(Method):
     def start_rank(self) -> int:
         """init_r."""
         return self.init_r or self.r
+
+    @property
+    def final_rank(self) -> int:
+        """target_r."""
+        return self.target_r or self.r
 
     def slots(self, size: Size) -> dict[str, Slot]:
         """P (out, r), Λ (r), Q (r, in), the kept set, and Ī and Ū of each where they are used."""
@@ -183,7 +192,7 @@ class AdaLora(Method):
         return CubicBudget(sum(s.r for s in sizes), self._end(sizes), tinit, tfinal, total, every)
 
     def _end(self, sizes: Sequence[Size]) -> int:
-        return sum(min(self.target_r or self.r, s.r) for s in sizes)
+        return sum(min(self.final_rank, s.r) for s in sizes)
 
     def _durations(self, total: int) -> tuple[int, int, int]:
         tinit, tfinal = steps_of("tinit", self.tinit, total), steps_of("tfinal", self.tfinal, total)
@@ -210,6 +219,11 @@ class AdaLora(Method):
         if "importance" in measured:
             return measured["importance"]
         return _triplet_mean({name: measured[f"{name}_mean"] * measured[f"{name}_deviation"] for name in TRIPLET})
+
+
+@functools.cache
+def _say_once(sentence: str) -> None:
+    warnings.warn(sentence, stacklevel=5)
 
 
 def _triplet_mean(s: Mapping[str, Tensor]) -> Tensor:

@@ -151,6 +151,11 @@ class Method:
         """The rank of the tensors a layer starts with, where no rank_pattern names the layer."""
         return self.r
 
+    @property
+    def final_rank(self) -> int:
+        """The mean rank a run ends with, where the method has a schedule for it."""
+        return self.r
+
     def slots(self, size: Size) -> dict[str, Slot]:
         """The tensors of one layer's adapter. B (out, r) and A (r, into) unless overridden."""
         return {"A": Slot((size.r, size.into)), "B": Slot((size.out, size.r))}

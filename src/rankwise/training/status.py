@@ -9,7 +9,7 @@ from torch import nn
 
 from rankwise.adapters.layer import AdapterLinear
 from rankwise.adapters.lookup import adapted_layers, ranks
-from rankwise.adapters.progress import SOURCES
+from rankwise.adapters.progress import SOURCES, final_ranks_due
 from rankwise.adapters.roster import Roster
 from rankwise.training.session import session_of
 
@@ -74,19 +74,12 @@ def status(model: nn.Module, adapter: str = "default") -> Status:
         total_step=total,
         total_step_source=SOURCES[progress.source] or ("config" if total else None),
         ranks=ranks(model, adapter),
-        final_ranks_due=final_ranks_due(roster),
+        final_ranks_due=final_ranks_due(roster.method, progress),
         rules_run=progress.rules,
         steps_skipped=progress.skipped,
         last_penalty=None if session.last_penalty is None else float(session.last_penalty),
         parameters=_parameters(list(layers.values()), adapter),
     )
-
-
-def final_ranks_due(roster: Roster) -> int | None:
-    """The step at which the adapter's ranks become final, None if they never change that way or already are."""
-    progress = session_of(roster).progress()
-    due = roster.method.final_step(progress.total or getattr(roster.method, "total_step", None))
-    return None if due is None or progress.finalized or progress.last >= due else due
 
 
 @torch.no_grad()
@@ -100,8 +93,9 @@ def finalize(model: nn.Module, adapter: str = "default") -> None:
         ArgumentError: the model has no such adapter.
     """
     roster = next(iter(adapted_layers(model, adapter).values())).rosters[adapter]
-    if final_ranks_due(roster) is not None:
-        session_of(roster).finalize()
+    session = session_of(roster)
+    if final_ranks_due(roster.method, session.progress()) is not None:
+        session.finalize()
 
 
 def metrics(roster: Roster) -> dict[str, float]:

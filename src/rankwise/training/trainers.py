@@ -30,7 +30,7 @@ class RankwiseCallback(TrainerCallback):
             TrainingError: training resumes and an adapter was not in the checkpoint (PEFT would start it afresh).
         """
         for roster in rosters_of(model):
-            roster.trainer_total = state.max_steps
+            roster.trainer_total, roster.in_trainer = state.max_steps, True
             if state.global_step and not session_of(roster).progress().step:
                 raise TrainingError(
                     f"the checkpoint at step {state.global_step} did not hold adapter {roster.adapter!r}, which is "
@@ -38,6 +38,13 @@ class RankwiseCallback(TrainerCallback):
                 )
             if not session_of(roster).progress().total:
                 roster.method.final_step(getattr(roster.method, "total_step", None) or state.max_steps)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """From here on, saving warns of ranks that the run left short of their budget."""
+        for roster in rosters_of(model):
+            roster.in_trainer = False
 
     def on_log(
         self,
