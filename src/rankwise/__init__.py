@@ -37,16 +37,27 @@ __all__ = ["Factors", "Status", "export_lora", "factors", "finalize", "ranks", "
 
 
 def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name) or ("rankwise.adapters.configs" if name.endswith("Config") else None)
-    if home is None or not hasattr(module := importlib.import_module(home), name):
+    if name == "compare":
+        return importlib.import_module("rankwise.compare")
+    if name in _HOMES:
+        found = getattr(importlib.import_module(_HOMES[name]), name)
+    elif name.endswith("Config"):
+        found = _configs().get(name)
+    else:
+        found = None
+    if found is None:
         raise AttributeError(f"module 'rankwise' has no attribute {name!r}")
-    globals()[name] = getattr(module, name)
-    return globals()[name]
+    globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:
-    configs = importlib.import_module("rankwise.adapters.configs").CONFIGS.values()
-    return sorted([*__all__, "__version__", *(config.__name__ for config in configs)])
+    return sorted([*__all__, "__version__", "compare", *_configs()])
+
+
+def _configs() -> dict[str, Any]:
+    known = importlib.import_module("rankwise.adapters.configs").CONFIGS
+    return {config.__name__: config for config in known.values()}
 
 
 def _when_peft_is_imported(_: object) -> None:

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rankwise.precision import exact
+
 
 class Factors(NamedTuple):
     """ΔW = B·diag(s)·A of one layer, or of a stack of same-shaped layers.
@@ -51,7 +53,7 @@ class Factors(NamedTuple):
         B gets orthonormal columns, A orthonormal rows and s the singular values, falling. Costs two QR decompositions
         and one SVD of an r × r matrix: never one of the dense (out, in) matrix.
         """
-        B, s, A = (t.double() for t in self)
+        B, s, A = (exact(t) for t in self)
         QB, RB = torch.linalg.qr(B * s.unsqueeze(-2))
         QA, RA = torch.linalg.qr(A.mT)
         U, S, Vh = torch.linalg.svd(RB @ RA.mT, full_matrices=False)

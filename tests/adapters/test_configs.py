@@ -44,6 +44,12 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ),
     ("AdaLoraConfig", {"importance": "guess"}, "`importance` must be one of smoothed, sensitivity, magnitude"),
     ("AdaLoraConfig", {"total_step": 0}, "`total_step` must be a whole number ≥ 1; found 0"),
+    ("AdaLoraConfig", {"deltaT": 0}, "`deltaT` must be a whole number of steps ≥ 1"),
+    ("AdaLoraConfig", {"tfinal": 7.3}, "`tfinal` must be a whole number of steps"),
+    ("NnmLoraConfig", {"scale_by_frobenius": "no"}, "`scale_by_frobenius` must be True or False; found 'no'"),
+    ("LoraConfig", {"use_rslora": "yes"}, "`use_rslora` must be True or False; found 'yes'"),
+    ("LoraConfig", {"init_weights": "gaussian"}, "`init_weights` must be True or False; found 'gaussian'"),
+    ("LoraConfig", {"rank_pattern": {"q": True}}, "must be a whole number ≥ 1"),
     ("SorsaConfig", {"svd": "fast"}, "`svd` must be one of randomized, full; found 'fast'"),
     ("SorsaConfig", {"svd_iterations": 0}, "`svd_iterations` must be a whole number ≥ 1; found 0"),
     ("SorsaConfig", {"orth_reg_form": "max"}, "`orth_reg_form` must be one of mean, sum; found 'max'"),
@@ -67,6 +73,40 @@ def test_unknown_module_lists_the_nearest_and_changes_nothing() -> None:
     assert not any("rankwise" in name for name, _ in model.named_modules())
 
 
+def test_unknown_module_to_save_lists_the_nearest() -> None:
+    config = rankwise.LoraConfig(target_modules=["query"], modules_to_save=["clasifier"])
+    with pytest.raises(ArgumentError, match=r"`modules_to_save` must name modules of the model .*classifier"):
+        get_peft_model(tiny_bert(), config)
+
+
+def test_loaded_values_are_checked_at_the_first_forward(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_bert(), rankwise.LoraConfig(r=2, target_modules=["query"]))
+    next(p for n, p in model.named_parameters() if n.endswith("default.A")).data[0, 0] = float("nan")
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(tiny_bert(), str(tmp_path))
+    with pytest.raises(AdapterFileError, match="tensor 'A' of the loaded adapter 'default' holds NaN or infinity"):
+        loaded(torch.zeros(1, 3, dtype=torch.long))
+
+
+@pytest.mark.parametrize("how", ["by hand", "by module", "on disk", "by the base"])
+def test_sorsas_start_is_rounded_with_its_parameters(how: str, tmp_path: Path) -> None:
+    """A spell in bfloat16 rounds U, S and Vh; the update must still be 0 when nothing was trained."""
+    base = tiny_bert().bfloat16() if how == "by the base" else tiny_bert()
+    model = get_peft_model(base, rankwise.SorsaConfig(r=4, target_modules=["query"]))
+    if how in ("by hand", "on disk"):
+        for name, p in model.named_parameters():
+            if "rankwise_tensors" in name:
+                p.data = p.data.bfloat16()
+    if how == "by module":
+        model.bfloat16().float()
+    if how == "on disk":
+        model.save_pretrained(str(tmp_path))
+        model = PeftModel.from_pretrained(tiny_bert(), str(tmp_path))
+    model(torch.zeros(1, 3, dtype=torch.long))
+    for update in rankwise.factors(model).values():
+        assert update.delta().float().abs().max() <= 1e-6
+
+
 def test_module_of_another_kind_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"name linear layers or Conv1D of transformers; found '.*LayerNorm"):
         get_peft_model(tiny_bert(), rankwise.LoraConfig(target_modules=["LayerNorm"]))
@@ -87,6 +127,7 @@ def test_scale_is_alpha_over_r_and_one_by_default() -> None:
     assert rankwise.LoraConfig(r=4).scale_of("x") == 1.0
     assert rankwise.LoraConfig(r=4, lora_alpha=8).scale_of("x") == 2.0
     assert rankwise.LoraConfig(r=4, lora_alpha=8, use_rslora=True).scale_of("x") == 4.0
+    assert rankwise.LoraConfig(r=16, use_rslora=True).scale_of("x") == 4.0, "lora_alpha is r where none is given"
     assert rankwise.AdaLoraConfig(r=4, lora_alpha=12).scale_of("x") == 2.0, "the divisor is the starting rank, for good"
     patterned = rankwise.LoraConfig(r=4, lora_alpha=8, rank_pattern={"a.x": 2}, alpha_pattern={"a.x": 6})
     assert (patterned.scale_of("a.x"), patterned.scale_of("a.y")) == (3.0, 2.0)

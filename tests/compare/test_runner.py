@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import multiprocessing
 import os
+import signal
+import socket
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -340,7 +343,21 @@ def test_a_run_that_another_process_finished_meanwhile_is_not_done_again(
     assert [result.score for result in found if (result.label, result.seed) == (theirs.label, theirs.seed)] == [0.125]
 
 
-def test_every_step_is_a_sign_of_life(four: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_claim_of_a_dead_process_here_is_taken_over_at_once(four: Plan, trained: Trained) -> None:
+    dead = held(four, four.runs[0], 0.0)
+    dead.write_text(f"{socket.gethostname()} {2**22 + 1}\n")  # above any process id there is
+    run_plan(four, COMMAND)
+    assert four.runs[0].key in trained.keys
+    assert not dead.exists()
+
+
+def test_the_claim_of_a_living_process_here_is_left_to_it(four: Plan, trained: Trained) -> None:
+    held(four, four.runs[0], 0.0).write_text(f"{socket.gethostname()} {os.getpid()}\n")
+    run_plan(four, COMMAND)
+    assert four.runs[0].key not in trained.keys
+
+
+def test_a_claim_shows_signs_of_life(four: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     class StopHereError(Exception):
         pass
 
@@ -348,11 +365,12 @@ def test_every_step_is_a_sign_of_life(four: Plan, monkeypatch: pytest.MonkeyPatc
         claim = claim_of(plan, run)
         assert claim.read_text().split()[1] == str(os.getpid())
         os.utime(claim, (1.0, 1.0))
-        on_step(1)
+        time.sleep(0.3)
         assert claim.stat().st_mtime > time.time() - 60
         raise StopHereError
 
     monkeypatch.setattr(runner, "train_run", train_run)
+    monkeypatch.setattr(runner, "STALE", 1.0)
     with pytest.raises(StopHereError):
         run_plan(four, COMMAND)
 
@@ -442,3 +460,46 @@ def test_regression_on_pairs(write_spec: WriteSpec, tiny: Path, tmp_path: Path) 
     assert result.head_parameters == 32 + 1
     model = adapted(plan, plan.spec.output / "adapters" / plan.runs[0].key)
     assert model.config.num_labels == 1
+
+
+# --- killed and started again ----------------------------------------------------------------------------------------
+
+
+def kill_at(plan: Plan, step: int) -> None:
+    """In a process of its own: run the plan, and die at a step of the first run or, at -1, once it has trained."""
+    torch.set_num_threads(1)
+    if step < 0:
+        train._score = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    seen: list[int] = []
+
+    def watch(run: Run, steps: int) -> None:
+        seen.append(steps)
+        if len(seen) == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    run_plan(plan, COMMAND, watch)
+
+
+@pytest.mark.parametrize("step", [4, 9, -1])
+def test_a_killed_run_goes_on_from_its_checkpoint(step: int, write_spec: WriteSpec, tmp_path: Path) -> None:
+    """The claim of the dead process is taken over, and the adapter ends with the same bits."""
+    ends = []
+    for name in ("whole", "killed"):
+        (tmp_path / name).mkdir()
+        plan = make_plan(read_spec(write_spec(tmp_path / name, methods=["adalora"], training={"steps": 12})))
+        if name == "killed":
+            child = multiprocessing.get_context("fork").Process(target=kill_at, args=(plan, step))
+            child.start()
+            child.join()
+            assert child.exitcode == -signal.SIGKILL
+            assert list((plan.spec.output / "results").glob("*.claim"))
+        told: list[int] = []
+        (result,) = run_plan(plan, COMMAND, lambda run, steps, told=told: told.append(steps))
+        assert sum(told) == 12
+        assert name == "whole" or told[0] > 1, "it did not start from the beginning"
+        assert not list((plan.spec.output / "checkpoints").glob("*"))
+        (folder,) = (plan.spec.output / "adapters").iterdir()
+        ends.append(load_file(folder / "adapter_model.safetensors"))
+        assert result.steps == 12
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][key], t) for key, t in ends[1].items())

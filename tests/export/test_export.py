@@ -138,6 +138,55 @@ def test_compact_layout_holds_each_module_at_its_rank(tmp_path: Path) -> None:
     torch.testing.assert_close(logits(plain(tmp_path / "out")), logits(model), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("steps", [0, 3, 50])
+@pytest.mark.parametrize("layout", ["uniform", "compact"])
+def test_a_small_difference_of_large_factors_is_exported_exactly(steps: int, layout: str, tmp_path: Path) -> None:
+    """SORSA at the paper's learning rate: ΔW is 1e-5 of the factors it is the difference of."""
+    model = adapted("sorsa", init_weights=True).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-5)
+    for _ in range(steps):
+        model(X, labels=torch.tensor([0, 1])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if steps == 0 and layout == "compact":
+        with pytest.raises(RankwiseError, match="every update is zero"):
+            rankwise.export_lora(model, tmp_path / "out", layout=layout)
+        return
+    report = rankwise.export_lora(model, tmp_path / "out", layout=layout)
+    assert report.relative_error <= 1e-6
+    assert (max(report.ranks.values()) == 0) == (steps == 0)
+    torch.testing.assert_close(logits(plain(tmp_path / "out")), logits(model.eval()), rtol=1e-5, atol=1e-5)
+
+
+def test_compact_ranks_reach_only_their_module(tmp_path: Path) -> None:
+    """`fc` is also the end of `sub.fc`: a plain rank_pattern key would give both its rank."""
+
+    class Sub(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = torch.nn.Linear(6, 6)
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc, self.sub = torch.nn.Linear(6, 6), Sub()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.sub.fc(self.fc(x))
+
+    for closed in ("base_model.model.fc.", "sub.fc."):
+        model = get_peft_model(Net(), rankwise.SoraConfig(r=3, target_modules=["fc"], init_weights=False)).eval()
+        for keep in (2, 0):
+            for name, tensor in model.state_dict().items():
+                if closed in name and name.endswith("default.g"):
+                    tensor[keep:] = 0
+            rankwise.export_lora(model, tmp_path / f"{closed}{keep}", layout="compact")
+            loaded = PeftModel.from_pretrained(Net(), str(tmp_path / f"{closed}{keep}")).eval()
+            x = torch.randn(4, 6)
+            torch.testing.assert_close(loaded(x), model(x))
+
+
 def test_conv1d_models_export(tmp_path: Path) -> None:
     model = get_peft_model(tiny_gpt2(), rankwise.LoraConfig(r=3, target_modules=["c_attn"], init_weights=False)).eval()
     rankwise.export_lora(model, tmp_path / "out")
@@ -184,6 +233,16 @@ def test_an_existing_folder_is_refused_unless_overwritten(tmp_path: Path) -> Non
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"], "nothing is left beside it"
 
 
+def test_a_failed_check_leaves_the_export_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rankwise.export_lora(adapted("lora"), tmp_path / "out")
+    before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+    monkeypatch.setattr("rankwise.export.lora._error_of", lambda *_: 0.5)
+    with pytest.raises(RankwiseError, match="would differ from the adapter by"):
+        rankwise.export_lora(adapted("lora"), tmp_path / "out", overwrite=True)
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_crash_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def crash(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -228,7 +287,12 @@ def test_broken_folders_are_refused_by_name(tmp_path: Path) -> None:
     (config / "adapter_config.json").write_text('{"peft_type": "RANKWI')
     foreign = spoiled("foreign")
     save_file({"x": torch.zeros(1)}, foreign / "adapter_model.safetensors")
+    partial = spoiled("partial")
+    kept = load_file(partial / "adapter_model.safetensors")
+    gone = next(key for key in kept if key.endswith("rankwise_tensors.A"))
+    save_file({key: t for key, t in kept.items() if key != gone}, partial / "adapter_model.safetensors")
     for folder, sentence in (
+        (partial, r"adapter_model\.safetensors must hold A of '.*' with shape \(4, 32\); found None"),
         (missing, r"missing.adapter_model\.safetensors is missing"),
         (truncated, "truncated or not safetensors"),
         (config, "is not a whole adapter config"),

@@ -107,6 +107,11 @@ def test_a_run_that_ends_early_is_finalized_by_hand(tmp_path: Path) -> None:
     assert sum(rankwise.ranks(model).values()) == 4 * len(rankwise.ranks(model))
     assert rankwise.status(model).final_ranks_due is None
     rankwise.export_lora(model, tmp_path / "finalized")
+    ranks = rankwise.ranks(model)
+    trainer(model, tmp_path).train()
+    assert rankwise.ranks(model) == ranks, "what was finalized stays so"
+    for name, factors in rankwise.factors(model).items():
+        assert int((factors.s != 0).sum()) <= ranks[name]
 
 
 def test_stock_resume_is_bit_identical(tmp_path: Path) -> None:

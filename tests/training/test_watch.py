@@ -152,3 +152,61 @@ def test_bfloat16_autocast_trains_and_keeps_exact_tensors(name: str, case: Case,
     for layer in adapted_layers(model).values():
         tensors = layer.tensors("default")
         assert all(getattr(tensors, key).dtype == torch.float32 for key, slot in tensors.slots.items() if slot.exact)
+
+
+def test_one_bad_adapter_skips_the_step_for_every_adapter_of_the_optimiser(batch: Batch) -> None:
+    fields = {"r": 4, "target_modules": ["query", "value"], "sparse_weight": 5.0, "init_weights": False}
+    model = get_peft_model(tiny_bert(), CONFIGS["sora"](**fields)).train()
+    model.add_adapter("other", CONFIGS["sora"](**fields))
+    model.base_model.set_adapter(["default", "other"])
+    before = state(model)
+    optimizer = torch.optim.AdamW(parameters(model), lr=1e-2)
+    model(**batch).loss.backward()
+    next(p for n, p in model.named_parameters() if n.endswith("other.A")).grad[0, 0] = float("inf")
+    optimizer.step()
+    assert all(torch.equal(t, before[key]) for key, t in state(model).items())
+    for adapter in ("default", "other"):
+        told = rankwise.status(model, adapter)
+        assert (told.step, told.steps_skipped, told.rules_run) == (1, 1, 0)
+
+
+def test_large_finite_gradients_are_not_bad(batch: Batch) -> None:
+    model = adapted("nnm", CASES["nnm"])
+    (1e25 * model(**batch).loss).backward()
+    torch.optim.SGD(parameters(model), lr=0.0).step()
+    assert rankwise.status(model).steps_skipped == 0
+
+
+def test_frozen_tensors_get_no_penalty(batch: Batch) -> None:
+    model = adapted("nnm", CASES["nnm"])
+    frozen = {n: p.detach().clone() for n, p in model.named_parameters() if n.endswith("default.A")}
+    for name, p in model.named_parameters():
+        p.requires_grad_(p.requires_grad and name not in frozen)
+    model(**batch).loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    assert all(torch.equal(model.get_parameter(name), t) for name, t in frozen.items())
+
+
+def test_an_inactive_adapter_takes_no_part(batch: Batch) -> None:
+    model = adapted("sora", CASES["sora"])
+    optimizer = torch.optim.AdamW(parameters(model), lr=1e-2)
+    model(**batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    model.add_adapter("other", CONFIGS["sora"](r=4, target_modules="all-linear", task_type="SEQ_CLS"))
+    model.set_adapter("other")
+    for _ in range(3):
+        optimizer.step()
+    assert rankwise.status(model).step == 1
+
+
+def test_a_closure_called_twice_is_refused(batch: Batch) -> None:
+    class Twice(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            for _ in range(2):
+                with torch.enable_grad():
+                    closure()
+
+    model = adapted("lora", CASES["lora"])
+    with pytest.raises(TrainingError, match="calls its closure many times"):
+        Twice(parameters(model), lr=0.1).step(lambda: model(**batch).loss.backward())

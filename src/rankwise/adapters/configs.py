@@ -15,7 +15,7 @@ from peft.utils.other import get_pattern_key
 
 from rankwise.errors import AdapterFileError, ArgumentError
 from rankwise.methods import adalora, lora, nnm, sora, sorsa
-from rankwise.methods.base import Method, require_number
+from rankwise.methods.base import Method, require_bool, require_number
 
 FORMAT = 1
 """Version of the saved form. An adapter of a later format is refused, not guessed at."""
@@ -108,6 +108,8 @@ class AdapterConfig(Method, PeftConfig):
         if self.lora_alpha is not None:
             require_number("lora_alpha", self.lora_alpha, least=1e-30)
         require_number("lora_dropout", self.lora_dropout, below=1.0)
+        for name in ("use_rslora", "fan_in_fan_out", "init_weights"):
+            require_bool(name, getattr(self, name))
         if self.bias not in ("none", "all", "lora_only"):
             raise ArgumentError("bias", 'be "none", "all" or "lora_only"', self.bias)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -116,11 +118,14 @@ class AdapterConfig(Method, PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ArgumentError("layers_pattern", "come with layers_to_transform", self.layers_pattern)
+        self._check_patterns()
+
+    def _check_patterns(self) -> None:
         for name in ("rank_pattern", "alpha_pattern"):
             if not isinstance(getattr(self, name), dict):
                 raise ArgumentError(name, "map names or patterns to numbers", getattr(self, name))
         for pattern, rank in self.rank_pattern.items():
-            if not isinstance(rank, int) or rank < 1:
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise ArgumentError(
                     f"rank_pattern[{pattern!r}]", "be a whole number ≥ 1 (leave modules out with exclude_modules)", rank
                 )
@@ -132,12 +137,10 @@ class AdapterConfig(Method, PeftConfig):
         return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module), self.start_rank)
 
     def scale_of(self, module: str) -> float:
-        """A module's lora_alpha / r (or / √r); 1 where no alpha is given or the method has no scale."""
-        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module), self.lora_alpha)
-        if not self.scaled or alpha is None:
-            return 1.0
+        """A module's lora_alpha / r (or / √r), with lora_alpha = r where none is given; 1 for a method without it."""
         r = self.rank_of(module)
-        return alpha / (r**0.5 if self.use_rslora else r)
+        alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module), self.lora_alpha or r)
+        return alpha / (r**0.5 if self.use_rslora else r) if self.scaled else 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """The config as it is saved: plain JSON values."""

@@ -62,9 +62,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         until it turns out to be needed.
         """
         size = Size(self.out_features, self.in_features, min(r, self.in_features, self.out_features))
-        device, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-        dtype = dtype if dtype is not None and dtype.is_floating_point and dtype.itemsize >= 2 else torch.float32
-        tensors = AdapterTensors(method, size, dtype, device or torch.device("cpu"))
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        tensors = AdapterTensors(method, size, device or torch.device("cpu"))
         self.r[adapter], self.scaling[adapter], self.methods[adapter] = size.r, scale, method
         self.rosters[adapter] = roster
         self.rankwise_dropout[adapter] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
@@ -173,6 +172,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
     def _adapted(self, adapter: str, result: Tensor, x: Tensor) -> Tensor:
         tensors = self.started(adapter)
         tensors.restore_exact()
+        if tensors.unchecked and not torch.compiler.is_compiling():
+            tensors.check_finite(adapter)
         factors = self.methods[adapter].factors(tensors.named(), self.scaling[adapter])
         x = self._cast_input_dtype(self.rankwise_dropout[adapter](x), factors.A.dtype)
         output = factors.add_to(result, x)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.progress import LENGTH
+from rankwise.errors import AdapterFileError
 from rankwise.methods.base import Method, Size
 
 
@@ -16,22 +17,23 @@ class AdapterTensors(nn.Module):
     """What a method's `slots` declare for one layer, under their own names.
 
     Trained slots are parameters; the others persistent buffers (PEFT's `set_adapter` turns gradients on for every
-    parameter, so what must not train cannot be one). `exact` slots stay float32 through every cast of the model, unless
-    the adapter was made with `autocast_adapter_dtype=False`.
+    parameter, so what must not train cannot be one). All are made in float32. `exact` slots stay so through every cast
+    of the model, unless the adapter was made with `autocast_adapter_dtype=False`; a buffer that is the start of a
+    parameter is rounded whenever its parameter has been, so that the two still cancel.
     """
 
     progress: Tensor
 
-    def __init__(self, method: Method, size: Size, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, method: Method, size: Size, device: torch.device) -> None:
         super().__init__()
         self.size = size
         self.slots = method.slots(size)
         self.awaits_start = False
+        self.unchecked = False  # loaded, and not yet known to be finite
         self.edits = 0  # of its values by loads, casts and starts: everything but training
-        self.loose_dtype, self.exact_dtype = dtype, torch.float32
+        self.exact_dtype = torch.float32
         for name, slot in self.slots.items():
-            kept_exact = slot.exact or not slot.dtype.is_floating_point
-            value = torch.zeros(slot.shape, dtype=slot.dtype if kept_exact else dtype, device=device)
+            value = torch.zeros(slot.shape, dtype=slot.dtype, device=device)
             if slot.trained:
                 self.register_parameter(name, nn.Parameter(value))
             else:
@@ -54,31 +56,54 @@ class AdapterTensors(nn.Module):
         for name, slot in self.slots.items():
             tensor, dtype = getattr(self, name), self.exact_dtype if slot.trained else torch.float32
             if slot.exact and tensor.dtype != dtype:
+                self._round_start(name, tensor.dtype)
                 tensor.data = tensor.data.to(dtype)
                 self.edits += 1
 
-    def follow_base_dtype(self) -> None:
-        """Hold exact parameters, too, in the base layer's dtype: what `autocast_adapter_dtype=False` asks for."""
-        self.exact_dtype = self.loose_dtype
-        self.restore_exact()
+    def follow_base_dtype(self, dtype: torch.dtype) -> None:
+        """Hold every parameter in the base layer's dtype: what `autocast_adapter_dtype=False` asks for."""
+        self.exact_dtype = dtype
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(dtype)
+        self.edits += 1
+
+    def check_finite(self, adapter: str) -> None:
+        """Raise for NaN or infinity in what was loaded."""
+        self.unchecked = False
+        for name, tensor in self.named().items():
+            if not tensor.is_meta and not torch.isfinite(tensor).all():
+                raise AdapterFileError(f"tensor {name!r} of the loaded adapter {adapter!r} holds NaN or infinity")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterTensors:
         """Move as any module does, but do not let a cast round what is exact."""
         self.edits += 1
-        exact = {name: getattr(self, name).data for name, slot in self.slots.items() if slot.exact}
+        before = {name: getattr(self, name).data for name in self.slots}
         super()._apply(fn, recurse)
-        for name, before in exact.items():
-            now = getattr(self, name)
-            if now.dtype != before.dtype:
-                now.data = before.to(now.device) if now.device.type != "meta" else now.data.to(before.dtype)
+        for name, slot in self.slots.items():
+            was, now = before[name], getattr(self, name)
+            if slot.exact and now.dtype != was.dtype:
+                now.data = was.to(now.device) if now.device.type != "meta" else now.data.to(was.dtype)
+            elif now.dtype.itemsize > was.dtype.itemsize:
+                self._round_start(name, was.dtype)
         return self
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Loaded tensors need no start: an SVD is never recomputed for a saved adapter."""
-        if any(key.startswith(prefix) for key in state_dict):
-            self.awaits_start = False
-            self.edits += 1
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[arg-type]
+        loaded = {name: state_dict[prefix + name] for name in self.slots if prefix + name in state_dict}
+        if loaded:
+            self.awaits_start, self.unchecked = False, True
+            self.edits += 1
+        for name, tensor in loaded.items():
+            if tensor.dtype.itemsize < getattr(self, name).dtype.itemsize:
+                self._round_start(name, tensor.dtype)
+
+    def _round_start(self, parameter: str, dtype: torch.dtype) -> None:
+        """Round the start of `parameter` as the parameter was rounded by a spell in `dtype`."""
+        for name, slot in self.slots.items():
+            if slot.start_of == parameter:
+                start = getattr(self, name)
+                start.data = start.data.to(dtype).to(start.dtype)
 
     def extra_repr(self) -> str:
         """Names and shapes, as `print(model)` shows them."""

@@ -31,6 +31,8 @@ class RankwiseTuner(BaseTuner):
         """As PEFT, with one roster per adapter and unknown module names refused before anything is changed."""
         config: AdapterConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         check_names("target_modules", config.target_modules, model)
+        # PEFT lists the head's two usual names for every classifier, of which a model has one.
+        check_names("modules_to_save", set(config.modules_to_save or ()) - {"classifier", "score"}, model)
         self._roster = Roster(adapter_name, config)
         self._clamped: list[str] = []
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -68,7 +70,9 @@ class RankwiseTuner(BaseTuner):
         if not autocast_adapter_dtype:
             for layer in self.model.modules():
                 if isinstance(layer, AdapterLinear) and adapter_name in layer.rankwise_tensors:
-                    layer.tensors(adapter_name).follow_base_dtype()
+                    _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+                    if dtype is not None and dtype.is_floating_point and dtype.itemsize >= 2:
+                        layer.tensors(adapter_name).follow_base_dtype(dtype)
 
     def _wrap(self, target: nn.Module, name: str) -> AdapterLinear:
         root = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target

@@ -50,6 +50,8 @@ def main() -> None:
         code = app(standalone_mode=False)
     except (RankwiseError, TyperException) as error:
         stop(error)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        stop(RankwiseError(f"{error.filename} cannot be written ({error.strerror})"))
     if code == INTERRUPTED:
         typer.echo("stopped; finished runs are kept, and the same command goes on", err=True)
     sys.exit(code or 0)

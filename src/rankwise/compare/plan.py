@@ -8,12 +8,12 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from peft import NoMatchingPeftModuleError, PeftConfig, get_peft_model
 from transformers import PreTrainedModel
 
 from rankwise.adapters.configs import CONFIGS, AdapterConfig
-from rankwise.adapters.tuner import check_names
 from rankwise.compare.data import Splits, load_splits
 from rankwise.compare.models import locate, model_skeleton, open_tokenizer, weight_files
 from rankwise.compare.spec import MethodEntry, Spec
@@ -52,16 +52,17 @@ def make_plan(spec: Spec) -> Plan:
         ArgumentError: an unknown method or field, a value that breaks its rule, a module name that matches nothing.
         DataError: the data is not what the SPEC says.
     """
+    if spec.output.exists() and not spec.output.is_dir():
+        raise ArgumentError("output", "be a folder, or not exist yet", str(spec.output))
     for entry in spec.methods:
         check_exportable(make_config(spec, entry))
-    open_tokenizer(spec.model)
+    tokenizer = open_tokenizer(spec.model)
     splits = load_splits(spec.data, spec.task)
     steps = _steps(spec, len(splits.train.text))
     for entry in spec.methods:
         config, model = make_config(spec, entry), model_skeleton(spec.model, splits.labels)
-        _check_length(spec, model)
+        _check_length(spec, model, tokenizer)
         _check_schedule(entry, config, steps)
-        check_names("modules_to_save", config.modules_to_save, model)
         _check_targets(model, config)
     runs = [_run(spec, entry, seed) for seed in spec.seeds for entry in spec.methods]
     return Plan(spec, splits, steps, tuple(runs))
@@ -85,9 +86,9 @@ def make_config(spec: Spec, entry: MethodEntry) -> AdapterConfig:
     return CONFIGS[entry.name](**shared | entry.fields, task_type="SEQ_CLS")  # type: ignore[arg-type]
 
 
-def _check_length(spec: Spec, model: PreTrainedModel) -> None:
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is not None and spec.task.max_length > positions:
+def _check_length(spec: Spec, model: PreTrainedModel, tokenizer: Any) -> None:
+    positions = min(getattr(model.config, "max_position_embeddings", None) or math.inf, tokenizer.model_max_length)
+    if spec.task.max_length > positions:
         raise ArgumentError("task.max_length", f"be at most the model's positions, {positions}", spec.task.max_length)
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ from pathlib import Path
 from rankwise.compare.plan import Plan, Run
 from rankwise.compare.report import markdown, write_page
 from rankwise.compare.results import Result, read_results, summarise, write_result
-from rankwise.compare.train import train_run
+from rankwise.compare.train import checkpoints_of, train_run
 from rankwise.files import write_whole
 
 STALE = 600.0
@@ -39,7 +41,8 @@ def run_plan(plan: Plan, command: str, watch: Watch = lambda run, steps: None) -
             continue
         with _claimed(file.with_suffix(".claim")) as mine:
             if mine and not file.exists():
-                write_result(train_run(plan, run, output, command, _stepper(run, file, watch)), file)
+                write_result(train_run(plan, run, output, command, lambda steps, run=run: watch(run, steps)), file)
+                shutil.rmtree(checkpoints_of(output, run), ignore_errors=True)
             else:
                 watch(run, plan.steps)
     results = finished(plan)
@@ -60,24 +63,13 @@ def _file(output: Path, run: Run) -> Path:
     return output / "results" / f"{run.key}.json"
 
 
-def _stepper(run: Run, file: Path, watch: Watch) -> Callable[[int], None]:
-    claim = file.with_suffix(".claim")
-
-    def on_step(steps: int) -> None:
-        watch(run, steps)
-        with contextlib.suppress(OSError):
-            os.utime(claim)
-
-    return on_step
-
-
 @contextlib.contextmanager
 def _claimed(claim: Path) -> Iterator[bool]:
     """Hold a run for this process; False if a living process holds it."""
     claim.parent.mkdir(parents=True, exist_ok=True)
     owner = f"{socket.gethostname()} {os.getpid()}\n"
     with contextlib.suppress(FileNotFoundError):
-        if time.time() - claim.stat().st_mtime > STALE:
+        if _is_dead(claim):
             claim.unlink()
     try:
         with claim.open("x") as mark:
@@ -85,9 +77,35 @@ def _claimed(claim: Path) -> Iterator[bool]:
     except FileExistsError:
         yield False
         return
+    released = threading.Event()
+    threading.Thread(target=_keep_alive, args=(claim, released), daemon=True).start()
     try:
         yield True
     finally:
+        released.set()
         with contextlib.suppress(FileNotFoundError):
             if claim.read_text() == owner:  # not so where it went stale and another process took over
                 claim.unlink()
+
+
+def _keep_alive(claim: Path, released: threading.Event) -> None:
+    """A sign of life every minute, also while a run scores, saves or loads."""
+    while not released.wait(STALE / 10):
+        with contextlib.suppress(OSError):
+            os.utime(claim)
+
+
+def _is_dead(claim: Path) -> bool:
+    """Whether the claim's process is known to be gone: on this machine by its id, elsewhere by its silence."""
+    if time.time() - claim.stat().st_mtime > STALE:
+        return True
+    host, _, process = claim.read_text().strip().rpartition(" ")
+    if host != socket.gethostname() or not process.isdigit():
+        return False
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import os
 import platform
-import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -44,7 +43,7 @@ from rankwise.training.status import status
 SHOWN_SINGULAR_VALUES = 64
 """How many singular values of each update a result keeps."""
 CHECKPOINTS = 5
-"""Checkpoints a run writes on its way; they are removed at its end."""
+"""Checkpoints a run writes on its way."""
 WARMUP_STEPS = 3
 """First steps left out of the time per step: allocations and caches settle in them."""
 
@@ -71,8 +70,7 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
     initial_ranks = ranks(model)
     clock = _Clock(on_step)
     trainer = _trainer(plan, run, model, tokenizer, output, clock)
-    checkpoints = Path(trainer.args.output_dir or "")
-    resumed = newest_complete(checkpoints)
+    resumed = newest_complete(checkpoints_of(output, run))
     trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     scores = {name: _score(trainer, getattr(plan.splits, name), plan) for name in ("validation", "test")}
     with whole_folder(output / "adapters" / run.key) as folder:
@@ -80,7 +78,6 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
     exported = export_lora(model, output / "exports" / run.key, overwrite=True)
     now = status(model)
     metric, *extra = scores["test"]
-    shutil.rmtree(checkpoints, ignore_errors=True)
     return Result(
         method=run.entry.name,
         label=run.label,
@@ -113,6 +110,11 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
     )
 
 
+def checkpoints_of(output: Path, run: Run) -> Path:
+    """Where a run's Trainer keeps its checkpoints; of no use once the result is written."""
+    return output / "checkpoints" / run.key
+
+
 def method_fields(config: AdapterConfig) -> dict[str, Any]:
     """A config's hyper-parameters of its own method, with their resolved values."""
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(METHODS[config.method])}
@@ -133,8 +135,10 @@ class _Clock(TrainerCallback):
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._since = time.perf_counter()
 
-    def on_step_end(self, *_: Any, **__: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.seconds.append(time.perf_counter() - self._since)
+        if state.global_step >= state.max_steps:
+            control.should_save = False  # a Trainer resumed from its very end would take one step more
         if self._on_step:
             self._on_step(1)
 
@@ -142,7 +146,7 @@ class _Clock(TrainerCallback):
 def _trainer(plan: Plan, run: Run, model: PeftModel | Any, tokenizer: Any, output: Path, clock: _Clock) -> Trainer:
     spec = plan.spec
     arguments = TrainingArguments(
-        output_dir=str(output / "checkpoints" / run.key),
+        output_dir=str(checkpoints_of(output, run)),
         max_steps=plan.steps,
         per_device_train_batch_size=spec.training.batch_size,
         per_device_eval_batch_size=2 * spec.training.batch_size,

@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-import shutil
+import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import peft
 import torch
+from peft.utils.other import get_pattern_key
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rankwise.adapters.configs import AdapterConfig
 from rankwise.adapters.progress import unfinished
 from rankwise.errors import ArgumentError, RankwiseError
-from rankwise.export.source import CONFIG, PEFT_PREFIX, TENSORS, Source, finite, from_folder, from_model
+from rankwise.export.source import PEFT_PREFIX, TENSORS, Source, finite, from_folder, from_model
 from rankwise.files import whole_folder
 from rankwise.methods.base import require_choice, require_int
+from rankwise.precision import exact
 from rankwise.update import Factors
 
 TOLERANCE = 1e-6
@@ -91,16 +93,14 @@ def export_lora(
     left = None if live else unfinished(source.config, source.progress, source.ranks)  # a live model's state has warned
     if left:
         warnings.warn(left, stacklevel=2)
-    written = _truncated(source.updates, rank)
+    written = _truncated(source, rank)
     config, factors = (_uniform if layout == "uniform" else _compact)(source, written, rank)
-    _write(folder, config, _tensors(factors) | source.others)
-    error = _error_of(folder, config, source.updates)
-    allowed = TOLERANCE + relative_error(source.updates, written)
-    if error > allowed:
-        shutil.rmtree(folder)
-        raise RankwiseError(
-            f"the export differs from the adapter by {error:.1e}, more than {allowed:.1e}; nothing was kept"
-        )
+    with whole_folder(folder) as beside:
+        _write(beside, config, _tensors(factors) | source.others)
+        error = _error_of(beside, config, source.updates)
+        allowed = TOLERANCE + relative_error(source.updates, written)
+        if error > allowed:
+            raise RankwiseError(f"the export would differ from the adapter by {error:.1e}, more than {allowed:.1e}")
     ranks = {name: written[name].r if name in written else 0 for name in factors}
     return ExportReport(
         folder, layout, config.r, ranks, sum(f.B.numel() + f.A.numel() for f in factors.values()), error
@@ -123,8 +123,13 @@ def _check(source: Source) -> None:
         raise RankwiseError(f"the update of module {broken!r} holds NaN or infinity")
 
 
-def _truncated(updates: Mapping[str, Factors], rank: int | None) -> dict[str, Factors]:
-    """Each update without its zero ranks, and at most `rank` of its singular directions."""
+def _truncated(source: Source, rank: int | None) -> dict[str, Factors]:
+    """Each update without its zero ranks, and at most `rank` of its singular directions.
+
+    Where large factors cancel to a small update, float32 factors would carry their rounding into it: the update is
+    decomposed in float64 first.
+    """
+    updates = {name: _recombined(f) for name, f in source.updates.items()} if source.config.cancels else source.updates
     kept = {name: f.kept() for name, f in updates.items()}
     if rank is None:
         return kept
@@ -134,6 +139,18 @@ def _truncated(updates: Mapping[str, Factors], rank: int | None) -> dict[str, Fa
 def _leading(f: Factors, rank: int) -> Factors:
     U, s, Vh = f.orthogonal()
     return Factors(U[:, :rank].to(f.B.dtype), s[:rank].to(f.s.dtype), Vh[:rank].to(f.A.dtype))
+
+
+def _recombined(f: Factors) -> Factors:
+    """The same update from orthonormal factors, without directions that are rounding of the cancelled ones."""
+    U, s, Vh = f.orthogonal()
+    return Factors(U, torch.where(s > _rounding(f), s, 0), Vh)
+
+
+def _rounding(f: Factors) -> float:
+    """How far an update in float64 can be off by cancellation: 1e-14 of its uncancelled size."""
+    B, s, A = (exact(t) for t in f)
+    return 1e-14 * float((B.norm(dim=0) * s.abs() * A.norm(dim=1)).sum())
 
 
 def _uniform(
@@ -159,10 +176,23 @@ def _compact(
         raise RankwiseError('every update is zero, which a compact export cannot hold; use layout="uniform"')
     r = max(f.r for f in alive.values())
     scaled = {name: Factors(f.B, f.s * (f.r / r), f.A) for name, f in alive.items()}
-    return _config(source, r, sorted(alive), {name: f.r for name, f in alive.items() if f.r != r}), scaled
+    ranks = {_alone(name, source.names): f.r for name, f in alive.items() if f.r != r}
+    dropped = [name for name in source.linear if name not in alive and any(_ends(name, other) for other in alive)]
+    return _config(source, r, sorted(alive), ranks, sorted(dropped)), scaled
 
 
-def _config(source: Source, r: int, targets: list[str], ranks: dict[str, int]) -> peft.LoraConfig:
+def _ends(name: str, ending: str) -> bool:
+    return name.endswith(f".{ending}")
+
+
+def _alone(name: str, names: Sequence[str]) -> str:
+    """A rank_pattern key for this module only: loaders also match a plain name with the end of longer ones."""
+    return f"^{re.escape(name)}$" if any(_ends(other, name) for other in names) else name
+
+
+def _config(
+    source: Source, r: int, targets: list[str], ranks: dict[str, int], excluded: Sequence[str] = ()
+) -> peft.LoraConfig:
     own = source.config
     return peft.LoraConfig(
         task_type=own.task_type,
@@ -171,6 +201,7 @@ def _config(source: Source, r: int, targets: list[str], ranks: dict[str, int]) -
         r=r,
         lora_alpha=r,
         target_modules=targets,
+        exclude_modules=list(excluded) or None,
         rank_pattern=ranks,
         modules_to_save=sorted(own.modules_to_save) if own.modules_to_save else None,
         fan_in_fan_out=source.transposed,
@@ -198,33 +229,36 @@ def _tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
 
 
 def _write(folder: Path, config: peft.LoraConfig, tensors: Mapping[str, Tensor]) -> None:
-    with whole_folder(folder) as beside:
-        save_file(
-            {key: t.detach().cpu().contiguous() for key, t in tensors.items()}, beside / TENSORS, {"format": "pt"}
-        )
-        config.save_pretrained(str(beside))
+    plain = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    save_file(plain, folder / TENSORS, {"format": "pt"})
+    config.save_pretrained(str(folder))
 
 
 def _error_of(folder: Path, config: peft.LoraConfig, updates: Mapping[str, Factors]) -> float:
     """The error of what a loader will compute, from the files alone."""
-    if not (folder / CONFIG).is_file():
-        raise RankwiseError(f"{folder / CONFIG} was not written")
     tensors, read = load_file(folder / TENSORS), {}
     for name in updates:
         A, B = (tensors.get(f"{PEFT_PREFIX}{name}.lora_{which}.weight") for which in "AB")
         if A is not None and B is not None:
-            read[name] = Factors(B, torch.full(A.shape[:1], config.lora_alpha / A.shape[0]), A)
+            pattern = config.rank_pattern or {}
+            r = pattern.get(get_pattern_key(list(pattern), name), config.r)
+            if r != A.shape[0]:
+                raise RankwiseError(f"a loader would take module {name!r} to have rank {r}, and it has {A.shape[0]}")
+            read[name] = Factors(B, torch.full((r,), config.lora_alpha / r), A)
     return relative_error(updates, read)
 
 
 def relative_error(updates: Mapping[str, Factors], others: Mapping[str, Factors]) -> float:
     """‖ΔW' − ΔW‖_F / ‖ΔW‖_F over all modules together, without forming any; a module that is missing counts as 0."""
-    difference = size = 0.0
+    difference = size = rounding = 0.0
     for name, f in updates.items():
-        B, s, A = (t.double().cpu() for t in f)
-        size += float(Factors(B, s, A).singular_values().square().sum())
+        both = Factors(*(t.cpu().double() for t in f))
+        size += float(both.singular_values().square().sum())
+        rounding += _rounding(both) ** 2
         if name in others:
-            B2, s2, A2 = (t.double().cpu() for t in others[name])
-            f = Factors(torch.cat([B, B2], 1), torch.cat([s, -s2]), torch.cat([A, A2]))
-        difference += float(f.singular_values().square().sum())
-    return (difference / size) ** 0.5 if size > 0 else difference**0.5
+            B, s, A = (t.cpu().double() for t in others[name])
+            both = Factors(torch.cat([both.B, B], 1), torch.cat([both.s, -s]), torch.cat([both.A, A]))
+        difference += float(both.singular_values().square().sum())
+    if difference <= rounding:
+        return 0.0
+    return (difference / max(size, rounding)) ** 0.5

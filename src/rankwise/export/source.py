@@ -22,9 +22,10 @@ from transformers.pytorch_utils import Conv1D
 from rankwise.adapters.configs import AdapterConfig
 from rankwise.adapters.layer import AdapterLinear
 from rankwise.adapters.lookup import adapted_layers, base_name, factors, ranks
-from rankwise.adapters.progress import Progress
+from rankwise.adapters.progress import LENGTH, Progress
 from rankwise.adapters.tuner import PREFIX
 from rankwise.errors import AdapterFileError
+from rankwise.methods.base import Size
 from rankwise.update import Factors
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -87,6 +88,8 @@ def from_folder(folder: Path, base: str | Path | nn.Module | None) -> Source:
     if not by_module:
         raise AdapterFileError(f"{folder / TENSORS} holds no tensor of a rankwise adapter")
     shapes = _shapes(base if isinstance(base, nn.Module) else skeleton(base or config.base_model_name_or_path, folder))
+    for name in by_module.keys() & shapes[0].keys():
+        _check_whole(config, name, by_module[name], shapes[0][name], folder / TENSORS)
     updates = {name: _saved_update(config, name, by_module[name]) for name in shapes[0] if name in by_module}
     if len(updates) < len(by_module):
         unknown = sorted(by_module.keys() - updates.keys())
@@ -146,6 +149,18 @@ def skeleton(base: str | Path | None, adapter: Path) -> nn.Module:
             return next((cls(config) for cls in named if cls), None) or AutoModel.from_config(config)
     except (OSError, ValueError) as error:
         raise AdapterFileError(f"the base model {str(base)!r} of {adapter} does not open; pass `base`") from error
+
+
+def _check_whole(
+    config: AdapterConfig, name: str, tensors: dict[str, Tensor], shape: tuple[int, int], file: Path
+) -> None:
+    """Raise `AdapterFileError` for a module that lacks a tensor of its method, or has one of another shape."""
+    size = Size(*shape, min(config.rank_of(name), *shape))
+    expected = {key: slot.shape for key, slot in config.slots(size).items()} | {"progress": (LENGTH,)}
+    for key, wanted in expected.items():
+        seen = tuple(tensors[key].shape) if key in tensors else None
+        if seen != wanted:
+            raise AdapterFileError(f"{file} must hold {key} of {name!r} with shape {wanted}; found {seen}")
 
 
 def _saved_update(config: AdapterConfig, name: str, tensors: dict[str, Tensor]) -> Factors:

@@ -15,7 +15,7 @@ def keep_top(scores: Sequence[Tensor], budget: int) -> list[Tensor]:
     every machine decides alike.
 
     Args:
-        scores: tensors of any shapes, on one device.
+        scores: tensors of any shapes; they may lie on several devices, and their masks do alike.
         budget: how many to keep, ≥ 0.
 
     Returns:
@@ -24,8 +24,9 @@ def keep_top(scores: Sequence[Tensor], budget: int) -> list[Tensor]:
     >>> [m.tolist() for m in keep_top([torch.tensor([1.0, 5.0]), torch.tensor([5.0, 0.0, 2.0])], 2)]
     [[False, True], [True, False, False]]
     """
-    flat = torch.cat([s.flatten() for s in scores])
+    flat = torch.cat([s.flatten().to(scores[0].device) for s in scores])
     order = flat.sort(descending=True, stable=True).indices
     keep = torch.zeros_like(flat, dtype=torch.bool)
     keep[order[:budget]] = True
-    return [part.view_as(s) for part, s in zip(keep.split([s.numel() for s in scores]), scores, strict=True)]
+    parts = keep.split([s.numel() for s in scores])
+    return [part.view_as(s).to(s.device) for part, s in zip(parts, scores, strict=True)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rankwise.linalg.precision import exact
+from rankwise.precision import exact
 
 
 def polar(A: Tensor) -> tuple[Tensor, Tensor]:

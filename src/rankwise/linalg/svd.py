@@ -23,6 +23,11 @@ class Triplets(NamedTuple):
     energy: float
     """Σ S² / ‖W‖_F²: the share of the matrix's energy the triplets capture."""
 
+    def reached(self) -> str:
+        """What was spent and reached, in words."""
+        how = f"{self.iterations} subspace iterations" if self.iterations else "a full decomposition"
+        return f"{how} captured {self.energy:.2%} of its energy in {self.factors.r} triplets"
+
 
 def leading_triplets(W: Tensor, r: int, *, iterations: int = 12, seed: int = 0) -> Triplets:
     """The r leading singular triplets of W (m, n) by randomised subspace iteration.

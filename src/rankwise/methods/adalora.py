@@ -90,8 +90,9 @@ class AdaLora(Method):
         require_number("orth_reg_weight", self.orth_reg_weight)
         require_choice("orth_reg_form", self.orth_reg_form, ("mean", "sum"))
         require_choice("importance", self.importance, ("smoothed", "sensitivity", "magnitude"))
-        for name in ("tinit", "tfinal", "deltaT"):
+        for name, least in (("tinit", 0), ("tfinal", 0), ("deltaT", 1)):
             require_number(name, getattr(self, name))
+            steps_of(name, getattr(self, name), self.total_step or 1000, least=least)
         if self.total_step is not None:
             require_int("total_step", self.total_step, least=1)
             self._durations(self.total_step)
@@ -150,12 +151,12 @@ class AdaLora(Method):
             (in_P, dP), (in_Q, dQt) = gap(layers["P"].float()), gap(layers["Q"].float().mT)
             gradients.append({"P": weight * dP, "Q": weight * dQt.mT})
             values.append(weight * (in_P.sum() + in_Q.sum()))
-        return Penalty(torch.stack(values).sum(), gradients)
+        return Penalty(sum(value.to(values[0].device) for value in values), gradients)  # type: ignore[arg-type]
 
     def before_step(self, stacks: Sequence[Stack], step: Step) -> Updates:
         """Smooth the sensitivities and, when an allocation is due, choose the kept set."""
         budget = self.budget([size for layers in stacks for size in layers.sizes], step.total)
-        if step.number > budget.final and not budget.due(step.last, step.number):
+        if step.finalized or (step.number > budget.final and not budget.due(step.last, step.number)):
             return []
         measured = [self._measure(layers) for layers in stacks]
         if budget.due(step.last, step.number):
@@ -168,7 +169,7 @@ class AdaLora(Method):
     def after_step(self, stacks: Sequence[Stack], step: Step) -> Updates:
         """Λ = 0 outside the kept set (eq. 6): at allocations, and at every step once the kept set is final."""
         budget = self.budget([size for layers in stacks for size in layers.sizes], step.total)
-        if step.number < budget.final and not budget.due(step.last, step.number):
+        if not step.finalized and step.number < budget.final and not budget.due(step.last, step.number):
             return []
         return [{"Lambda": layers["Lambda"] * layers["kept"]} for layers in stacks]
 

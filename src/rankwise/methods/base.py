@@ -42,13 +42,15 @@ class Slot(NamedTuple):
     """One tensor of a layer's adapter.
 
     `trained` tensors are parameters, the others buffers; both are saved. `exact` ones (gates, singular values,
-    averages) stay float32 whatever the model is cast to, and are free from weight decay.
+    averages) stay float32 whatever the model is cast to, and are free from weight decay. `start_of` names the parameter
+    whose start a buffer is.
     """
 
     shape: tuple[int, ...]
     trained: bool = True
     exact: bool = False
     dtype: torch.dtype = torch.float32
+    start_of: str | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Step:
     """The number of the last step whose rules ran; 0 before the first."""
     total: int | None
     """Steps of the whole run, None where nobody told."""
+    finalized: bool = False
+    """Whether the final budget was applied by hand, so that the kept ranks no longer change."""
 
 
 class Stack:
@@ -141,6 +145,8 @@ class Method:
     """Whether the update is multiplied by lora_alpha / r."""
     starts_from_weight: ClassVar[bool] = False
     """Whether `start` reads the base weight."""
+    cancels: ClassVar[bool] = False
+    """Whether the update is a small difference of large factors, which an export must take in float64."""
 
     def check(self) -> None:
         """Raise `ArgumentError` for the first hyper-parameter that breaks its rule. Runs whenever a config is made."""
@@ -226,6 +232,12 @@ def require_int(argument: str, value: object, *, least: int) -> None:
     """Raise unless `value` is a whole number ≥ `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ArgumentError(argument, f"be a whole number ≥ {least}", value)
+
+
+def require_bool(argument: str, value: object) -> None:
+    """Raise unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ArgumentError(argument, "be True or False", value)
 
 
 def require_number(argument: str, value: object, *, least: float = 0.0, below: float = math.inf) -> None:

@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 
 from rankwise.linalg.polar import polar
-from rankwise.methods.base import Method, Penalty, Stack, Step, register, require_number
+from rankwise.methods.base import Method, Penalty, Stack, Step, register, require_bool, require_number
 
 
 @register
@@ -39,6 +39,7 @@ class Nnm(Method):
         """λ ≥ 0."""
         super().check()
         require_number("nuclear_weight", self.nuclear_weight)
+        require_bool("scale_by_frobenius", self.scale_by_frobenius)
 
     def penalty(self, stacks: Sequence[Stack], step: Step) -> Penalty | None:
         """λR and −λ·polar(A)/‖A‖_F."""

@@ -12,6 +12,7 @@ an update of rank 2r against the original W0, exactly 0 at the start. There is n
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -35,6 +36,8 @@ from rankwise.methods.base import (
 )
 from rankwise.update import Factors
 
+logger = logging.getLogger(__name__)
+
 
 @register
 @dataclass
@@ -45,6 +48,7 @@ class Sorsa(Method):
     summary: ClassVar[str] = "fixed rank; trains the base weight's own leading singular triplets"
     scaled: ClassVar[bool] = False
     starts_from_weight: ClassVar[bool] = True
+    cancels: ClassVar[bool] = True
 
     orth_reg_weight: float = field(default=4e-4, metadata={"help": "γ; the penalty's weight is γ / peak learning rate"})
     orth_reg_form: str = field(
@@ -65,7 +69,9 @@ class Sorsa(Method):
         """U (out, r), S (r), Vh (r, in), and the start U0, S0, Vh0 as buffers."""
         shapes = {"U": (size.out, size.r), "S": (size.r,), "Vh": (size.r, size.into)}
         trained = {name: Slot(shape, exact=name == "S") for name, shape in shapes.items()}
-        return trained | {f"{name}0": Slot(shape, trained=False, exact=True) for name, shape in shapes.items()}
+        return trained | {
+            f"{name}0": Slot(shape, trained=False, exact=True, start_of=name) for name, shape in shapes.items()
+        }
 
     def start(self, size: Size, weight: Callable[[], Tensor], *, zero: bool = True) -> dict[str, Tensor]:
         """The first r triplets of W0, from a fixed seed: the same base has the same start everywhere."""
@@ -74,6 +80,7 @@ class Sorsa(Method):
         found = (
             leading_triplets_full(W, size.r) if full else leading_triplets(W, size.r, iterations=self.svd_iterations)
         )
+        logger.info("start from a %d × %d weight: %s", *W.shape, found.reached())
         U, S, Vh = found.factors
         start = {"U": U, "S": S, "Vh": Vh}
         offset = {f"{name}0": t for name, t in start.items()}
@@ -102,7 +109,7 @@ class Sorsa(Method):
             weight_U, weight_V = self._weight(layers.peak("U")) / matrices, self._weight(layers.peak("Vh")) / matrices
             gradients.append({"U": weight_U.unsqueeze(2) * dU, "Vh": weight_V.unsqueeze(2) * dV.mT})
             values.append((weight_U.squeeze(1) * in_U + weight_V.squeeze(1) * in_V).sum())
-        return Penalty(torch.stack(values).sum(), gradients)
+        return Penalty(sum(value.to(values[0].device) for value in values), gradients)  # type: ignore[arg-type]
 
     def _weight(self, peak: Tensor) -> Tensor:
         """γ/η_d; 0 where the peak rate is 0, since nothing moves there."""

@@ -18,6 +18,7 @@ from rankwise.adapters.roster import Roster, living_rosters
 from rankwise.errors import TrainingError
 from rankwise.training.session import Groups, session_of
 
+MANY_CALLS = "an optimiser that calls its closure many times a step (LBFGS) cannot train an adapter"
 _installed = False
 
 
@@ -43,7 +44,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs
     if not _moved_by(optimizer):
         return None
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise TrainingError("an optimiser that calls its closure many times a step (LBFGS) cannot train an adapter")
+        raise TrainingError(MANY_CALLS)
     wrapped = _then(closure, lambda: _run_before(optimizer))
     if "closure" in kwargs:
         return args, kwargs | {"closure": wrapped}
@@ -60,9 +61,22 @@ def _saw_forward(roster: Roster, layer: AdapterLinear, output: torch.Tensor) -> 
 
 
 def _run_before(optimizer: torch.optim.Optimizer) -> None:
+    """Run the rules of every adapter in this step, or of none: a step is skipped for all that the optimiser moves."""
     groups = _groups(optimizer)
-    for roster in _moved_by(optimizer, groups):
-        session_of(roster).before(optimizer, groups)
+    sessions = [session_of(roster) for roster in _moved_by(optimizer, groups)]
+    sessions = [session for session in sessions if session.takes_part(groups)]
+    overflow = getattr(optimizer, "found_inf", None)
+    overflowed = overflow is not None and bool(overflow > 0)
+    if not overflowed and all(session.finite() for session in sessions):
+        for session in sessions:
+            session.before(getattr(optimizer, "grad_scale", None))
+        return
+    if not overflowed:  # leave nothing that the optimiser could move by
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
+    for session in sessions:
+        session.skip(bad=not overflowed)
 
 
 def _moved_by(optimizer: torch.optim.Optimizer, groups: Groups | None = None) -> list[Roster]:
@@ -83,7 +97,13 @@ def _groups(optimizer: torch.optim.Optimizer) -> Groups:
 
 
 def _then(closure: Callable[[], Any], rules: Callable[[], None]) -> Callable[[], Any]:
+    called = False
+
     def with_rules() -> Any:
+        nonlocal called
+        if called:
+            raise TrainingError(MANY_CALLS)
+        called = True
         loss = closure()
         rules()
         return loss

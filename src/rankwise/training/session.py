@@ -61,21 +61,36 @@ class Session:
 
     # --- the two moments --------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def before(self, optimizer: torch.optim.Optimizer, groups: Groups) -> None:
-        """Everything that happens once the gradients are complete and nothing has moved."""
+    def takes_part(self, groups: Groups) -> bool:
+        """Whether the coming step is one of this adapter's: it is active and has gradients.
+
+        Raises:
+            TrainingError: the optimiser holds only a part of what trains.
+        """
         self._abandon()
         self._groups = groups
-        self._members = [layer.started(self.roster.adapter) for layer in self.roster.layers]
-        if not any(p.grad is not None for p in self._trained()):
-            return
+        layers = self.roster.layers
+        self._members = [layer.started(self.roster.adapter) for layer in layers]
+        if self.roster.adapter not in layers[0].active_adapters or not self._gradients():
+            return False
         self._check_whole()
+        return True
+
+    @torch.no_grad()
+    def finite(self) -> bool:
+        """Whether every gradient is finite; reads one number back from the device."""
+        return bool(torch.stack(torch._foreach_norm(self._gradients(), torch.inf)).isfinite().all())  # type: ignore[arg-type]
+
+    @torch.no_grad()
+    def before(self, scale: Tensor | None) -> None:
+        """Everything that happens once the gradients are complete and finite, and nothing has moved.
+
+        Args:
+            scale: what the gradients are still multiplied by, under a GradScaler and a fused optimiser.
+        """
         progress = self.progress()
-        step = Step(progress.step + 1, progress.last, self._total(progress))
-        if self._skipped(optimizer, progress):
-            return
+        step = Step(progress.step + 1, progress.last, self._total(progress), bool(progress.finalized))
         self._check_runnable(step)
-        scale = getattr(optimizer, "grad_scale", None)
         self._add_penalty(step, scale)
         stacks = self.stacks(scale)
         self._write(stacks, self.roster.method.before_step(stacks, step))
@@ -115,7 +130,7 @@ class Session:
         """
         seen = self._watch.forward(tensors, output)
         if seen is Seen.DROPPED:
-            self._count_skip(self.progress())
+            self.skip(bad=False)
         if seen is Seen.MOVED:
             raise TrainingError(
                 f"the weights of adapter {self.roster.adapter!r} moved after a backward pass and no optimiser step was "
@@ -166,31 +181,22 @@ class Session:
                 "are in another or in none"
             )
 
-    def _skipped(self, optimizer: torch.optim.Optimizer, progress: Progress) -> bool:
-        """Whether this step will move nothing: an overflow of the loss scale, or gradients that are not finite."""
-        overflow = getattr(optimizer, "found_inf", None)
-        gradients = [p.grad for p in self._trained() if p.grad is not None]
-        if overflow is not None and bool(overflow > 0):
-            self._count_skip(progress)
-            return True
-        if bool(torch.stack(torch._foreach_norm(gradients)).isfinite().all()):  # type: ignore[arg-type]
-            return False
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = None
-        progress.bad += 1
-        self._count_skip(progress)
+    def skip(self, *, bad: bool) -> None:
+        """Count a step that moves nothing: an overflow of the loss scale or, `bad`, gradients that are not finite.
+
+        Raises:
+            TrainingError: bad gradients, the fifth time in a row.
+        """
+        progress = self.progress()
+        progress.step += 1
+        progress.skipped += 1
+        progress.bad += bad
+        self._store(progress)
         if progress.bad >= BAD_GRADIENTS:
             raise TrainingError(
                 f"the gradients of adapter {self.roster.adapter!r} were NaN or infinite in {BAD_GRADIENTS} steps in a "
                 f"row, up to step {progress.step}; lower the learning rate or look at the data"
             )
-        return True
-
-    def _count_skip(self, progress: Progress) -> None:
-        progress.step += 1
-        progress.skipped += 1
-        self._store(progress)
 
     def _check_runnable(self, step: Step) -> None:
         """A run whose ranks cannot adapt fails at its first step."""
@@ -284,6 +290,9 @@ class Session:
     def _trained(self) -> list[Tensor]:
         return [p for tensors in self._members for p in tensors.parameters()]
 
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self._trained() if p.grad is not None]
+
 
 def session_of(roster: Roster) -> Session:
     """The session of an adapter, made when first asked for."""
@@ -303,7 +312,10 @@ def _gradients(parameters: Sequence[Tensor], scale: Tensor | None) -> list[Tenso
 
 
 def _accumulate(parameters: Sequence[Tensor], gradient: Tensor) -> None:
-    for p in parameters:
+    """Add to what trains; a layer the loss did not reach gets the penalty alone, a frozen tensor nothing."""
+    parts = [(p, part) for p, part in zip(parameters, gradient.to(parameters[0].dtype), strict=True) if p.requires_grad]
+    for p, _ in parts:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    torch._foreach_add_([p.grad for p in parameters], list(gradient.to(parameters[0].dtype).unbind(0)))  # type: ignore[arg-type]
+    if parts:
+        torch._foreach_add_([p.grad for p, _ in parts], [part for _, part in parts])  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from rankwise.adapters.tensors import AdapterTensors
+from rankwise.precision import exact
 
 
 class Seen(Enum):
@@ -40,7 +41,7 @@ class Watch:
 
         Nothing is read back from the device unless a backward pass has run since the last step.
         """
-        values = torch.stack([p.detach().double().sum() for p in tensors.parameters()])
+        values = torch.stack([exact(p.detach()).sum() for p in tensors.parameters()])
         seen = self._compare(tensors, values) if self._backward and self._edits == tensors.edits else Seen.NOTHING
         if seen is not Seen.NOTHING or self._values is None or self._edits != tensors.edits:
             self._values, self._edits, self._backward = values, tensors.edits, False
