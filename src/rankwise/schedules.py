@@ -10,7 +10,7 @@ from rankwise.errors import ArgumentError
 
 @dataclass(frozen=True)
 class CubicBudget:
-    """AdaLoRA's budget of triplets and the steps at which it is applied (METHODS of AdaLoRA; not in seed 002).
+    """AdaLoRA's budget of triplets and the steps at which it is applied (arXiv 2303.10512).
 
     b(t) = start                                                         for t < tinit,
            end + (start − end)·(1 − (t − tinit)/(total − tinit − tfinal))³  until total − tfinal,

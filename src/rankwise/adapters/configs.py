@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
+from rankwise.checks import require_bool, require_number
 from rankwise.errors import AdapterFileError, ArgumentError
 from rankwise.methods import adalora, lora, nnm, sora, sorsa
-from rankwise.methods.base import Method, require_bool, require_number
+from rankwise.methods.base import Method
 
 FORMAT = 1
 """Version of the saved form. An adapter of a later format is refused, not guessed at."""

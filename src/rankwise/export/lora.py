@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from rankwise.adapters.configs import AdapterConfig
 from rankwise.adapters.progress import unfinished
+from rankwise.checks import require_choice, require_int
 from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.source import PEFT_PREFIX, TENSORS, Source, finite, from_folder, from_model
 from rankwise.files import whole_folder
-from rankwise.methods.base import require_choice, require_int
 from rankwise.precision import exact
 from rankwise.update import Factors
 

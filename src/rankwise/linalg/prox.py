@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def soft_threshold(x: Tensor, threshold: Tensor | float) -> Tensor:
-    """T_ξ(x) = sign(x)·max(|x| − ξ, 0), the proximal map of ξ‖·‖₁ (seed 002, eq. 11), entry by entry.
+    """T_ξ(x) = sign(x)·max(|x| − ξ, 0), the proximal map of ξ‖·‖₁ (SoRA, eq. 11), entry by entry.
 
     `torch.nn.functional.softshrink` with a threshold that may differ from layer to layer.
 

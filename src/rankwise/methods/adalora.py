@@ -1,6 +1,6 @@
 """AdaLoRA: triplets in SVD form share one budget over all layers, spent where the loss is most sensitive.
 
-W = W0 + P Λ Q (seed 002, AdaLoRA, eq. 3), with γ·R(P, Q) added to the loss for orthonormality (eq. 4). Each step
+Zhang et al., arXiv 2303.10512. W = W0 + P Λ Q (eq. 3), with γ·R(P, Q) in the loss for orthonormality (eq. 4). A step:
 
     I(w) = |w·∂L/∂w|                            (8)   of the weights and gradients of the same step,
     Ī ← β₁Ī + (1 − β₁)I                         (9)
@@ -15,9 +15,7 @@ against gradients before it; eq. 8 is kept here.
 
 from __future__ import annotations
 
-import functools
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -25,22 +23,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rankwise.checks import require_choice, require_int, require_number, say_once
 from rankwise.errors import ArgumentError
 from rankwise.linalg.allocate import keep_top
 from rankwise.linalg.orthonormality import orthonormality_gap, orthonormality_gap_squared
-from rankwise.methods.base import (
-    Method,
-    Penalty,
-    Size,
-    Slot,
-    Stack,
-    Step,
-    Updates,
-    register,
-    require_choice,
-    require_int,
-    require_number,
-)
+from rankwise.methods.base import Method, Penalty, Size, Slot, Stack, Step, Updates, register
 from rankwise.schedules import CubicBudget, steps_of
 from rankwise.update import Factors
 
@@ -63,22 +50,15 @@ class AdaLora(Method):
     beta1: float = field(default=0.85, metadata={"help": "β₁, smoothing of the sensitivity"})
     beta2: float = field(default=0.85, metadata={"help": "β₂, smoothing of its uncertainty"})
     orth_reg_weight: float = field(default=0.1, metadata={"help": "γ, weight of the orthonormality penalty"})
-    orth_reg_form: str = field(
-        default="mean",
-        metadata={"help": '"mean" of ‖PᵀP−I‖_F over matrices (the authors\' code) or "sum" of squares (eq. 4)'},
-    )
-    importance: str = field(
-        default="smoothed", metadata={"help": '"smoothed" (Ī·Ū), "sensitivity" (I) or "magnitude" (|λ|)'}
-    )
-    total_step: int | None = field(
-        default=None, metadata={"help": "optimiser steps of the whole run; None: learnt from the trainer"}
-    )
+    orth_reg_form: str = field(default="mean", metadata={"help": '"mean" of ‖PᵀP−I‖_F, or "sum" of squares (eq. 4)'})
+    importance: str = field(default="smoothed", metadata={"help": '"smoothed" Ī·Ū, "sensitivity" I or "magnitude" |λ|'})
+    total_step: int | None = field(default=None, metadata={"help": "optimiser steps of the run; None: the trainer's"})
 
     def check(self) -> None:
         """Resolve target_r and init_r, then every rule."""
         super().check()
         if self.target_r is None and self.init_r is None and self.r != AdaLora.r:
-            _say_once(f"AdaLoRA reads r = {self.r} as target_r = {self.r} and init_r = {math.ceil(1.5 * self.r)}")
+            say_once(f"AdaLoRA reads r = {self.r} as target_r = {self.r} and init_r = {math.ceil(1.5 * self.r)}")
         self.target_r = self.r if self.target_r is None else self.target_r
         require_int("target_r", self.target_r, least=1)
         self.init_r = math.ceil(1.5 * self.target_r) if self.init_r is None else self.init_r
@@ -90,12 +70,11 @@ class AdaLora(Method):
         require_number("orth_reg_weight", self.orth_reg_weight)
         require_choice("orth_reg_form", self.orth_reg_form, ("mean", "sum"))
         require_choice("importance", self.importance, ("smoothed", "sensitivity", "magnitude"))
-        for name, least in (("tinit", 0), ("tfinal", 0), ("deltaT", 1)):
-            require_number(name, getattr(self, name))
-            steps_of(name, getattr(self, name), self.total_step or 1000, least=least)
         if self.total_step is not None:
             require_int("total_step", self.total_step, least=1)
-            self._durations(self.total_step)
+        for name in ("tinit", "tfinal", "deltaT"):
+            require_number(name, getattr(self, name))
+        self._durations(self.total_step or 10**9)  # whether they fit is asked again once the run's length is known
 
     @property
     def start_rank(self) -> int:
@@ -144,8 +123,8 @@ class AdaLora(Method):
         if self.orth_reg_weight == 0:
             return None
         gap = orthonormality_gap if self.orth_reg_form == "mean" else orthonormality_gap_squared
-        matrices = 2 * sum(len(layers) for layers in stacks)
-        weight = self.orth_reg_weight / (matrices if self.orth_reg_form == "mean" else 1)
+        matrices = 2 * sum(len(layers) for layers in stacks) if self.orth_reg_form == "mean" else 1
+        weight = self.orth_reg_weight / matrices
         gradients, values = [], []
         for layers in stacks:
             (in_P, dP), (in_Q, dQt) = gap(layers["P"].float()), gap(layers["Q"].float().mT)
@@ -155,20 +134,18 @@ class AdaLora(Method):
 
     def before_step(self, stacks: Sequence[Stack], step: Step) -> Updates:
         """Smooth the sensitivities and, when an allocation is due, choose the kept set."""
-        budget = self.budget([size for layers in stacks for size in layers.sizes], step.total)
+        budget = self.budget([size for layers in stacks for size in layers.sizes], step.total or 0)
         if step.finalized or (step.number > budget.final and not budget.due(step.last, step.number)):
             return []
         measured = [self._measure(layers) for layers in stacks]
         if budget.due(step.last, step.number):
             keep = keep_top([self._scores(m) for m in measured], budget.at(step.number))
             measured = [m | {"kept": mask} for m, mask in zip(measured, keep, strict=True)]
-        return [
-            {name: t for name, t in m.items() if name in layers} for m, layers in zip(measured, stacks, strict=True)
-        ]
+        return [{name: t for name, t in m.items() if name != "importance"} for m in measured]
 
     def after_step(self, stacks: Sequence[Stack], step: Step) -> Updates:
         """Λ = 0 outside the kept set (eq. 6): at allocations, and at every step once the kept set is final."""
-        budget = self.budget([size for layers in stacks for size in layers.sizes], step.total)
+        budget = self.budget([size for layers in stacks for size in layers.sizes], step.total or 0)
         if not step.finalized and step.number < budget.final and not budget.due(step.last, step.number):
             return []
         return [{"Lambda": layers["Lambda"] * layers["kept"]} for layers in stacks]
@@ -176,19 +153,13 @@ class AdaLora(Method):
     def finalize(self, stacks: Sequence[Stack]) -> Updates:
         """Keep the final budget's triplets by the scores so far (by |λ| where no average is stored)."""
         sizes = [size for layers in stacks for size in layers.sizes]
-        stored = self.importance == "smoothed"
-        scores = [self._scores(layers) if stored else layers["Lambda"].abs() for layers in stacks]
+        smoothed = self.importance == "smoothed"
+        scores = [self._scores(layers) if smoothed else layers["Lambda"].abs() for layers in stacks]
         keep = keep_top(scores, self._end(sizes))
         return [{"kept": mask, "Lambda": layers["Lambda"] * mask} for layers, mask in zip(stacks, keep, strict=True)]
 
-    def budget_at(self, sizes: Sequence[Size], step: int, total: int | None) -> int | None:
-        """b(t)."""
-        return None if total is None else self.budget(sizes, total).at(step)
-
-    def budget(self, sizes: Sequence[Size], total: int | None) -> CubicBudget:
+    def budget(self, sizes: Sequence[Size], total: int) -> CubicBudget:
         """b(t): from all triplets to bT = Σ_k min(target_r, rank of layer k)."""
-        if total is None:
-            raise ArgumentError("total_step", "be known before ranks can be allocated", total)
         tinit, tfinal, every = self._durations(total)
         return CubicBudget(sum(s.r for s in sizes), self._end(sizes), tinit, tfinal, total, every)
 
@@ -220,11 +191,6 @@ class AdaLora(Method):
         if "importance" in measured:
             return measured["importance"]
         return _triplet_mean({name: measured[f"{name}_mean"] * measured[f"{name}_deviation"] for name in TRIPLET})
-
-
-@functools.cache
-def _say_once(sentence: str) -> None:
-    warnings.warn(sentence, stacklevel=5)
 
 
 def _triplet_mean(s: Mapping[str, Tensor]) -> Tensor:

@@ -15,7 +15,8 @@ from typing import ClassVar, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from rankwise.errors import ArgumentError
+from rankwise.checks import require_int
+from rankwise.schedules import CubicBudget
 from rankwise.update import Factors
 
 METHODS: dict[str, type[Method]] = {}
@@ -137,7 +138,7 @@ class Penalty(NamedTuple):
 class Method:
     """The hyper-parameters every method has, and the questions the rest of the library asks a method."""
 
-    r: int = field(default=8, metadata={"help": "rank each adapted module starts with"})
+    r: int = field(default=8, metadata={"help": "rank of every module at the start; AdaLoRA: the mean at the end"})
 
     method: ClassVar[str]
     summary: ClassVar[str]
@@ -214,8 +215,8 @@ class Method:
         """The step from which the kept ranks no longer change; None for a method without such a step."""
         return None
 
-    def budget_at(self, sizes: Sequence[Size], step: int, total: int | None) -> int | None:
-        """Ranks over all layers that the method's schedule allows at a step; None for a method without a budget."""
+    def budget(self, sizes: Sequence[Size], total: int) -> CubicBudget | None:
+        """The schedule of ranks over all layers in a run of `total` steps; None for a method without one."""
         return None
 
     def finalize(self, stacks: Sequence[Stack]) -> Updates:
@@ -226,29 +227,3 @@ class Method:
 def kaiming_uniform(rows: int, columns: int) -> Tensor:
     """PEFT's start of LoRA's A: uniform on ±1/√columns (Kaiming with a = √5)."""
     return torch.nn.init.kaiming_uniform_(torch.empty(rows, columns), a=math.sqrt(5))
-
-
-def require_int(argument: str, value: object, *, least: int) -> None:
-    """Raise unless `value` is a whole number ≥ `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ArgumentError(argument, f"be a whole number ≥ {least}", value)
-
-
-def require_bool(argument: str, value: object) -> None:
-    """Raise unless `value` is True or False."""
-    if not isinstance(value, bool):
-        raise ArgumentError(argument, "be True or False", value)
-
-
-def require_number(argument: str, value: object, *, least: float = 0.0, below: float = math.inf) -> None:
-    """Raise unless `value` is a finite number in [least, below)."""
-    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    if not math.isfinite(number) or not least <= number < below:
-        rule = f"be a number ≥ {least:g}" if below == math.inf else f"be a number in [{least:g}, {below:g})"
-        raise ArgumentError(argument, rule, value)
-
-
-def require_choice(argument: str, value: object, choices: Sequence[str]) -> None:
-    """Raise unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ArgumentError(argument, f"be one of {', '.join(choices)}", value)

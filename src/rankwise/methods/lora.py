@@ -1,6 +1,6 @@
 """LoRA, the baseline: ΔW = (lora_alpha / r)·B A, with A random and B zero at the start.
 
-Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685; seed 000, eq. 2.
+Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
 """
 
 from __future__ import annotations

@@ -1,6 +1,8 @@
 """NNM-LoRA: nuclear-norm maximisation, so that an adapter uses the whole subspace it has.
 
-The loss is L + λR with R = −Σ_l ‖A_l‖_* / ‖A_l‖_F (seed 000, eq. 9, 10). The Frobenius norm only scales: it is a
+Liu et al., "Nuclear-Norm Maximization for Low-Rank Updates" (NNM-LoRA).
+
+The loss is L + λR with R = −Σ_l ‖A_l‖_* / ‖A_l‖_F (eq. 9, 10). The Frobenius norm only scales: it is a
 constant in differentiation, as the paper says under eq. 10. With A = U Σ Vᵀ,
 
     ∂R/∂A = −U Vᵀ / ‖A‖_F = −polar(A) / ‖A‖_F.
@@ -16,8 +18,9 @@ from typing import ClassVar
 
 import torch
 
+from rankwise.checks import require_bool, require_number
 from rankwise.linalg.polar import polar
-from rankwise.methods.base import Method, Penalty, Stack, Step, register, require_bool, require_number
+from rankwise.methods.base import Method, Penalty, Stack, Step, register
 
 
 @register

@@ -1,6 +1,8 @@
 """SoRA: gates between the projections, closed one by one by a proximal step.
 
-z = W_u (g ⊙ (W_d x)) (seed 002, SoRA, eq. 9). W_d and W_u follow the optimiser; the gate takes its optimiser step and
+Ding et al., "Sparse Low-rank Adaptation of Pre-trained Language Models", arXiv 2311.11696.
+
+z = W_u (g ⊙ (W_d x)) (eq. 9). W_d and W_u follow the optimiser; the gate takes its optimiser step and
 then the proximal map of the L1 norm (eq. 10, 11):
 
     g ← T_{η_t·λ}(g),   T_ξ(x) = sign(x)·max(|x| − ξ, 0),
@@ -18,19 +20,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rankwise.checks import require_choice, require_number
 from rankwise.linalg.prox import soft_threshold
-from rankwise.methods.base import (
-    Method,
-    Penalty,
-    Size,
-    Slot,
-    Stack,
-    Step,
-    Updates,
-    register,
-    require_choice,
-    require_number,
-)
+from rankwise.methods.base import Method, Penalty, Size, Slot, Stack, Step, Updates, register
 from rankwise.update import Factors
 
 

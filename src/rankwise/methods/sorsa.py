@@ -1,6 +1,8 @@
 """SORSA: train the principal singular triplets of the base weight, kept close to orthonormal.
 
-W0 = U S Vᵀ; W_p holds its first r triplets, W_r the rest. y = W_r x + (U_p ⊙ S_p) V_pᵀ x (seed 003, eq. 7), with the
+Cao, "SORSA: Singular Values and Orthonormal Regularized Singular Vectors Adaptation", arXiv 2409.00055.
+
+W0 = U S Vᵀ; W_p holds its first r triplets, W_r the rest. y = W_r x + (U_p ⊙ S_p) V_pᵀ x (eq. 7), with the
 penalty ‖U_pᵀU_p − I‖_F + ‖V_pᵀV_p − I‖_F (eq. 8) of weight γ/η_d, η_d the schedule's peak learning rate (eq. 10).
 
 The base weight is never touched: the start is stored and subtracted, so that
@@ -20,20 +22,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from rankwise.checks import require_choice, require_int, require_number
 from rankwise.linalg.orthonormality import orthonormality_gap
 from rankwise.linalg.svd import leading_triplets, leading_triplets_full
-from rankwise.methods.base import (
-    Method,
-    Penalty,
-    Size,
-    Slot,
-    Stack,
-    Step,
-    register,
-    require_choice,
-    require_int,
-    require_number,
-)
+from rankwise.methods.base import Method, Penalty, Size, Slot, Stack, Step, register
 from rankwise.update import Factors
 
 logger = logging.getLogger(__name__)

@@ -111,8 +111,8 @@ def metrics(roster: Roster) -> dict[str, float]:
     }
     if session.last_penalty is not None:
         found["rankwise/penalty"] = float(session.last_penalty)
-    budget = roster.method.budget_at(sizes, progress.step, progress.total or None)
-    return found if budget is None else found | {"rankwise/budget": float(budget)}
+    budget = roster.method.budget(sizes, progress.total) if progress.total else None
+    return found if budget is None else found | {"rankwise/budget": float(budget.at(progress.step))}
 
 
 def _parameters(layers: list[AdapterLinear], adapter: str) -> Parameters:
