@@ -134,7 +134,7 @@ class AdaLora(Method):
 
     def before_step(self, stacks: Sequence[Stack], step: Step) -> Updates:
         """Smooth the sensitivities and, when an allocation is due, choose the kept set."""
-        budget = self.budget([size for layers in stacks for size in layers.sizes], step.total or 0)
+        budget = self.budget([size for layers in stacks for size in layers.sizes], step.total)
         if step.finalized or (step.number > budget.final and not budget.due(step.last, step.number)):
             return []
         measured = [self._measure(layers) for layers in stacks]
@@ -145,7 +145,7 @@ class AdaLora(Method):
 
     def after_step(self, stacks: Sequence[Stack], step: Step) -> Updates:
         """Λ = 0 outside the kept set (eq. 6): at allocations, and at every step once the kept set is final."""
-        budget = self.budget([size for layers in stacks for size in layers.sizes], step.total or 0)
+        budget = self.budget([size for layers in stacks for size in layers.sizes], step.total)
         if not step.finalized and step.number < budget.final and not budget.due(step.last, step.number):
             return []
         return [{"Lambda": layers["Lambda"] * layers["kept"]} for layers in stacks]
@@ -158,8 +158,10 @@ class AdaLora(Method):
         keep = keep_top(scores, self._end(sizes))
         return [{"kept": mask, "Lambda": layers["Lambda"] * mask} for layers, mask in zip(stacks, keep, strict=True)]
 
-    def budget(self, sizes: Sequence[Size], total: int) -> CubicBudget:
+    def budget(self, sizes: Sequence[Size], total: int | None) -> CubicBudget:
         """b(t): from all triplets to bT = Σ_k min(target_r, rank of layer k)."""
+        if total is None:
+            raise ArgumentError("total_step", "be known before ranks can be allocated", total)
         tinit, tfinal, every = self._durations(total)
         return CubicBudget(sum(s.r for s in sizes), self._end(sizes), tinit, tfinal, total, every)
 

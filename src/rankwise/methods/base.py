@@ -215,7 +215,7 @@ class Method:
         """The step from which the kept ranks no longer change; None for a method without such a step."""
         return None
 
-    def budget(self, sizes: Sequence[Size], total: int) -> CubicBudget | None:
+    def budget(self, sizes: Sequence[Size], total: int | None) -> CubicBudget | None:
         """The schedule of ranks over all layers in a run of `total` steps; None for a method without one."""
         return None
 
