@@ -105,6 +105,36 @@ def test_trainer(name: str, case: Case, architecture: str, tmp_path: Path) -> No
     assert rankwise.export_lora(model, tmp_path / "lora").relative_error <= 1e-6
 
 
+@ROWS
+@pytest.mark.parametrize("how", ["plain", "bfloat16", "checkpointing", "reentrant checkpointing", "loss scale"])
+@pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+def test_bare_loop(name: str, case: Case, architecture: str, how: str) -> None:
+    """Two micro-batches a step: rules run at every step, the loss falls, a penalty is there where there is one."""
+    make, task = ARCHITECTURES[architecture]
+    model = get_peft_model(make(), config_of(name, case, task)).train()
+    if "checkpointing" in how:
+        model.gradient_checkpointing_enable({"use_reentrant": how.startswith("reentrant")})
+        model.enable_input_require_grads()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=how == "loss scale")
+    rows = examples(task).with_format("torch")[:16]
+    losses = []
+    for _ in range(12):
+        for part in range(2):
+            piece = {key: rows[key].chunk(2)[part] for key in ("input_ids", "labels")}
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "bfloat16"):
+                loss = model(**piece).loss / 2
+            scaler.scale(loss).backward()
+        losses.append(loss.item())
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    told = rankwise.status(model)
+    assert (told.step, told.rules_run, told.steps_skipped) == (12, 12, 0)
+    assert losses[-1] < losses[0]
+    assert (told.last_penalty is not None) == (case.penalty is not None)
+
+
 def words() -> PreTrainedTokenizerFast:
     vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", "a", "cat", "sat", "dog", "ran"])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
