@@ -15,13 +15,19 @@ from typing import Any
 import datasets
 import pytest
 
-from rankwise.compare.data import Table, describe, load_splits
+from rankwise.compare.data import Splits, Table, load_splits
 from rankwise.compare.spec import DataSpec, TaskSpec
 from rankwise.errors import ArgumentError, DataError
 
 Row = dict[str, Any]
 FORMATS = ("jsonl", "jsonl.gz", "csv", "csv.gz", "parquet")
 CLASSIFICATION, REGRESSION = TaskSpec(), TaskSpec(type="regression")
+
+
+def describe(splits: Splits) -> dict[str, int]:
+    """How many examples each split has, and how many labels there are."""
+    counts = {name: len(getattr(splits, name).text) for name in ("train", "validation", "test")}
+    return counts if splits.labels is None else counts | {"labels": len(splits.labels)}
 
 
 def write(path: Path, rows: Sequence[Row]) -> Path:

@@ -89,12 +89,6 @@ def load_splits(data: DataSpec, task: TaskSpec) -> Splits:
     return Splits(**{split: _table(part, labels) for split, part in rows.items()}, labels=labels)
 
 
-def describe(splits: Splits) -> dict[str, int]:
-    """How many examples each split has, and how many labels there are, for logs."""
-    counts = {name: len(getattr(splits, name).text) for name in ("train", "validation", "test")}
-    return counts if splits.labels is None else counts | {"labels": len(splits.labels)}
-
-
 def _read(data: DataSpec) -> dict[str, _Rows]:
     """The given splits, from files or from the hub; train and test are always among them."""
     if data.dataset is not None:

@@ -79,7 +79,8 @@ class Session:
     @torch.no_grad()
     def finite(self) -> bool:
         """Whether every gradient is finite; reads one number back from the device."""
-        return bool(torch.stack(torch._foreach_norm(self._gradients(), torch.inf)).isfinite().all())  # type: ignore[arg-type]
+        norms = torch._foreach_norm(self._gradients(), torch.inf)
+        return bool(torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all())  # layers may be apart
 
     @torch.no_grad()
     def before(self, scale: Tensor | None) -> None:
