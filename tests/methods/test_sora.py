@@ -256,7 +256,7 @@ def test_gates_start_as_asked_and_the_update_at_zero(kind: str, spread: bool) ->
     [("g", 0.1, 1e-3, 100.0), ("g", None, 1e-3, 1.0), ("g", 0.1, 0.0, 1.0), ("A", 0.1, 1e-3, 1.0)],
 )
 def test_only_the_gates_have_a_rate_of_their_own(tensor: str, gate_lr: float | None, peak: float, ratio: float) -> None:
-    assert Sora(gate_lr=gate_lr).ratio(tensor, peak) == pytest.approx(ratio)
+    assert Sora(gate_lr=gate_lr).ratio(tensor, peak, STEP) == pytest.approx(ratio)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,9 @@ from rankwise.checks import require_choice, require_int, require_number, say_onc
 from rankwise.errors import ArgumentError
 from rankwise.linalg.allocate import keep_top
 from rankwise.linalg.orthonormality import orthonormality_gap, orthonormality_gap_squared
-from rankwise.methods.base import Method, Penalty, Size, Slot, Stack, Step, Updates, register
+from rankwise.methods.base import register
+from rankwise.methods.phases import Phased
+from rankwise.methods.stack import Penalty, Size, Slot, Stack, Step, Updates
 from rankwise.schedules import CubicBudget, steps_of
 from rankwise.update import Factors
 
@@ -36,7 +38,7 @@ TRIPLET = ("P", "Lambda", "Q")
 
 @register
 @dataclass
-class AdaLora(Method):
+class AdaLora(Phased):
     """Adaptive budget allocation over SVD-form triplets."""
 
     method: ClassVar[str] = "adalora"
@@ -44,15 +46,12 @@ class AdaLora(Method):
 
     target_r: int | None = field(default=None, metadata={"help": "mean rank at the end; None: r"})
     init_r: int | None = field(default=None, metadata={"help": "rank at the start; None: ⌈1.5·target_r⌉"})
-    tinit: float = field(default=0.1, metadata={"help": "steps before the budget falls, or a share of the run"})
-    tfinal: float = field(default=0.3, metadata={"help": "steps after the budget has fallen, or a share of the run"})
     deltaT: float = field(default=0.01, metadata={"help": "steps between allocations, or a share of the run"})  # noqa: N815
     beta1: float = field(default=0.85, metadata={"help": "β₁, smoothing of the sensitivity"})
     beta2: float = field(default=0.85, metadata={"help": "β₂, smoothing of its uncertainty"})
     orth_reg_weight: float = field(default=0.1, metadata={"help": "γ, weight of the orthonormality penalty"})
     orth_reg_form: str = field(default="mean", metadata={"help": '"mean" of ‖PᵀP−I‖_F, or "sum" of squares (eq. 4)'})
     importance: str = field(default="smoothed", metadata={"help": '"smoothed" Ī·Ū, "sensitivity" I or "magnitude" |λ|'})
-    total_step: int | None = field(default=None, metadata={"help": "optimiser steps of the run; None: the trainer's"})
 
     def check(self) -> None:
         """Resolve target_r and init_r, then every rule."""
@@ -70,11 +69,8 @@ class AdaLora(Method):
         require_number("orth_reg_weight", self.orth_reg_weight)
         require_choice("orth_reg_form", self.orth_reg_form, ("mean", "sum"))
         require_choice("importance", self.importance, ("smoothed", "sensitivity", "magnitude"))
-        if self.total_step is not None:
-            require_int("total_step", self.total_step, least=1)
-        for name in ("tinit", "tfinal", "deltaT"):
-            require_number(name, getattr(self, name))
-        self._durations(self.total_step or 10**9)  # whether they fit is asked again once the run's length is known
+        require_number("deltaT", self.deltaT)
+        steps_of("deltaT", self.deltaT, self.total_step or 10**9, least=1)
 
     @property
     def start_rank(self) -> int:
@@ -109,14 +105,6 @@ class AdaLora(Method):
     def kept(self, t: Mapping[str, Tensor]) -> Tensor:
         """The last allocation's kept set; everything before the first."""
         return t["kept"]
-
-    def needs(self, step: Step) -> str | None:
-        """The length of the run, from which every phase is derived."""
-        return None if step.total else "total_step, the number of optimiser steps of the whole run"
-
-    def final_step(self, total: int | None) -> int | None:
-        """T − tfinal."""
-        return None if total is None else total - self._durations(total)[1]
 
     def penalty(self, stacks: Sequence[Stack], step: Step) -> Penalty | None:
         """γ·R: the mean of ‖PᵀP − I‖_F over the 2L matrices P and Qᵀ, or the sum of its squares."""
@@ -160,19 +148,13 @@ class AdaLora(Method):
 
     def budget(self, sizes: Sequence[Size], total: int | None) -> CubicBudget:
         """b(t): from all triplets to bT = Σ_k min(target_r, rank of layer k)."""
-        if total is None:
-            raise ArgumentError("total_step", "be known before ranks can be allocated", total)
-        tinit, tfinal, every = self._durations(total)
-        return CubicBudget(sum(s.r for s in sizes), self._end(sizes), tinit, tfinal, total, every)
+        tinit, final = self.phases(total)
+        assert total is not None
+        every = steps_of("deltaT", self.deltaT, total, least=1)
+        return CubicBudget(sum(s.r for s in sizes), self._end(sizes), tinit, total - final, total, every)
 
     def _end(self, sizes: Sequence[Size]) -> int:
         return sum(min(self.final_rank, s.r) for s in sizes)
-
-    def _durations(self, total: int) -> tuple[int, int, int]:
-        tinit, tfinal = steps_of("tinit", self.tinit, total), steps_of("tfinal", self.tfinal, total)
-        if tinit + tfinal >= total:
-            raise ArgumentError("tinit + tfinal", f"be less than total_step ({total})", tinit + tfinal)
-        return tinit, tfinal, steps_of("deltaT", self.deltaT, total, least=1)
 
     def _measure(self, layers: Stack) -> dict[str, Tensor]:
         """Ī and Ū after this step, or what the other two measures read."""

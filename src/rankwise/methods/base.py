@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, NamedTuple, TypeVar
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 from rankwise.checks import require_int
+from rankwise.methods.stack import Penalty, Size, Slot, Stack, Step, Updates
 from rankwise.schedules import CubicBudget
 from rankwise.update import Factors
 
@@ -29,109 +30,6 @@ def register(method: M) -> M:
     """Class decorator of a method file: lists the method, for the command line, the tests and the documentation."""
     METHODS[method.method] = method
     return method
-
-
-class Size(NamedTuple):
-    """The shape of one adapted layer: W is (out, into), the adapter starts with rank r."""
-
-    out: int
-    into: int
-    r: int
-
-
-class Slot(NamedTuple):
-    """One tensor of a layer's adapter.
-
-    `trained` tensors are parameters, the others buffers; both are saved. `exact` ones (gates, singular values,
-    averages) stay float32 whatever the model is cast to, and are free from weight decay. `start_of` names the parameter
-    whose start a buffer is.
-    """
-
-    shape: tuple[int, ...]
-    trained: bool = True
-    exact: bool = False
-    dtype: torch.dtype = torch.float32
-    start_of: str | None = None
-
-
-@dataclass(frozen=True)
-class Step:
-    """Where a run stands when rules run."""
-
-    number: int
-    """Attempted optimiser steps of this adapter, this one included: 1, 2, …"""
-    last: int
-    """The number of the last step whose rules ran; 0 before the first."""
-    total: int | None
-    """Steps of the whole run, None where nobody told."""
-    finalized: bool = False
-    """Whether the final budget was applied by hand, so that the kept ranks no longer change."""
-
-
-class Stack:
-    """n same-shaped layers at one optimiser step, each tensor stacked to (n, …) when it is first read.
-
-    Args:
-        sizes: the shape of each layer.
-        values: trained tensors and buffers by name, one per layer.
-        gradients: gives, for a trained tensor, each layer's gradient as the optimiser sees it, without the loss scale.
-        rates: gives, for a trained tensor, each layer's (learning rate, peak learning rate) at this step.
-    """
-
-    def __init__(
-        self,
-        sizes: Sequence[Size],
-        values: Mapping[str, Sequence[Tensor]],
-        gradients: Callable[[str], Sequence[Tensor]] | None = None,
-        rates: Callable[[str], Sequence[tuple[float, float]]] | None = None,
-    ) -> None:
-        self.sizes = sizes
-        self._values, self._gradients, self._rates = values, gradients, rates
-        self._read: dict[str, Tensor] = {}
-
-    def __len__(self) -> int:
-        return len(self.sizes)
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._read:
-            self._read[name] = torch.stack([t.detach() for t in self._values[name]])
-        return self._read[name]
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._values
-
-    def tensors(self, name: str) -> list[Tensor]:
-        """The layers' own tensors, to write to."""
-        return list(self._values[name])
-
-    def gradient(self, name: str) -> Tensor:
-        """The gradient of a trained tensor, (n, …)."""
-        return torch.stack(list(self._gradients(name))) if self._gradients else torch.zeros_like(self[name])
-
-    def rate(self, name: str) -> Tensor:
-        """The learning rate of a trained tensor at this step, (n, 1)."""
-        return self._column(name, 0)
-
-    def peak(self, name: str) -> Tensor:
-        """The peak learning rate of a trained tensor's schedule, (n, 1)."""
-        return self._column(name, 1)
-
-    def _column(self, name: str, which: int) -> Tensor:
-        pairs = self._rates(name) if self._rates else [(0.0, 0.0)] * len(self)
-        return torch.tensor(
-            [pair[which] for pair in pairs], dtype=torch.float32, device=self._values[name][0].device
-        ).unsqueeze(1)
-
-
-Updates = list[dict[str, Tensor]]
-"""New values of some tensors, one dict per stack; what is not named keeps its value."""
-
-
-class Penalty(NamedTuple):
-    """λR: its value, and its gradient per stack for the tensors it acts on."""
-
-    value: Tensor
-    gradients: Updates
 
 
 @dataclass
@@ -148,6 +46,12 @@ class Method:
     """Whether `start` reads the base weight."""
     cancels: ClassVar[bool] = False
     """Whether the update is a small difference of large factors, which an export must take in float64."""
+    starts_from_gradient: ClassVar[bool] = False
+    """Whether the first step only initialises, from the gradient of the base weight; see `start_from_gradient`."""
+    negligible: ClassVar[float] = 0.0
+    """Share of the whole adapter's ‖ΔW‖_F that an export may leave out to drop ranks that hold next to nothing."""
+    suggested_rate: ClassVar[float]
+    """Peak learning rate for AdamW where nobody chose one: the best on validation data in `bench/learning_rates.py`."""
 
     def check(self) -> None:
         """Raise `ArgumentError` for the first hyper-parameter that breaks its rule. Runs whenever a config is made."""
@@ -159,9 +63,13 @@ class Method:
         return self.r
 
     @property
-    def final_rank(self) -> int:
+    def final_rank(self) -> float:
         """The mean rank a run ends with, where the method has a schedule for it."""
         return self.r
+
+    def capacity(self, r: int) -> int:
+        """The ranks a layer's tensors hold, r of them in use at the start."""
+        return r
 
     def slots(self, size: Size) -> dict[str, Slot]:
         """The tensors of one layer's adapter. B (out, r) and A (r, into) unless overridden."""
@@ -182,6 +90,14 @@ class Method:
         """The update the tensors of one layer, or of a stack, make; `scale` is lora_alpha / r."""
         return Factors(t["B"], t["B"].new_full(t["B"].shape[:-2] + t["B"].shape[-1:], scale), t["A"])
 
+    def training_factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
+        """The update in a training forward; another than `factors` where gates are drawn at random."""
+        return self.factors(t, scale)
+
+    def start_from_gradient(self, size: Size, gradient: Tensor) -> dict[str, Tensor]:
+        """First values of the tensors from the gradient (out, into) of the base weight, float32."""
+        raise NotImplementedError
+
     def kept(self, t: Mapping[str, Tensor]) -> Tensor:
         """Which ranks the method has not pruned, a boolean (…, r)."""
         rows = t["A"]
@@ -195,7 +111,7 @@ class Method:
         """A sentence of warning for a run that cannot do what the method is for, asked at the first step."""
         return None
 
-    def ratio(self, tensor: str, peak: float) -> float:
+    def ratio(self, tensor: str, peak: float, step: Step) -> float:
         """What the optimiser's move of a tensor is multiplied by, for tensors with a learning rate of their own."""
         return 1.0
 
@@ -211,7 +127,7 @@ class Method:
         """Runs after the optimiser moved the weights."""
         return []
 
-    def final_step(self, total: int | None) -> int | None:
+    def final_step(self, total: int | None, epoch: int | None = None) -> int | None:
         """The step from which the kept ranks no longer change; None for a method without such a step."""
         return None
 

@@ -71,7 +71,7 @@ class Sora(Method):
         """Gates that are not 0 (eq. 12)."""
         return t["g"] != 0
 
-    def ratio(self, tensor: str, peak: float) -> float:
+    def ratio(self, tensor: str, peak: float, step: Step) -> float:
         """gate_lr / peak for the gates."""
         return self.gate_lr / peak if tensor == "g" and self.gate_lr is not None and peak > 0 else 1.0
 
@@ -80,7 +80,7 @@ class Sora(Method):
         if step.total is None or self.sparse_weight == 0:
             return None
         peaks = [float(peak) for layers in stacks for peak in layers.peak("g")]
-        reaches = [peak * self.ratio("g", peak) * self.sparse_weight * step.total for peak in peaks]
+        reaches = [peak * self.ratio("g", peak, step) * self.sparse_weight * step.total for peak in peaks]
         smallest = [float(g) for layers in stacks for g in layers["g"].abs().amin(-1)]
         reach, gate = max(zip(reaches, smallest, strict=True), key=lambda pair: pair[0] - pair[1])
         if reach >= gate:
