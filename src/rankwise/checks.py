@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rankwise.errors import ArgumentError
 
@@ -34,6 +34,12 @@ def require_choice(argument: str, value: object, choices: Sequence[str]) -> None
     """Raise unless `value` is one of `choices`."""
     if value not in choices:
         raise ArgumentError(argument, f"be one of {', '.join(choices)}", value)
+
+
+def require_batch(argument: str, value: object) -> None:
+    """Raise unless `value` is None, a mapping of model inputs, or a function of the model."""
+    if value is not None and not callable(value) and not isinstance(value, Mapping):
+        raise ArgumentError(argument, "be a mapping of model inputs or a function of the model", value)
 
 
 @functools.cache

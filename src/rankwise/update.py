@@ -37,9 +37,12 @@ class Factors(NamedTuple):
         """The dense update, (…, out, in)."""
         return (self.B * self.s.unsqueeze(-2)).to(self.A.dtype) @ self.A
 
-    def add_to(self, result: Tensor, x: Tensor) -> Tensor:
-        """result + ΔW x for inputs x (…, in) and result (…, out), without forming ΔW."""
-        h = F.linear(x, self.A) * self.s
+    def add_to(self, result: Tensor, x: Tensor, gates: Tensor | None = None) -> Tensor:
+        """result + ΔW x for inputs x (…, in) and result (…, out), without forming ΔW.
+
+        `gates` broadcasts against (…, r): factors on the ranks that may differ from sample to sample.
+        """
+        h = F.linear(x, self.A) * (self.s if gates is None else self.s * gates)
         return result + F.linear(h.to(self.B.dtype), self.B)
 
     def kept(self) -> Factors:
@@ -58,6 +61,11 @@ class Factors(NamedTuple):
         QA, RA = torch.linalg.qr(A.mT)
         U, S, Vh = torch.linalg.svd(RB @ RA.mT, full_matrices=False)
         return Factors(QB @ U, S, Vh @ QA.mT)
+
+    def rounding(self) -> float:
+        """How far the update of one layer can be off by cancellation in float64: 1e-14 of its uncancelled size."""
+        B, s, A = (exact(t) for t in self)
+        return 1e-14 * float((B.norm(dim=0) * s.abs() * A.norm(dim=1)).sum())
 
     def singular_values(self) -> Tensor:
         """The min(r, out, in) leading singular values of ΔW, falling, in float64."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Tensors = list[dict[str, Tensor]]
 
@@ -47,10 +47,29 @@ def sorsa(layers: Tensors, peak: float) -> Tensor:
     return 4e-4 / peak * sum(gap(t["U"]) + gap(t["Vh"].T) for t in layers) / (2 * len(layers))  # type: ignore[return-value]
 
 
+def salora(layers: Tensors, peak: float) -> Tensor:
+    """β times the mean of ‖BᵀB − I‖_F and ‖AAᵀ − I‖_F over the 2L matrices; at the first steps no gate moves."""
+    return 0.1 * sum(gap(t["B"]) + gap(t["A"].T) for t in layers) / (2 * len(layers))  # type: ignore[return-value]
+
+
+def score(model: nn.Module) -> float:
+    """Any score of any model, for rounds of ALoRA: minus the mean square of its logits on fixed tokens."""
+    tokens = torch.arange(24).view(4, 6) + 2
+    decoder = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}  # type: ignore[union-attr]
+    return -float(model(input_ids=tokens, **decoder).logits.float().square().mean())
+
+
 CASES: dict[str, Case] = {
     "lora": Case(),
     "nnm": Case(penalty=nnm),
     "adalora": Case({"total_step": 12}, penalty=adalora, exported_rank=6),
     "sora": Case({"sparse_weight": 5.0}),
     "sorsa": Case(penalty=sorsa, start_error=1e-6, exported_rank=8),
+    "alora": Case(
+        {"rounds": 2, "warmup_steps": 3, "recovery_steps": 3, "prune_per_round": 4, "score_batch": score},
+        exported_rank=8,
+    ),
+    "salora": Case({"total_step": 12, "tinit": 2, "tfinal": 4}, penalty=salora),
+    "nblora": Case(),
+    "deep": Case(),
 }

@@ -6,8 +6,9 @@ ask it for the maths.
 
 from __future__ import annotations
 
+import copy
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 from peft import PeftConfig
@@ -15,8 +16,9 @@ from peft.utils.other import get_pattern_key
 
 from rankwise.checks import require_bool, require_number
 from rankwise.errors import AdapterFileError, ArgumentError
-from rankwise.methods import adalora, lora, nnm, sora, sorsa
+from rankwise.methods import adalora, alora, deep, lora, nblora, nnm, salora, sora, sorsa
 from rankwise.methods.base import Method
+from rankwise.methods.stack import Size
 
 FORMAT = 1
 """Version of the saved form. An adapter of a later format is refused, not guessed at."""
@@ -137,6 +139,11 @@ class AdapterConfig(Method, PeftConfig):
         """The rank a module starts with, by its name in the base model."""
         return self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module), self.start_rank)
 
+    def size_of(self, module: str, out: int, into: int) -> Size:
+        """The size of a module's adapter, the rank clamped to the layer's own."""
+        r = min(self.rank_of(module), out, into)
+        return Size(out, into, min(self.capacity(r), out, into), r)
+
     def scale_of(self, module: str) -> float:
         """A module's lora_alpha / r (or / √r), with lora_alpha = r where none is given; 1 for a method without it."""
         r = self.rank_of(module)
@@ -145,7 +152,11 @@ class AdapterConfig(Method, PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The config as it is saved: plain JSON values."""
-        plain = super().to_dict()
+        bare = copy.copy(self)  # what only this process can hold (a batch, a function) is not saved
+        for entry in fields(self):
+            if entry.metadata.get("saved") is False:
+                setattr(bare, entry.name, None)
+        plain = PeftConfig.to_dict(bare)
         plain["peft_type"] = self.peft_type.value  # type: ignore[union-attr]
         return plain
 
@@ -179,8 +190,28 @@ class SoraConfig(AdapterConfig, sora.Sora):
 
 
 @dataclass
+class AloraConfig(AdapterConfig, alora.Alora):
+    """ALoRA, allocating LoRA: rounds of ablation move ranks between modules."""
+
+
+@dataclass
+class SaloraConfig(AdapterConfig, salora.Salora):
+    """SaLoRA, structure-aware LoRA: random gates under a density constraint."""
+
+
+@dataclass
 class SorsaConfig(AdapterConfig, sorsa.Sorsa):
     """SORSA: trains the principal singular triplets of the base weight, held as an offset."""
+
+
+@dataclass
+class NbLoraConfig(AdapterConfig, nblora.NbLora):
+    """NB-LoRA: an update whose singular values are bounded by construction."""
+
+
+@dataclass
+class DeepLoraConfig(AdapterConfig, deep.Deep):
+    """Deep LoRA: a deep product of square factors in a subspace told by the first gradient."""
 
 
 CONFIGS: dict[str, type[AdapterConfig]] = {

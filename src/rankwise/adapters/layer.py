@@ -7,18 +7,22 @@ merge; a merge keeps the base weight, so that unmerging gives it back bit for bi
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from rankwise.adapters.probe import GradientProbe
 from rankwise.adapters.roster import Roster
 from rankwise.adapters.tensors import AdapterTensors
 from rankwise.errors import ArgumentError, RankwiseError
-from rankwise.methods.base import Method, Size
+from rankwise.methods.base import Method
+from rankwise.methods.stack import Size
 from rankwise.update import Factors
 
 
@@ -45,6 +49,7 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._pristine: tuple[nn.Parameter, Tensor] | None = None
+        self.gates: dict[str, Tensor | None] = {}  # while ranks are scored: gates (r,) or (samples, r); None: off
         root = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(root, **quantization)
         self.fan_in_fan_out = isinstance(root, Conv1D)
@@ -54,17 +59,16 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
     # --- adapters ---------------------------------------------------------------------------------------------------
 
     def add_adapter(
-        self, adapter: str, method: Method, roster: Roster, *, r: int, scale: float, dropout: float
+        self, adapter: str, method: Method, roster: Roster, *, size: Size, scale: float, dropout: float
     ) -> None:
         """Create the tensors of `adapter` and give them their start.
 
         An adapter whose config came from a file is about to be loaded, so a start that reads the base weight waits
         until it turns out to be needed.
         """
-        size = Size(self.out_features, self.in_features, min(r, self.in_features, self.out_features))
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
         tensors = AdapterTensors(method, size, device or torch.device("cpu"))
-        self.r[adapter], self.scaling[adapter], self.methods[adapter] = size.r, scale, method
+        self.r[adapter], self.scaling[adapter], self.methods[adapter] = size.started, scale, method
         self.rosters[adapter] = roster
         self.rankwise_dropout[adapter] = nn.Dropout(dropout) if dropout > 0 else nn.Identity()
         self.rankwise_tensors[adapter] = tensors
@@ -160,26 +164,60 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             raise ArgumentError("adapter_names", "be left out: batches of several adapters are not supported", "given")
         if self.disable_adapters and self.merged:
             self.unmerge()
-        result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
-            return result
+        adapters = [name for name in self.active_adapters if name in self.rankwise_tensors]
+        if self.disable_adapters or self.merged or not adapters:
+            return self.base_layer(x, *args, **kwargs)
+        folded = self._folded(adapters[0]) if len(adapters) == 1 else None
+        result = self.base_layer(x, *args, **kwargs) if folded is None else self._linear(x, folded)
         dtype = result.dtype
-        for adapter in self.active_adapters:
-            if adapter in self.rankwise_tensors:
-                result = self._adapted(adapter, result, x)
+        for adapter in adapters:
+            result = self._adapted(adapter, result, x, moving=folded is not None)
         return result.to(dtype)
 
-    def _adapted(self, adapter: str, result: Tensor, x: Tensor) -> Tensor:
-        tensors = self.started(adapter)
+    def _adapted(self, adapter: str, result: Tensor, x: Tensor, *, moving: bool) -> Tensor:
+        if self.gates.get(adapter, x) is None:
+            return result
+        tensors, method = self.started(adapter), self.methods[adapter]
         tensors.restore_exact()
         if tensors.unchecked and not torch.compiler.is_compiling():
             tensors.check_finite(adapter)
-        factors = self.methods[adapter].factors(tensors.named(), self.scaling[adapter])
-        x = self._cast_input_dtype(self.rankwise_dropout[adapter](x), factors.A.dtype)
-        output = factors.add_to(result, x)
+        part = method.moving_part if moving else method.training_factors if self.training else method.factors
+        factors = part(tensors.named(), self.scaling[adapter])
+        dropped = self._cast_input_dtype(self.rankwise_dropout[adapter](x), factors.A.dtype)
+        output = self._add(factors, result, dropped, self.gates.get(adapter))
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if tensors.awaits_gradient:
+                output = GradientProbe.apply(output, x, partial(self._start_from_gradient, adapter))
             self.rosters[adapter].saw_forward(self, output)
         return output
+
+    def _add(self, factors: Factors, result: Tensor, x: Tensor, gates: Tensor | None) -> Tensor:
+        if gates is not None and gates.dim() > 1:
+            check_samples(gates, x)
+            gates = gates.view(len(gates), *[1] * (x.dim() - 2), gates.shape[1])
+        return factors.add_to(result, x, gates)
+
+    def _start_from_gradient(self, adapter: str, gradient: Tensor) -> None:
+        """Work out the start now and keep only that; a step takes it up. A gradient that is not finite gives none."""
+        tensors = self.tensors(adapter)
+        if tensors.awaits_gradient and not tensors.from_gradient and torch.isfinite(gradient).all():
+            tensors.from_gradient = self.methods[adapter].start_from_gradient(tensors.size, gradient)
+
+    def _folded(self, adapter: str) -> Tensor | None:
+        """The base weight (out, in) with the frozen part of the update folded in, if the method wants it so."""
+        tensors = self.started(adapter)
+        tensors.restore_exact()
+        if tensors.folded is None or tensors.folded[0] != tensors.edits:
+            part = self.methods[adapter].frozen_part(tensors.named())
+            if part is None:
+                return None
+            _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+            with torch.no_grad():
+                tensors.folded = (tensors.edits, (self.base_weight() + part.delta().float()).to(dtype))
+        return tensors.folded[1]
+
+    def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.get_base_layer().bias)  # type: ignore[arg-type]
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Every method's update is low-rank."""
@@ -194,6 +232,16 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "rankwise." + super().__repr__()
+
+
+class NotPerSampleError(RankwiseError):
+    """A layer's input has another first dimension than the batch, so that gates per sample cannot be applied."""
+
+
+def check_samples(gates: Tensor, x: Tensor) -> None:
+    """Raise `NotPerSampleError` unless x has one entry per gate row along its first dimension."""
+    if x.shape[0] != len(gates):
+        raise NotPerSampleError(f"{len(gates)} samples have gates and the layer's input is of shape {tuple(x.shape)}")
 
 
 def _features(layer: nn.Module) -> tuple[int, int]:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import nn
 
 from rankwise.adapters.layer import AdapterLinear
 from rankwise.errors import ArgumentError
+from rankwise.methods.base import Method
 from rankwise.update import Factors
 
 
@@ -52,13 +56,39 @@ def factors(model: nn.Module, adapter: str = "default") -> dict[str, Factors]:
 def ranks(model: nn.Module, adapter: str = "default") -> dict[str, int]:
     """How many ranks of each module the method has not pruned, by module name in the base model.
 
-    r for LoRA, NNM-LoRA and SORSA; the last allocation's kept set for AdaLoRA (init_r before the first); the gates
-    that are not 0 for SoRA. What an export would hold is `status(model).parameters`.
+    r for LoRA, NNM-LoRA, SORSA, NB-LoRA and Deep LoRA; the last allocation's kept set for AdaLoRA (init_r before the
+    first); the open ranks of ALoRA; evaluation gates that are not 0 for SoRA and SaLoRA. What an export
+    would hold is `status(model).parameters`.
 
     Raises:
         ArgumentError: the model has no such adapter.
     """
     return {name: int(layer.kept(adapter).sum()) for name, layer in adapted_layers(model, adapter).items()}
+
+
+def reduced(updates: Mapping[str, Factors], method: Method) -> dict[str, Factors]:
+    """The updates without ranks that hold nothing: what a plain LoRA of them needs.
+
+    Where large factors cancel to a small update (`method.cancels`), float32 factors would carry their rounding into it:
+    the update is decomposed in float64 and loses the directions that are rounding, and then the smallest directions of
+    the whole adapter, as far as `method.negligible` allows.
+    """
+    if method.cancels:
+        updates = _without_least({name: _recombined(f) for name, f in updates.items()}, method.negligible)
+    return {name: f.kept() for name, f in updates.items()}
+
+
+def _recombined(f: Factors) -> Factors:
+    U, s, Vh = f.orthogonal()
+    return Factors(U, torch.where(s > f.rounding(), s, 0), Vh)
+
+
+def _without_least(updates: Mapping[str, Factors], share: float) -> Mapping[str, Factors]:
+    """Decomposed updates less the smallest directions of all, which together hold at most `share` of the norm."""
+    energy = torch.cat([f.s.cpu().square() for f in updates.values()]).sort().values
+    least = energy[energy.cumsum(0) <= share**2 * energy.sum()]
+    floor = float(least.max().sqrt()) if len(least) else 0.0
+    return {name: Factors(f.B, torch.where(f.s > floor, f.s, 0), f.A) for name, f in updates.items()}
 
 
 def base_name(name: str) -> str:

@@ -39,9 +39,11 @@ class Progress:
     """Bad gradients in a row, up to now."""
     finalized: int = 0
     """1 once the final budget was applied by `finalize`."""
+    epoch: int = 0
+    """Optimiser steps of one pass over the training data, fixed by the first step; 0 where unknown."""
 
     def tensor(self) -> Tensor:
-        """The counters as they are stored, int64 (8,)."""
+        """The counters as they are stored, int64 (9,)."""
         return torch.tensor(astuple(self), dtype=torch.int64)
 
     @classmethod
@@ -56,7 +58,7 @@ LENGTH = len(fields(Progress))
 
 def final_ranks_due(method: Method, progress: Progress) -> int | None:
     """The step at which an adapter's ranks become final; None if they never change that way, or already are."""
-    due = method.final_step(progress.total or getattr(method, "total_step", None))
+    due = method.final_step(progress.total or getattr(method, "total_step", None), progress.epoch or None)
     return None if due is None or progress.finalized or progress.last >= due else due
 
 

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankwise.adapters.progress import Progress, unfinished
 from rankwise.methods.base import Method
@@ -36,14 +36,26 @@ class Roster:
         self.adapter = adapter
         self.method = method
         self.trainer_total: int | None = None
+        self.trainer_epoch: int | None = None
+        self.development: Callable[[], list[Any]] | None = None  # gives batches of a trainer's data to score ranks on
         self.in_trainer = False  # a trainer's own checkpoints are no sign that a run has ended
         self.session: Any = None
         self._layers: list[weakref.ref[AdapterLinear]] = []
+        self._model: weakref.ref[nn.Module] | None = None
         _ROSTERS.append(weakref.ref(self))
 
     def enrol(self, layer: AdapterLinear) -> None:
         """Add a layer; layers come in model order."""
         self._layers.append(weakref.ref(layer))
+
+    def attach(self, model: nn.Module) -> None:
+        """Remember the model whose layers these are, weakly."""
+        self._model = weakref.ref(model)
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The model whose layers these are: what is run where ranks are scored between steps."""
+        return None if self._model is None else self._model()
 
     @property
     def layers(self) -> list[AdapterLinear]:

@@ -30,6 +30,9 @@ class AdapterTensors(nn.Module):
         self.slots = method.slots(size)
         self.awaits_start = False
         self.unchecked = False  # loaded, and not yet known to be finite
+        self.awaits_gradient = False  # some tensors are 0 until a gradient of the base weight gives them their start
+        self.from_gradient: dict[str, Tensor] = {}  # that start, found in a backward pass, until a step takes it up
+        self.folded: tuple[int, Tensor] | None = None  # (edits, the base weight with a frozen part of the update)
         self.edits = 0  # of its values by loads, casts and starts: everything but training
         self.exact_dtype = torch.float32
         for name, slot in self.slots.items():
@@ -50,6 +53,11 @@ class AdapterTensors(nn.Module):
         self.edits += 1
         for name, value in values.items():
             getattr(self, name).copy_(value)
+        self._await_gradient()
+
+    def _await_gradient(self) -> None:
+        waiting = [getattr(self, name) for name, slot in self.slots.items() if slot.from_gradient]
+        self.awaits_gradient = any(not t.is_meta and not bool(t.any()) for t in waiting)
 
     def restore_exact(self) -> None:
         """Put exact tensors that a trainer cast by hand back to float32."""
@@ -94,6 +102,7 @@ class AdapterTensors(nn.Module):
         if loaded:
             self.awaits_start, self.unchecked = False, True
             self.edits += 1
+            self._await_gradient()
         for name, tensor in loaded.items():
             if tensor.dtype.itemsize < getattr(self, name).dtype.itemsize:
                 self._round_start(name, tensor.dtype)

@@ -34,6 +34,7 @@ class RankwiseTuner(BaseTuner):
         # PEFT lists the head's two usual names for every classifier, of which a model has one.
         check_names("modules_to_save", set(config.modules_to_save or ()) - {"classifier", "score"}, model)
         self._roster = Roster(adapter_name, config)
+        self._roster.attach(model)
         self._clamped: list[str] = []
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if self._clamped:
@@ -42,6 +43,13 @@ class RankwiseTuner(BaseTuner):
                 f"{self._clamped[0]!r}",
                 stacklevel=2,
             )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copied or unpickled model: its layers have made rosters of their own."""
+        super().__setstate__(state)
+        for layer in self.model.modules():
+            for roster in layer.rosters.values() if isinstance(layer, AdapterLinear) else ():
+                roster.attach(self.model)
 
     def _create_and_replace(
         self,
@@ -54,9 +62,10 @@ class RankwiseTuner(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         layer = target if isinstance(target, AdapterLinear) else self._wrap(target, current_key)
-        r, scale = peft_config.rank_of(current_key), peft_config.scale_of(current_key)
-        layer.add_adapter(adapter_name, peft_config, self._roster, r=r, scale=scale, dropout=peft_config.lora_dropout)
-        if layer.r[adapter_name] < r:
+        size = peft_config.size_of(current_key, layer.out_features, layer.in_features)
+        scale, dropout = peft_config.scale_of(current_key), peft_config.lora_dropout
+        layer.add_adapter(adapter_name, peft_config, self._roster, size=size, scale=scale, dropout=dropout)
+        if size.started < peft_config.rank_of(current_key):
             self._clamped.append(current_key)
         if layer is not target:
             if adapter_name not in self.active_adapters:

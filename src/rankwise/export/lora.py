@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rankwise.adapters.configs import AdapterConfig
+from rankwise.adapters.lookup import reduced
 from rankwise.adapters.progress import unfinished
 from rankwise.checks import require_choice, require_int
 from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.source import PEFT_PREFIX, TENSORS, Source, finite, from_folder, from_model
 from rankwise.files import whole_folder
-from rankwise.precision import exact
 from rankwise.update import Factors
 
 TOLERANCE = 1e-6
@@ -124,13 +124,8 @@ def _check(source: Source) -> None:
 
 
 def _truncated(source: Source, rank: int | None) -> dict[str, Factors]:
-    """Each update without its zero ranks, and at most `rank` of its singular directions.
-
-    Where large factors cancel to a small update, float32 factors would carry their rounding into it: the update is
-    decomposed in float64 first.
-    """
-    updates = {name: _recombined(f) for name, f in source.updates.items()} if source.config.cancels else source.updates
-    kept = {name: f.kept() for name, f in updates.items()}
+    """Each update without the ranks that hold nothing, and at most `rank` of its singular directions."""
+    kept = reduced(source.updates, source.config)
     if rank is None:
         return kept
     return {name: f if f.r <= rank else _leading(f, rank) for name, f in kept.items()}
@@ -139,18 +134,6 @@ def _truncated(source: Source, rank: int | None) -> dict[str, Factors]:
 def _leading(f: Factors, rank: int) -> Factors:
     U, s, Vh = f.orthogonal()
     return Factors(U[:, :rank].to(f.B.dtype), s[:rank].to(f.s.dtype), Vh[:rank].to(f.A.dtype))
-
-
-def _recombined(f: Factors) -> Factors:
-    """The same update from orthonormal factors, without directions that are rounding of the cancelled ones."""
-    U, s, Vh = f.orthogonal()
-    return Factors(U, torch.where(s > _rounding(f), s, 0), Vh)
-
-
-def _rounding(f: Factors) -> float:
-    """How far an update in float64 can be off by cancellation: 1e-14 of its uncancelled size."""
-    B, s, A = (exact(t) for t in f)
-    return 1e-14 * float((B.norm(dim=0) * s.abs() * A.norm(dim=1)).sum())
 
 
 def _uniform(
@@ -254,7 +237,7 @@ def relative_error(updates: Mapping[str, Factors], others: Mapping[str, Factors]
     for name, f in updates.items():
         both = Factors(*(t.cpu().double() for t in f))
         size += float(both.singular_values().square().sum())
-        rounding += _rounding(both) ** 2
+        rounding += both.rounding() ** 2
         if name in others:
             B, s, A = (t.cpu().double() for t in others[name])
             both = Factors(torch.cat([both.B, B], 1), torch.cat([both.s, -s]), torch.cat([both.A, A]))

@@ -25,7 +25,6 @@ from rankwise.adapters.lookup import adapted_layers, base_name, factors, ranks
 from rankwise.adapters.progress import LENGTH, Progress
 from rankwise.adapters.tuner import PREFIX
 from rankwise.errors import AdapterFileError
-from rankwise.methods.base import Size
 from rankwise.update import Factors
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -155,7 +154,7 @@ def _check_whole(
     config: AdapterConfig, name: str, tensors: dict[str, Tensor], shape: tuple[int, int], file: Path
 ) -> None:
     """Raise `AdapterFileError` for a module that lacks a tensor of its method, or has one of another shape."""
-    size = Size(*shape, min(config.rank_of(name), *shape))
+    size = config.size_of(name, *shape)
     expected = {key: slot.shape for key, slot in config.slots(size).items()} | {"progress": (LENGTH,)}
     for key, wanted in expected.items():
         seen = tuple(tensors[key].shape) if key in tensors else None

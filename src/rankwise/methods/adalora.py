@@ -28,6 +28,7 @@ from rankwise.errors import ArgumentError
 from rankwise.linalg.allocate import keep_top
 from rankwise.linalg.orthonormality import orthonormality_gap, orthonormality_gap_squared
 from rankwise.methods.base import register
+from rankwise.methods.orthonormal import mean_weight, orthonormality_penalty
 from rankwise.methods.phases import Phased
 from rankwise.methods.stack import Penalty, Size, Slot, Stack, Step, Updates
 from rankwise.schedules import CubicBudget, steps_of
@@ -43,6 +44,7 @@ class AdaLora(Phased):
 
     method: ClassVar[str] = "adalora"
     summary: ClassVar[str] = "falls from init_r to a mean of target_r, shared over all layers by sensitivity"
+    suggested_rate: ClassVar[float] = 1e-2
 
     target_r: int | None = field(default=None, metadata={"help": "mean rank at the end; None: r"})
     init_r: int | None = field(default=None, metadata={"help": "rank at the start; None: ⌈1.5·target_r⌉"})
@@ -110,15 +112,9 @@ class AdaLora(Phased):
         """γ·R: the mean of ‖PᵀP − I‖_F over the 2L matrices P and Qᵀ, or the sum of its squares."""
         if self.orth_reg_weight == 0:
             return None
-        gap = orthonormality_gap if self.orth_reg_form == "mean" else orthonormality_gap_squared
-        matrices = 2 * sum(len(layers) for layers in stacks) if self.orth_reg_form == "mean" else 1
-        weight = self.orth_reg_weight / matrices
-        gradients, values = [], []
-        for layers in stacks:
-            (in_P, dP), (in_Q, dQt) = gap(layers["P"].float()), gap(layers["Q"].float().mT)
-            gradients.append({"P": weight * dP, "Q": weight * dQt.mT})
-            values.append(weight * (in_P.sum() + in_Q.sum()))
-        return Penalty(sum(value.to(values[0].device) for value in values), gradients)  # type: ignore[arg-type]
+        mean = self.orth_reg_form == "mean"
+        gap = orthonormality_gap if mean else orthonormality_gap_squared
+        return orthonormality_penalty(stacks, "P", "Q", gap, mean_weight(stacks, self.orth_reg_weight, mean=mean))
 
     def before_step(self, stacks: Sequence[Stack], step: Step) -> Updates:
         """Smooth the sensitivities and, when an allocation is due, choose the kept set."""

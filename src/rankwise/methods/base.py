@@ -46,8 +46,6 @@ class Method:
     """Whether `start` reads the base weight."""
     cancels: ClassVar[bool] = False
     """Whether the update is a small difference of large factors, which an export must take in float64."""
-    starts_from_gradient: ClassVar[bool] = False
-    """Whether the first step only initialises, from the gradient of the base weight; see `start_from_gradient`."""
     negligible: ClassVar[float] = 0.0
     """Share of the whole adapter's ‖ΔW‖_F that an export may leave out to drop ranks that hold next to nothing."""
     suggested_rate: ClassVar[float]
@@ -94,8 +92,16 @@ class Method:
         """The update in a training forward; another than `factors` where gates are drawn at random."""
         return self.factors(t, scale)
 
+    def frozen_part(self, t: Mapping[str, Tensor]) -> Factors | None:
+        """A part of the update that never changes and that layers shall fold into a copy of their base weight."""
+        return None
+
+    def moving_part(self, t: Mapping[str, Tensor], scale: float) -> Factors:
+        """What is left of the update beside its `frozen_part`."""
+        return self.factors(t, scale)
+
     def start_from_gradient(self, size: Size, gradient: Tensor) -> dict[str, Tensor]:
-        """First values of the tensors from the gradient (out, into) of the base weight, float32."""
+        """First values of the `from_gradient` tensors from the gradient (out, into) of the base weight, float32."""
         raise NotImplementedError
 
     def kept(self, t: Mapping[str, Tensor]) -> Tensor:
@@ -103,8 +109,8 @@ class Method:
         rows = t["A"]
         return torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
 
-    def needs(self, step: Step) -> str | None:
-        """What the method cannot run without and was not told, as the end of "needs …"; None if nothing is missing."""
+    def needs(self, step: Step) -> tuple[str, str] | None:
+        """An argument the method cannot run without and was not given, as ("name=example", "its meaning")."""
         return None
 
     def advice(self, stacks: Sequence[Stack], step: Step) -> str | None:
@@ -140,6 +146,6 @@ class Method:
         return []
 
 
-def kaiming_uniform(rows: int, columns: int) -> Tensor:
+def kaiming_uniform(rows: int, columns: int, generator: torch.Generator | None = None) -> Tensor:
     """PEFT's start of LoRA's A: uniform on ±1/√columns (Kaiming with a = √5)."""
-    return torch.nn.init.kaiming_uniform_(torch.empty(rows, columns), a=math.sqrt(5))
+    return torch.nn.init.kaiming_uniform_(torch.empty(rows, columns), a=math.sqrt(5), generator=generator)

@@ -20,7 +20,8 @@ import torch
 
 from rankwise.checks import require_bool, require_number
 from rankwise.linalg.polar import polar
-from rankwise.methods.base import Method, Penalty, Stack, Step, register
+from rankwise.methods.base import Method, register
+from rankwise.methods.stack import Penalty, Stack, Step
 
 
 @register
@@ -30,6 +31,7 @@ class Nnm(Method):
 
     method: ClassVar[str] = "nnm"
     summary: ClassVar[str] = "fixed rank; nuclear-norm maximisation spreads the update over all r directions"
+    suggested_rate: ClassVar[float] = 3e-3
 
     nuclear_weight: float = field(
         default=5.0, metadata={"help": "λ, weight of the penalty (paper: CLINC 5, MNLI 1, SWAG 10)"}

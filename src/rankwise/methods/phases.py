@@ -40,9 +40,9 @@ class Phased(Method):
             raise ArgumentError("tinit + tfinal", f"be less than total_step ({total})", tinit + tfinal)
         return tinit, total - tfinal
 
-    def needs(self, step: Step) -> str | None:
+    def needs(self, step: Step) -> tuple[str, str] | None:
         """The length of the run, from which every phase is derived."""
-        return None if step.total else "total_step, the number of optimiser steps of the whole run"
+        return None if step.total else ("total_step=1000", "the number of optimiser steps of the whole run")
 
     def final_step(self, total: int | None, epoch: int | None = None) -> int | None:
         """total − tfinal."""

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from rankwise.checks import require_choice, require_number
 from rankwise.linalg.prox import soft_threshold
-from rankwise.methods.base import Method, Penalty, Size, Slot, Stack, Step, Updates, register
+from rankwise.methods.base import Method, register
+from rankwise.methods.stack import Penalty, Size, Slot, Stack, Step, Updates
 from rankwise.update import Factors
 
 
@@ -33,6 +34,7 @@ class Sora(Method):
 
     method: ClassVar[str] = "sora"
     summary: ClassVar[str] = "falls from r as a proximal step closes gates to exactly 0"
+    suggested_rate: ClassVar[float] = 3e-3
 
     sparse_weight: float = field(
         default=0.375, metadata={"help": "λ; each step shrinks the gates by learning rate × λ"}

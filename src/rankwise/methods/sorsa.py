@@ -25,7 +25,9 @@ from torch import Tensor
 from rankwise.checks import require_choice, require_int, require_number
 from rankwise.linalg.orthonormality import orthonormality_gap
 from rankwise.linalg.svd import leading_triplets, leading_triplets_full
-from rankwise.methods.base import Method, Penalty, Size, Slot, Stack, Step, register
+from rankwise.methods.base import Method, register
+from rankwise.methods.orthonormal import orthonormality_penalty
+from rankwise.methods.stack import Penalty, Size, Slot, Stack, Step
 from rankwise.update import Factors
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,7 @@ class Sorsa(Method):
 
     method: ClassVar[str] = "sorsa"
     summary: ClassVar[str] = "fixed rank; trains the base weight's own leading singular triplets"
+    suggested_rate: ClassVar[float] = 1e-3
     scaled: ClassVar[bool] = False
     starts_from_weight: ClassVar[bool] = True
     cancels: ClassVar[bool] = True
@@ -49,12 +52,18 @@ class Sorsa(Method):
     svd: str = field(default="randomized", metadata={"help": '"randomized" subspace iteration or "full"'})
     svd_iterations: int = field(default=12, metadata={"help": "most iterations of the randomised start"})
 
+    residual: str = field(
+        default="offset",
+        metadata={"help": '"offset" (subtract the start, rank 2r a step) or "cached" (keep W_r: memory for time)'},
+    )
+
     def check(self) -> None:
         """γ ≥ 0, known choices, at least one iteration."""
         super().check()
         require_number("orth_reg_weight", self.orth_reg_weight)
         require_choice("orth_reg_form", self.orth_reg_form, ("mean", "sum"))
         require_choice("svd", self.svd, ("randomized", "full"))
+        require_choice("residual", self.residual, ("offset", "cached"))
         require_int("svd_iterations", self.svd_iterations, least=1)
 
     def slots(self, size: Size) -> dict[str, Slot]:
@@ -83,6 +92,14 @@ class Sorsa(Method):
         U0, Vh0, S0 = t["U0"].to(t["U"].dtype), t["Vh0"].to(t["Vh"].dtype), t["S0"].to(t["S"].dtype)
         return Factors(torch.cat([t["U"], U0], -1), torch.cat([t["S"], -S0], -1), torch.cat([t["Vh"], Vh0], -2))
 
+    def frozen_part(self, t: Mapping[str, Tensor]) -> Factors | None:
+        """−U⁰S⁰V⁰ᵀ, which makes W0 the residual weight W_r, where that is to be cached."""
+        return Factors(t["U0"], -t["S0"], t["Vh0"]) if self.residual == "cached" else None
+
+    def moving_part(self, t: Mapping[str, Tensor], scale: float) -> Factors:
+        """U S Vh: rank r."""
+        return Factors(t["U"], t["S"], t["Vh"])
+
     def kept(self, t: Mapping[str, Tensor]) -> Tensor:
         """All r triplets."""
         return torch.ones_like(t["S"], dtype=torch.bool)
@@ -92,16 +109,9 @@ class Sorsa(Method):
         if self.orth_reg_weight == 0:
             return None
         matrices = 2 * sum(len(layers) for layers in stacks) if self.orth_reg_form == "mean" else 1
-        gradients, values = [], []
-        for layers in stacks:
-            (in_U, dU), (in_V, dV) = (
-                orthonormality_gap(layers["U"].float()),
-                orthonormality_gap(layers["Vh"].float().mT),
-            )
-            weight_U, weight_V = self._weight(layers.peak("U")) / matrices, self._weight(layers.peak("Vh")) / matrices
-            gradients.append({"U": weight_U.unsqueeze(2) * dU, "Vh": weight_V.unsqueeze(2) * dV.mT})
-            values.append((weight_U.squeeze(1) * in_U + weight_V.squeeze(1) * in_V).sum())
-        return Penalty(sum(value.to(values[0].device) for value in values), gradients)  # type: ignore[arg-type]
+        return orthonormality_penalty(
+            stacks, "U", "Vh", orthonormality_gap, lambda layers, name: self._weight(layers.peak(name)[:, 0]) / matrices
+        )
 
     def _weight(self, peak: Tensor) -> Tensor:
         """γ/η_d; 0 where the peak rate is 0, since nothing moves there."""

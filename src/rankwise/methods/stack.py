@@ -30,7 +30,7 @@ class Slot(NamedTuple):
 
     `trained` tensors are parameters, the others buffers; both are saved. `exact` ones (gates, singular values,
     averages) stay float32 whatever the model is cast to, and are free from weight decay. `start_of` names the parameter
-    whose start a buffer is.
+    whose start a buffer is. `from_gradient` tensors are 0 until the first step gives them their start.
     """
 
     shape: tuple[int, ...]
@@ -38,6 +38,7 @@ class Slot(NamedTuple):
     exact: bool = False
     dtype: torch.dtype = torch.float32
     start_of: str | None = None
+    from_gradient: bool = False
 
 
 @dataclass(frozen=True)

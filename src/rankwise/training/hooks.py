@@ -53,7 +53,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs
 
 def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     for roster in _moved_by(optimizer):
-        session_of(roster).after()
+        session_of(roster).after(optimizer.state)
 
 
 def _saw_forward(roster: Roster, layer: AdapterLinear, output: torch.Tensor) -> None:

@@ -8,9 +8,9 @@ one shape are stacked, so that a rule costs as many kernels for 96 layers as for
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,14 +19,20 @@ from rankwise.adapters.progress import CONFIG, TRAINER, Progress
 from rankwise.adapters.roster import Roster
 from rankwise.adapters.tensors import AdapterTensors
 from rankwise.errors import TrainingError
-from rankwise.methods.base import Stack, Step, Updates
+from rankwise.methods.stack import Ablation, Stack, Step, Updates
+from rankwise.training.ablation import ablate, can_ablate
+from rankwise.training.development import backward_through
 from rankwise.training.watch import Seen, Watch
 
 BAD_GRADIENTS = 5
 """Steps in a row with NaN or infinite gradients that stop a run."""
 
+T = TypeVar("T")
 Groups = dict[int, dict[str, Any]]
 """The optimiser's parameter group of every parameter it moves, by the parameter's id at this step."""
+
+Moments = Mapping[Any, dict[str, Any]]
+"""An optimiser's state by parameter."""
 
 
 @dataclass
@@ -89,27 +95,31 @@ class Session:
         Args:
             scale: what the gradients are still multiplied by, under a GradScaler and a fused optimiser.
         """
-        progress = self.progress()
-        step = Step(progress.step + 1, progress.last, self._total(progress), bool(progress.finalized))
+        step = self._step = self._next_step()
         self._check_runnable(step)
+        self._find_starts()
         self._add_penalty(step, scale)
         stacks = self.stacks(scale)
         self._write(stacks, self.roster.method.before_step(stacks, step))
-        self._hold()
-        self._step = step
+        self._hold(step)
 
     @torch.no_grad()
-    def after(self) -> None:
-        """Everything that happens once the optimiser has moved the weights."""
-        step, self._step = self._step, None
+    def after(self, optimizer_state: Moments) -> None:
+        """Everything that happens once the optimiser has moved the weights.
+
+        Args:
+            optimizer_state: what the optimiser remembers, by parameter.
+        """
+        step = self._step
         if step is None:
             return
         self._settle()
-        stacks = self.stacks()
+        stacks = self.stacks(moments=optimizer_state)
         self._write(stacks, self.roster.method.after_step(stacks, step))
+        self._step = None
         progress = self.progress()
         progress.step = progress.last = step.number
-        progress.total = step.total or 0
+        progress.total, progress.epoch = step.total or 0, step.epoch or 0
         progress.rules += 1
         progress.bad = 0
         self._store(progress)
@@ -154,6 +164,17 @@ class Session:
         torch._foreach_copy_(stored, [value.to(stored[0].device)] * len(stored))  # type: ignore[arg-type]
         self._watch.reset()
         self._progress, self._read_from = progress, (id(stored[0]), stored[0]._version)  # type: ignore[assignment]
+
+    def _next_step(self) -> Step:
+        progress, roster = self.progress(), self.roster
+        return Step(
+            number=progress.step + 1,
+            last=progress.last,
+            total=self._total(progress),
+            finalized=bool(progress.finalized),
+            epoch=progress.epoch or (None if progress.total else roster.trainer_epoch),
+            ablate=self._ablate if can_ablate(roster) else None,
+        )
 
     def _total(self, progress: Progress) -> int | None:
         """The stored total wins; else the config's, else the trainer's."""
@@ -204,28 +225,44 @@ class Session:
         method = self.roster.method
         missing = method.needs(step)
         if missing:
+            argument, meaning = missing
             raise TrainingError(
-                f"{type(method).__name__} needs {missing}, and no trainer told it: pass it in the config, as in "
-                f"{type(method).__name__}({missing.split(',')[0]}=1000, …)"
+                f"{type(method).__name__} needs {argument.partition('=')[0]}, {meaning}, and no trainer told it: pass "
+                f"it in the config, as in {type(method).__name__}({argument}, …)"
             )
         if step.last == 0:
-            method.final_step(step.total)
+            method.final_step(step.total, step.epoch)
             advice = method.advice(self.stacks(), step)
             if advice:
                 warnings.warn(advice, stacklevel=2)
 
     # --- what the rules read and write ------------------------------------------------------------------------------
 
-    def stacks(self, scale: Tensor | None = None) -> list[Stack]:
-        """The adapter's layers grouped by shape, in model order. `scale` is what the gradients are multiplied by."""
-        members = self._members or [layer.started(self.roster.adapter) for layer in self.roster.layers]
-        by_kind: dict[Any, list[AdapterTensors]] = {}
-        for tensors in members:
-            first = next(tensors.parameters())
-            by_kind.setdefault((tensors.size, first.dtype, first.device), []).append(tensors)
-        return [self._stack(alike, scale) for alike in by_kind.values()]
+    def stacks(self, scale: Tensor | None = None, moments: Moments | None = None) -> list[Stack]:
+        """The adapter's layers grouped by shape, in model order.
 
-    def _stack(self, alike: Sequence[AdapterTensors], scale: Tensor | None) -> Stack:
+        Args:
+            scale: what the gradients are multiplied by.
+            moments: what the optimiser remembers, by parameter.
+        """
+        if not self._members:
+            self._members = [layer.started(self.roster.adapter) for layer in self.roster.layers]
+        return [self._stack(alike, scale, moments or {}) for alike in self._grouped(self._members)]
+
+    def _grouped(self, values: Sequence[T]) -> list[list[T]]:
+        """One value per layer, grouped as stacks are: by shape, dtype and device."""
+        by_kind: dict[Any, list[T]] = {}
+        for tensors, value in zip(self._members, values, strict=True):
+            first = next(tensors.parameters())
+            by_kind.setdefault((tensors.size, first.dtype, first.device), []).append(value)
+        return list(by_kind.values())
+
+    def _ablate(self) -> Ablation:
+        found = ablate(self.roster)
+        without, alone = ([torch.stack(group) for group in self._grouped(part)] for part in found[1:])
+        return Ablation(found.whole, without, alone)
+
+    def _stack(self, alike: Sequence[AdapterTensors], scale: Tensor | None, moments: Moments) -> Stack:
         names = alike[0].slots
         values = {name: [getattr(tensors, name) for tensors in alike] for name in names}
         return Stack(
@@ -233,12 +270,14 @@ class Session:
             values,
             gradients=lambda name: _gradients(values[name], scale),
             rates=lambda name: [self._rates(p, name) for p in values[name]],
+            moments=lambda name: [_moments(moments, p) for p in values[name]],
         )
 
     def _rates(self, parameter: Tensor, name: str) -> tuple[float, float]:
         group = self._groups.get(id(parameter), {"lr": 0.0})
         peak = peak_rate(group)
-        return float(group["lr"]) * self.roster.method.ratio(name, peak), peak
+        ratio = 1.0 if self._step is None else self.roster.method.ratio(name, peak, self._step)
+        return float(group["lr"]) * ratio, peak
 
     def _write(self, stacks: Sequence[Stack], updates: Updates) -> None:
         for stack, update in zip(stacks, updates, strict=False):
@@ -258,8 +297,25 @@ class Session:
 
     # --- rates of their own, and no weight decay --------------------------------------------------------------------
 
-    def _hold(self) -> None:
-        """Remember what has its own rate or must not decay.
+    def _find_starts(self) -> None:
+        """For tensors that wait for a gradient of the base weight: from `init_batch`, else from this step's own.
+
+        Raises:
+            TrainingError: every layer waits and none has seen a gradient.
+        """
+        waiting = [tensors for tensors in self._members if tensors.awaits_gradient]
+        if waiting and getattr(self.roster.method, "init_batch", None) is not None:
+            for tensors in waiting:
+                tensors.from_gradient = {}
+            backward_through(self.roster)
+        if len(waiting) == len(self._members) and not any(tensors.from_gradient for tensors in waiting):
+            raise TrainingError(
+                f"adapter {self.roster.adapter!r} starts from the gradient of its base weights, and no backward pass "
+                "has shown one: pass `init_batch`"
+            )
+
+    def _hold(self, step: Step) -> None:
+        """Remember what has its own rate, must not decay, or gets its start at this step and must not move at all.
 
         Weight decay is undone without knowing the optimiser's formula: it is shown a zero in the tensor's place, which
         no decay can shrink, and the tensor is then moved by what the optimiser made of the zero.
@@ -270,7 +326,7 @@ class Session:
                 if not slot.trained or id(parameter) not in self._groups:
                     continue
                 group = self._groups[id(parameter)]
-                ratio = self.roster.method.ratio(name, peak_rate(group))
+                ratio = 0.0 if tensors.from_gradient else self.roster.method.ratio(name, peak_rate(group), step)
                 zeroed = slot.exact and group.get("weight_decay", 0) != 0
                 if ratio != 1.0 or zeroed:
                     self._held.append(Held(parameter, parameter.data.clone(), ratio, zeroed))
@@ -281,6 +337,10 @@ class Session:
         for held in self._held:
             held.settle()
         self._held = []
+        for tensors in self._members:
+            if tensors.from_gradient:
+                tensors.fill(tensors.from_gradient)
+                tensors.from_gradient = {}
 
     def _abandon(self) -> None:
         """Give back what an optimiser step that raised has left held."""
@@ -305,6 +365,12 @@ def session_of(roster: Roster) -> Session:
 def peak_rate(group: dict[str, Any]) -> float:
     """The highest learning rate of a group's schedule: `max_lr` where one wrote it, else `initial_lr`, else `lr`."""
     return float(group.get("max_lr") or group.get("initial_lr") or group["lr"])
+
+
+def _moments(state: Moments, parameter: Tensor) -> list[Tensor]:
+    """What an optimiser remembers entry by entry of a parameter (momentum, squares), as floating point numbers."""
+    found = state[parameter].values() if parameter in state else ()
+    return [t for t in found if isinstance(t, Tensor) and t.shape == parameter.shape and t.is_floating_point()]
 
 
 def _gradients(parameters: Sequence[Tensor], scale: Tensor | None) -> list[Tensor]:

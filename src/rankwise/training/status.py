@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from rankwise.adapters.layer import AdapterLinear
-from rankwise.adapters.lookup import adapted_layers, ranks
+from rankwise.adapters.lookup import adapted_layers, ranks, reduced
 from rankwise.adapters.progress import SOURCES, final_ranks_due
 from rankwise.adapters.roster import Roster
 from rankwise.training.session import session_of
@@ -117,11 +117,12 @@ def metrics(roster: Roster) -> dict[str, float]:
 
 def _parameters(layers: list[AdapterLinear], adapter: str) -> Parameters:
     initial = final = exported = 0
-    for layer in layers:
+    held = reduced({str(i): layer.factors(adapter) for i, layer in enumerate(layers)}, layers[0].methods[adapter])
+    for layer, update in zip(layers, held.values(), strict=True):
         tensors = layer.started(adapter)
         numbers = sum(p.numel() for p in tensors.parameters())
         kept = layer.kept(adapter)
-        initial += numbers
+        initial += numbers * tensors.size.started // tensors.size.r
         final += numbers * int(kept.sum()) // kept.numel()
-        exported += layer.factors(adapter).kept().r * (layer.in_features + layer.out_features)
+        exported += update.r * (layer.in_features + layer.out_features)
     return Parameters(initial, final, exported)

@@ -1,0 +1,36 @@
+"""The hard-concrete distribution of gates in [0, 1] (SaLoRA, eq. 7, 8)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+Stretch = tuple[float, float]
+"""(γ, ζ) with γ < 0 and ζ > 1: the interval that is then clipped to [0, 1]."""
+
+
+def sampled_gate(log_theta: Tensor, u: Tensor, temperature: float, stretch: Stretch) -> Tensor:
+    """g = clip(sigmoid((log u − log(1 − u) + log θ)/τ)·(ζ − γ) + γ, 0, 1) for u in (0, 1) (eq. 7)."""
+    return _stretched(torch.sigmoid((torch.logit(u) + log_theta) / temperature), stretch)
+
+
+def evaluation_gate(log_theta: Tensor, stretch: Stretch) -> Tensor:
+    """g = clip(sigmoid(log θ)·(ζ − γ) + γ, 0, 1): exactly 0 where log θ ≤ log(−γ/ζ)."""
+    return _stretched(torch.sigmoid(log_theta), stretch)
+
+
+def open_probability(log_theta: Tensor, temperature: float, stretch: Stretch) -> Tensor:
+    """P(g > 0) = sigmoid(log θ − τ·log(−γ/ζ)), of which E‖G‖₀ is the sum (eq. 8)."""
+    return torch.sigmoid(log_theta - temperature * closing_point(stretch))
+
+
+def closing_point(stretch: Stretch) -> float:
+    """log(−γ/ζ): the log θ at and below which the evaluation gate is 0."""
+    return math.log(-stretch[0] / stretch[1])
+
+
+def _stretched(s: Tensor, stretch: Stretch) -> Tensor:
+    low, high = stretch
+    return (s * (high - low) + low).clamp(0, 1)

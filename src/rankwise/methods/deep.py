@@ -1,0 +1,115 @@
+"""Deep LoRA: a product of square factors inside a subspace that the first gradient tells.
+
+Yaras, Wang, Balzano and Qu, "Compressible Dynamics in Deep Overparameterized Low-Rank Learning & Adaptation", arXiv
+2406.04112. A full-width product ΔW = W_L ⋯ W_1 that starts at W_l(0) = ε·(orthogonal) moves only in a subspace known at
+the start (theorem 2.1), so it is trained there:
+
+    ΔW = U·(W_L ⋯ W_1)·Vᵀ   (8),   W_l(0) = ε·I of size r × r, r = 2·r̂,
+
+U and V from the r̂ leading singular vectors of ∂L/∂W at W0 (`linalg.subspace`), trained at γ times the learning rate.
+The gradient is that of one batch: of `init_batch`, else of the first step, which then only initialises. Until then the
+update is zero. The authors' code builds the full-width factors first; here one layer's gradient is held at a time.
+There is no lora_alpha / r scale. Extra parameters beside U and V: L·r² a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rankwise.checks import require_batch, require_choice, require_int, require_number
+from rankwise.errors import ArgumentError
+from rankwise.linalg.subspace import gradient_subspace
+from rankwise.methods.base import Method, register
+from rankwise.methods.stack import Size, Slot, Step
+from rankwise.update import Factors
+
+
+@register
+@dataclass
+class Deep(Method):
+    """Deep overparameterised low-rank adaptation, compressed."""
+
+    method: ClassVar[str] = "deep"
+    summary: ClassVar[str] = "r at most; depth keeps unneeded directions near 0, and an export drops them"
+    scaled: ClassVar[bool] = False
+    cancels: ClassVar[bool] = True
+    negligible: ClassVar[float] = 1e-6
+    suggested_rate: ClassVar[float] = 1e-2
+
+    depth: int = field(default=3, metadata={"help": "L, factors in the product"})
+    init_scale: float = field(default=1e-3, metadata={"help": "ε, scale of every factor at the start"})
+    outer_lr_ratio: float = field(default=1e-2, metadata={"help": "γ, learning rate of U and V relative to the W_l"})
+    init: str = field(
+        default="gradient",
+        metadata={"help": '"gradient" of the first batch, or "random": narrow ε-orthogonal factors, all at one rate'},
+    )
+    init_batch: Any = field(
+        default=None,
+        metadata={
+            "help": "model inputs whose output has .loss, or a function model → loss; None: the first step's batch",
+            "saved": False,
+        },
+    )
+
+    def check(self) -> None:
+        """At least two factors, an even r, positive numbers."""
+        super().check()
+        require_int("depth", self.depth, least=2)
+        require_number("init_scale", self.init_scale, least=1e-30)
+        require_number("outer_lr_ratio", self.outer_lr_ratio)
+        require_choice("init", self.init, ("gradient", "random"))
+        if self.init == "gradient" and self.r % 2 and self.r > 1:
+            raise ArgumentError("r", "be even: half of it holds the gradient's left directions, half the right", self.r)
+        require_batch("init_batch", self.init_batch)
+
+    def slots(self, size: Size) -> dict[str, Slot]:
+        """U (out, r), V (in, r) and W (L, r, r); L − 2 square factors where the outer two are factors themselves."""
+        found = self.init == "gradient"
+        return {
+            "U": Slot((size.out, size.r), from_gradient=found),
+            "W": Slot((self.depth if found else self.depth - 2, size.r, size.r)),
+            "V": Slot((size.into, size.r), from_gradient=found),
+        }
+
+    def start(self, size: Size, weight: Callable[[], Tensor], *, zero: bool = True) -> dict[str, Tensor]:
+        """W_l = ε·I; U and V await the gradient, or are ε times orthonormal."""
+        factors = self.slots(size)["W"].shape[0]
+        eps = self.init_scale if zero else 1.0
+        if self.init == "gradient" and zero:
+            return {"W": eps * torch.eye(size.r).repeat(factors, 1, 1)}
+        outer = eps if self.init == "random" else 1.0
+        square = torch.linalg.qr(torch.randn(factors, size.r, size.r)).Q
+        return {
+            "U": outer * _orthonormal(size.out, size.r),
+            "W": eps * square,
+            "V": outer * _orthonormal(size.into, size.r),
+        }
+
+    def start_from_gradient(self, size: Size, gradient: Tensor) -> dict[str, Tensor]:
+        """U and V from ∂L/∂W."""
+        U, V = gradient_subspace(gradient, size.r)
+        return {"U": U, "V": V}
+
+    def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
+        """B = U·W_L ⋯ W_1, A = Vᵀ."""
+        B = t["U"]
+        for l in reversed(range(t["W"].shape[-3])):  # noqa: E741  l as in the paper
+            B = B @ t["W"][..., l, :, :]
+        return Factors(B, torch.ones_like(B[..., 0, :]), t["V"].mT)
+
+    def kept(self, t: Mapping[str, Tensor]) -> Tensor:
+        """All r directions; an export drops those that hold next to nothing."""
+        return torch.ones_like(t["U"][..., 0, :], dtype=torch.bool)
+
+    def ratio(self, tensor: str, peak: float, step: Step) -> float:
+        """γ for U and V, where they are a subspace and no factors."""
+        return self.outer_lr_ratio if tensor != "W" and self.init == "gradient" else 1.0
+
+
+def _orthonormal(rows: int, columns: int) -> Tensor:
+    return torch.linalg.qr(torch.randn(rows, columns)).Q

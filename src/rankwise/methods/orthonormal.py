@@ -1,0 +1,34 @@
+"""The penalty on factors that are not orthonormal, which AdaLoRA, SaLoRA and SORSA share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from rankwise.methods.stack import Penalty, Stack
+
+Gap = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""‖PᵀP − I‖_F of a stack, or its square, with the gradient: see `linalg.orthonormality`."""
+
+
+def orthonormality_penalty(
+    stacks: Sequence[Stack], left: str, right: str, gap: Gap, weight: Callable[[Stack, str], Tensor]
+) -> Penalty:
+    """Σ over layers of w·gap(B) + w·gap(Aᵀ) for factors B (out, r), named `left`, and A (r, in), named `right`.
+
+    `weight` gives w per layer, (n,), for one of the two.
+    """
+    gradients, values = [], []
+    for layers in stacks:
+        (in_left, d_left), (in_right, d_right) = gap(layers[left].float()), gap(layers[right].float().mT)
+        w_left, w_right = weight(layers, left), weight(layers, right)
+        gradients.append({left: w_left[:, None, None] * d_left, right: w_right[:, None, None] * d_right.mT})
+        values.append((w_left * in_left + w_right * in_right).sum())
+    return Penalty(sum(value.to(values[0].device) for value in values), gradients)  # type: ignore[arg-type]
+
+
+def mean_weight(stacks: Sequence[Stack], total: float, *, mean: bool) -> Callable[[Stack, str], Tensor]:
+    """One weight for all: `total` divided, for a mean, by the 2L matrices of L layers."""
+    share = total / (2 * sum(len(layers) for layers in stacks)) if mean else total
+    return lambda layers, name: layers[name].new_full((len(layers),), share)

@@ -1,0 +1,201 @@
+"""SaLoRA, structure-aware LoRA: hard-concrete gates whose expected L0 norm meets a budget of parameters.
+
+Hu et al., "Structure-aware low-rank adaptation for parameter-efficient fine-tuning", Mathematics 11(20), 2023. (Other
+methods are called SaLoRA in public.) ΔW = B G A with gates G = diag(g) (eq. 5), sampled in training and not in
+evaluation (eq. 7; see `linalg.gates`). The loss gains
+
+    β·R(B, A)   (9)   and   λ(C(Θ) − b)²   (12),   C(Θ) = Σ E‖G_i‖₀(out_i + in_i) / Σ (#B_i + #A_i)   (11),
+
+with C read as a ratio of sums: the sum of ratios that is printed is the number of layers with all gates open. λ grows
+by projected gradient ascent, λ ← λ + η_λ(C − b)²; Θ and λ move from tinit to total − tfinal only. There, gates are
+decided for good: in the order of log θ as many are kept as the budget holds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from rankwise.checks import require_choice, require_number
+from rankwise.errors import ArgumentError
+from rankwise.linalg.allocate import keep_within
+from rankwise.linalg.gates import closing_point, evaluation_gate, open_probability, sampled_gate
+from rankwise.linalg.orthonormality import orthonormality_gap, orthonormality_gap_squared
+from rankwise.methods.base import register
+from rankwise.methods.orthonormal import mean_weight, orthonormality_penalty
+from rankwise.methods.phases import Phased
+from rankwise.methods.stack import Penalty, Size, Slot, Stack, Step, Updates
+from rankwise.update import Factors
+
+FLOOR, CEILING = math.log(1e-2), math.log(1e2)
+"""Where log θ is clamped."""
+EDGE = 1e-6
+"""u is drawn from [EDGE, 1 − EDGE]."""
+GATE_TRAVEL = 16.0
+"""How far log θ could move in the falling phase at the default rate of the gates: 4 times what an even fall needs."""
+MULTIPLIER_TRAVEL = 1e4
+"""What λ would grow to in the falling phase at the default rate, were C − b = 1 all along."""
+
+
+@register
+@dataclass
+class Salora(Phased):
+    """LoRA with random gates and a density constraint."""
+
+    method: ClassVar[str] = "salora"
+    summary: ClassVar[str] = "falls to a density of r·L ranks, learned by random gates under an L0 constraint"
+    suggested_rate: ClassVar[float] = 3e-3
+
+    density: float = field(default=0.5, metadata={"help": "b, share of the parameters kept at the end, in [0.05, 1)"})
+    orth_reg_weight: float = field(default=0.1, metadata={"help": "β, weight of the orthonormality penalty"})
+    orth_reg_form: str = field(default="mean", metadata={"help": '"mean" of ‖BᵀB−I‖_F, or "sum" of squares (eq. 9)'})
+    temperature: float = field(default=2 / 3, metadata={"help": "τ of the gates' distribution"})
+    stretch: tuple[float, float] = field(default=(-0.1, 1.1), metadata={"help": "(γ, ζ) of the gates' distribution"})
+    gate_lr: float | None = field(
+        default=None, metadata={"help": "peak learning rate of log θ; None: 16 / steps of the falling phase"}
+    )
+    multiplier_lr: float | None = field(
+        default=None, metadata={"help": "rate of λ; None: 10000 / steps of the falling phase"}
+    )
+
+    def check(self) -> None:
+        """A density the gates can reach, an interval around [0, 1], positive rates."""
+        super().check()
+        require_number("density", self.density, least=0.05, below=1.0)
+        require_number("orth_reg_weight", self.orth_reg_weight)
+        require_choice("orth_reg_form", self.orth_reg_form, ("mean", "sum"))
+        require_number("temperature", self.temperature, least=1e-3)
+        self.stretch = tuple(self.stretch)  # type: ignore[assignment]  JSON has lists
+        low, high = self.stretch
+        if not (low < 0 and high > 1 and -low / high > 2 * math.exp(FLOOR)):
+            raise ArgumentError("stretch", "be (γ, ζ) with γ < 0, ζ > 1 and −γ/ζ > 0.02", self.stretch)
+        for name in ("gate_lr", "multiplier_lr"):
+            if getattr(self, name) is not None:
+                require_number(name, getattr(self, name), least=1e-30)
+
+    @property
+    def final_rank(self) -> float:
+        """density · r."""
+        return self.density * self.r
+
+    def slots(self, size: Size) -> dict[str, Slot]:
+        """A (r, in), B (out, r), log θ (r); this step's u (r), 0 for evaluation gates; λ."""
+        return super().slots(size) | {
+            "log_theta": Slot((size.r,), exact=True),
+            "u": Slot((size.r,), trained=False, exact=True),
+            "multiplier": Slot((1,), trained=False, exact=True),
+        }
+
+    def start(self, size: Size, weight: Callable[[], Tensor], *, zero: bool = True) -> dict[str, Tensor]:
+        """As LoRA; log θ ~ N(2, 0.01²), so that E‖G‖₀/r = 0.97. No u is drawn yet: a copy stays the same function."""
+        return super().start(size, weight, zero=zero) | {"log_theta": 2 + 0.01 * torch.randn(size.r)}
+
+    def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
+        """B·diag(scale·g)·A with evaluation gates."""
+        return Factors(t["B"], scale * evaluation_gate(t["log_theta"], self.stretch), t["A"])
+
+    def training_factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
+        """B·diag(scale·g)·A with this step's gates: one draw per step, and evaluation gates once they are decided."""
+        sampled = sampled_gate(t["log_theta"], t["u"].clamp_min(EDGE), self.temperature, self.stretch)
+        g = torch.where(t["u"] > 0, sampled, evaluation_gate(t["log_theta"], self.stretch))
+        return Factors(t["B"], scale * g, t["A"])
+
+    def kept(self, t: Mapping[str, Tensor]) -> Tensor:
+        """Evaluation gates that are not 0."""
+        return evaluation_gate(t["log_theta"], self.stretch) != 0
+
+    def ratio(self, tensor: str, peak: float, step: Step) -> float:
+        """The gates' own rate while they may move; 0 before and after."""
+        if tensor != "log_theta":
+            return 1.0
+        if not self._moves(step) or peak == 0:
+            return 0.0
+        first, final = self.phases(step.total)
+        return (self.gate_lr or GATE_TRAVEL / (final - first)) / peak
+
+    def density_of(self, stacks: Sequence[Stack]) -> Tensor:
+        """C(Θ) (eq. 11, as a ratio of sums)."""
+        device = stacks[0]["log_theta"].device
+        opened = [open_probability(layers["log_theta"], self.temperature, self.stretch) for layers in stacks]
+        held = sum((p * cost).sum().to(device) for p, cost in zip(opened, map(_costs, stacks), strict=True))
+        return held / _parameters(stacks)  # type: ignore[return-value]
+
+    def penalty(self, stacks: Sequence[Stack], step: Step) -> Penalty | None:
+        """Eq. 9, and the density term of eq. 12 while gates move."""
+        found = self._orthonormality(stacks)
+        if not self._moves(step):
+            return found
+        over = self.density_of(stacks) - self.density
+        multiplier = stacks[0]["multiplier"].flatten()[0]
+        gradients = []
+        for layers, gradient in zip(stacks, found.gradients if found else [{}] * len(stacks), strict=True):
+            p = open_probability(layers["log_theta"], self.temperature, self.stretch)
+            slope = (2 * multiplier * over).to(p.device) * p * (1 - p) * _costs(layers) / _parameters(stacks)
+            gradients.append(gradient | {"log_theta": slope})
+        value = multiplier * over.square()
+        return Penalty(value + found.value.to(value.device) if found else value, gradients)
+
+    def before_step(self, stacks: Sequence[Stack], step: Step) -> Updates:
+        """Ascend λ, at the Θ whose gradient the optimiser is about to use."""
+        if not self._moves(step):
+            return []
+        first, final = self.phases(step.total)
+        rate = self.multiplier_lr or MULTIPLIER_TRAVEL / (final - first)
+        grown = rate * (self.density_of(stacks) - self.density).square()
+        return [{"multiplier": layers["multiplier"] + grown.to(layers["multiplier"].device)} for layers in stacks]
+
+    def after_step(self, stacks: Sequence[Stack], step: Step) -> Updates:
+        """Clamp log θ and draw the next u; at total − tfinal, decide."""
+        if self._decided(step):
+            return []
+        if step.number >= self.phases(step.total)[1]:
+            return self.finalize(stacks)
+        generator = torch.Generator().manual_seed(step.number)
+        counts = [layers["u"].numel() for layers in stacks]
+        drawn = torch.empty(sum(counts)).uniform_(EDGE, 1 - EDGE, generator=generator).split(counts)
+        return [
+            {"log_theta": layers["log_theta"].clamp(FLOOR, CEILING), "u": u.view_as(layers["u"])}
+            for layers, u in zip(stacks, drawn, strict=True)
+        ]
+
+    def finalize(self, stacks: Sequence[Stack]) -> Updates:
+        """Keep what the budget holds in the order of log θ; the others go to the floor. Nothing is drawn any more."""
+        keep = keep_within([s["log_theta"] for s in stacks], [_costs(s) for s in stacks], self._budget(stacks))
+        barely = closing_point(self.stretch) + 0.01
+        updates = []
+        for layers, mask in zip(stacks, keep, strict=True):
+            theta = torch.where(mask, layers["log_theta"].clamp(barely, CEILING), FLOOR)
+            updates.append({"log_theta": theta, "u": torch.zeros_like(layers["u"])})
+        return updates
+
+    def _orthonormality(self, stacks: Sequence[Stack]) -> Penalty | None:
+        if self.orth_reg_weight == 0:
+            return None
+        mean = self.orth_reg_form == "mean"
+        gap = orthonormality_gap if mean else orthonormality_gap_squared
+        return orthonormality_penalty(stacks, "B", "A", gap, mean_weight(stacks, self.orth_reg_weight, mean=mean))
+
+    def _moves(self, step: Step) -> bool:
+        first, final = self.phases(step.total)
+        return first <= step.number < final and not self._decided(step)
+
+    def _decided(self, step: Step) -> bool:
+        return step.finalized or step.last >= self.phases(step.total)[1]
+
+    def _budget(self, stacks: Sequence[Stack]) -> float:
+        return self.density * _parameters(stacks)
+
+
+def _costs(layers: Stack) -> Tensor:
+    """Parameters of one rank of each layer, out + in, (n, 1)."""
+    return torch.tensor([[float(size.out + size.into)] for size in layers.sizes], device=layers["log_theta"].device)
+
+
+def _parameters(stacks: Sequence[Stack]) -> int:
+    """Σ (#B_i + #A_i)."""
+    return sum(size.r * (size.out + size.into) for layers in stacks for size in layers.sizes)
