@@ -37,8 +37,8 @@ __all__ = ["Factors", "Status", "export_lora", "factors", "finalize", "ranks", "
 
 
 def __getattr__(name: str) -> Any:
-    if name == "compare":
-        return importlib.import_module("rankwise.compare")
+    if name in ("compare", "spectral"):
+        return importlib.import_module(f"rankwise.{name}")
     if name in _HOMES:
         found = getattr(importlib.import_module(_HOMES[name]), name)
     elif name.endswith("Config"):
@@ -52,7 +52,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__", "compare", *_configs()])
+    return sorted([*__all__, "__version__", "compare", "spectral", *_configs()])
 
 
 def _configs() -> dict[str, Any]:

@@ -17,14 +17,21 @@ class Case:
     """A method's row.
 
     `penalty` is λR of a list of layers, written out from the paper's equation in plain float64, one layer at a time;
-    None says that the defaults add nothing to the loss. `peak` is the peak learning rate.
+    None says that the defaults add nothing to the loss. `peak` is the peak learning rate. `told` are fields that a
+    trainer makes unnecessary.
     """
 
     fields: dict[str, Any] = field(default_factory=dict)
+    told: dict[str, Any] = field(default_factory=dict)
     penalty: Callable[[Tensors, float], Tensor] | None = None
     start_error: float = 0.0
     exported_rank: int = 4
     """The rank an export of a trained r = 4 module may have at most."""
+
+    @property
+    def alone(self) -> dict[str, Any]:
+        """The fields for a loop without a trainer, of twelve steps."""
+        return self.fields | self.told
 
 
 def nnm(layers: Tensors, peak: float) -> Tensor:
@@ -62,14 +69,14 @@ def score(model: nn.Module) -> float:
 CASES: dict[str, Case] = {
     "lora": Case(),
     "nnm": Case(penalty=nnm),
-    "adalora": Case({"total_step": 12}, penalty=adalora, exported_rank=6),
+    "adalora": Case(told={"total_step": 12}, penalty=adalora, exported_rank=6),
     "sora": Case({"sparse_weight": 5.0}),
     "sorsa": Case(penalty=sorsa, start_error=1e-6, exported_rank=8),
     "alora": Case(
-        {"rounds": 2, "warmup_steps": 3, "recovery_steps": 3, "prune_per_round": 4, "score_batch": score},
+        told={"rounds": 2, "warmup_steps": 3, "recovery_steps": 3, "prune_per_round": 4, "score_batch": score},
         exported_rank=8,
     ),
-    "salora": Case({"total_step": 12, "tinit": 2, "tfinal": 4}, penalty=salora),
+    "salora": Case({"tinit": 2, "tfinal": 4}, told={"total_step": 12}, penalty=salora),
     "nblora": Case(),
     "deep": Case(),
 }

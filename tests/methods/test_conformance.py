@@ -27,7 +27,7 @@ ROWS = pytest.mark.parametrize(("name", "case"), CASES.items(), ids=list(CASES))
 
 def config_of(name: str, case: Case, **fields: Any) -> AdapterConfig:
     shared = {"r": 4, "target_modules": "all-linear", "task_type": "SEQ_CLS"}
-    return CONFIGS[name](**shared | case.fields | fields)
+    return CONFIGS[name](**shared | case.alone | fields)
 
 
 def adapted(name: str, case: Case, **fields: Any) -> PeftModel:
@@ -184,8 +184,8 @@ def test_resumed_run_ends_bit_identical(name: str, case: Case, batch: Batch, sto
     torch.save(optimizer.state_dict(), kept)
 
     second = PeftModel.from_pretrained(tiny_bert(), str(tmp_path), is_trainable=True)
-    for unsaved in {"score_batch", "init_batch"} & case.fields.keys():  # a function is not saved with a config
-        setattr(second.peft_config["default"], unsaved, case.fields[unsaved])
+    for unsaved in {"score_batch", "init_batch"} & case.alone.keys():  # a function is not saved with a config
+        setattr(second.peft_config["default"], unsaved, case.alone[unsaved])
     optimizer = optimizer_of(second, weight_decay=0.1)
     optimizer.load_state_dict(torch.load(io.BytesIO(kept.getvalue()), weights_only=True))
     train(second, optimizer, batch, 12 - stop)

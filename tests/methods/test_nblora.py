@@ -211,9 +211,9 @@ def test_bfloat16_factors_alone_would_exceed_the_bound(form: str) -> None:
         assert torch.linalg.matrix_norm(dense(Factors(B, s, A)), 2) <= 1 + 1e-6
         grams = [A.double() @ A.double().T, B.double().T @ B.double()]
         if form == "joint":
-            divisor = 1 + (sum(grams) - torch.eye(3)).norm()
+            divisor = 1 + (grams[0] + grams[1] - torch.eye(3)).norm()
         else:
-            divisor = math.prod(1 + (gram - torch.eye(3)).norm() for gram in grams) ** 0.5
+            divisor = ((1 + (grams[0] - torch.eye(3)).norm()) * (1 + (grams[1] - torch.eye(3)).norm())).sqrt()
         torch.testing.assert_close(s.abs().double(), (whole / divisor).expand(3), rtol=1e-6, atol=0)
         assert divisor < 1.03
     assert broken > 5
@@ -518,6 +518,7 @@ def test_an_absolute_bound_does_not_read_the_weight(fields: dict[str, Any]) -> N
 
     t = method.start(Size(6, 9, 4), weight)
     assert t["delta"].tolist() == pytest.approx(sorted(VECTOR, reverse=True) if fields else [0.3])
+    assert made("joint", bound=1).start(Size(6, 9, 4), weight)["delta"].dtype == torch.float32
 
 
 def test_a_clamped_layer_has_the_largest_of_the_bounds() -> None:

@@ -22,7 +22,7 @@ Batch = dict[str, torch.Tensor]
 
 def adapted(name: str, case: Case) -> Any:
     fields = {"r": 4, "target_modules": "all-linear", "task_type": "SEQ_CLS", "init_weights": False}
-    return get_peft_model(tiny_bert(), CONFIGS[name](**fields | case.fields)).train()
+    return get_peft_model(tiny_bert(), CONFIGS[name](**fields | case.alone)).train()
 
 
 def parameters(model: Any) -> list[torch.nn.Parameter]:

@@ -27,8 +27,9 @@ def cayley(G: Tensor) -> Tensor:
     Returns:
         Q of G's shape, in float64 where the device has it; differentiable.
 
-    >>> cayley(torch.tensor([[0.0], [1.0]])).tolist()
-    [[0.0], [-1.0]]
+    >>> Q = cayley(torch.tensor([[0.5, 2.0], [1.0, 0.0], [3.0, 4.0]]))
+    >>> torch.allclose(Q.mT @ Q, torch.eye(2, dtype=Q.dtype))
+    True
     """
     r = G.shape[-1]
     X, Y = exact(G).split([r, G.shape[-2] - r], dim=-2)

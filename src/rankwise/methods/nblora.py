@@ -46,6 +46,7 @@ class NbLora(Method):
 
     method: ClassVar[str] = "nblora"
     summary: ClassVar[str] = "fixed rank; the update's norm, or each of its singular values, bounded by construction"
+    suggested_rate: ClassVar[float] = 3e-3
     scaled: ClassVar[bool] = False
 
     bound: float = field(default=0.1, metadata={"help": "δ; the norm of each module's update is at most this"})
@@ -131,7 +132,7 @@ class NbLora(Method):
         if self.singular_value_bounds is not None:
             return torch.tensor(sorted(self.singular_value_bounds, reverse=True)[: size.r], dtype=torch.float32)
         if not self.bound_relative_to_weight:
-            return torch.tensor([self.bound])
+            return torch.tensor([self.bound], dtype=torch.float32)
         whole = schatten(weight(), self._p)
         if whole == 0:
             say_once(

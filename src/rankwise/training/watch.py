@@ -53,7 +53,9 @@ class Watch:
         if self._values is not None and not torch.equal(self._values, values):
             return Seen.MOVED
         gradients = [p.grad for p in tensors.parameters() if p.grad is not None]
-        return Seen.NOTHING if any(bool(g.any()) for g in gradients) else Seen.DROPPED
+        # Tensors that wait for their start are 0, and so are all gradients.
+        held = bool(gradients) if tensors.awaits_gradient else any(bool(g.any()) for g in gradients)
+        return Seen.NOTHING if held else Seen.DROPPED
 
     def _ran_backward(self, _: Tensor) -> None:
         self._backward = True
