@@ -16,7 +16,18 @@ Kwargs = dict[str, Any]
 CLASSES: tuple[type, ...] = tuple(CONFIGS.values())
 """Every config class; the order of the printed counts."""
 
-ALWAYS: dict[type, Kwargs] = {rankwise.AdaLoraConfig: {"total_step": 1000}}
+
+def level(model: Any) -> float:
+    """A score for rounds of ALoRA that holds no preference: ties are broken by order."""
+    return 0.0
+
+
+ALWAYS: dict[type, Kwargs] = {
+    rankwise.AdaLoraConfig: {"total_step": 1000},
+    rankwise.AloraConfig: {"rounds": 0},
+    rankwise.SaloraConfig: {"total_step": 10, "tinit": 0, "tfinal": 0.5, "gate_lr": 0.1},
+    rankwise.DeepLoraConfig: {"init_scale": 0.01},
+}
 """What a class must be told in a loop without a trainer."""
 
 SHAPES: tuple[tuple[str, str, Kwargs], ...] = (
@@ -50,6 +61,16 @@ SCALED: tuple[tuple[str, str, Kwargs], ...] = (
 )
 """Rows for the classes that have a lora_alpha / r scale."""
 
+LORA_FORM: tuple[tuple[str, str, Kwargs], ...] = (
+    ("Conv2d", "Conv2d", {"target_modules": ["conv2d"]}),
+    ("Conv2d and linear", "Conv2d", {"target_modules": ["conv2d", "lin0"]}),
+    ("Conv2d 1x1", "Conv2d1x1", {"target_modules": ["conv2d"]}),
+    ("Conv2d dropout", "Conv2d2", {"target_modules": ["conv2d"], "lora_dropout": 0.1}),
+    ("Embedding", "EmbConv1D", {"target_modules": ["emb"]}),
+    ("Embedding and Conv1D", "EmbConv1D", {"target_modules": ["emb", "conv1d"]}),
+)
+"""Rows for the classes that take other layers than linear ones."""
+
 OWN: dict[type, tuple[tuple[str, str, Kwargs], ...]] = {
     rankwise.NnmLoraConfig: (
         ("MLP unscaled", "MLP", {"target_modules": ["lin0"], "scale_by_frobenius": False, "nuclear_weight": 1.0}),
@@ -68,6 +89,30 @@ OWN: dict[type, tuple[tuple[str, str, Kwargs], ...]] = {
         ("MLP full", "MLP", {"target_modules": ["lin0"], "svd": "full"}),
         ("MLP sum", "MLP", {"target_modules": ["lin0"], "orth_reg_form": "sum", "r": 4}),
         ("MLP no penalty", "MLP", {"target_modules": ["lin0"], "orth_reg_weight": 0.0}),
+        ("MLP cached", "MLP", {"target_modules": ["lin0", "lin1"], "residual": "cached"}),
+    ),
+    rankwise.AloraConfig: (
+        ("MLP capacity", "MLP", {"target_modules": ["lin0", "lin1"], "r": 2, "max_r": 5}),
+        (
+            "MLP rounds",
+            "MLP",
+            {"target_modules": ["lin0"], "rounds": 1, "warmup_steps": 2, "recovery_steps": 1, "score_batch": level},
+        ),
+    ),
+    rankwise.SaloraConfig: (
+        ("MLP sum", "MLP", {"target_modules": ["lin0"], "orth_reg_form": "sum"}),
+        ("MLP dense", "MLP", {"target_modules": ["lin0", "lin1"], "density": 0.9, "gate_lr": 0.05}),
+    ),
+    rankwise.NbLoraConfig: (
+        ("MLP frobenius", "MLP", {"target_modules": ["lin0"], "norm": "frobenius", "r": 4}),
+        ("MLP nuclear even", "MLP", {"target_modules": ["lin0", "lin1"], "norm": "nuclear", "learn_split": False}),
+        ("MLP absolute", "MLP", {"target_modules": ["lin0"], "bound": 2.0, "bound_relative_to_weight": False}),
+        ("MLP vector", "MLP", {"target_modules": ["lin0"], "r": 3, "singular_value_bounds": [1.0, 0.5, 0.25]}),
+        ("MLP svd", "MLP", {"target_modules": ["lin0", "lin1"], "parameterization": "svd", "norm": 3.0}),
+    ),
+    rankwise.DeepLoraConfig: (
+        ("MLP depth 2", "MLP", {"target_modules": ["lin0"], "depth": 2}),
+        ("MLP faster subspace", "MLP", {"target_modules": ["lin0", "lin1"], "outer_lr_ratio": 1.0}),
     ),
 }
 """Rows for hyper-parameters of one method."""
@@ -76,6 +121,10 @@ LOUDER: dict[tuple[type, str], Kwargs] = {
     (rankwise.SoraConfig, "Conv1D and linear"): {"lora_alpha": 64},
     (rankwise.AdaLoraConfig, "Conv1D and linear"): {"lora_alpha": 64},
     (rankwise.AdaLoraConfig, "MLP_LayerNorm both"): {"lora_alpha": 256},
+} | {
+    (config, case): louder
+    for config, louder in ((rankwise.NbLoraConfig, {"bound": 10.0}), (rankwise.DeepLoraConfig, {"init_scale": 0.05}))
+    for case in ("MLP_LayerNorm both", "Conv1D", "Conv1D r 1", "Conv1D and linear", "Conv1D modules_to_save")
 }
 """A larger scale where the suite's three steps at its fixed rates move a tensor by less than its tolerance of 1e-4.
 
@@ -99,12 +148,18 @@ def _label(config: type) -> str:
     return f"rankwise {config.__name__.removesuffix('Config')}"
 
 
+def _rows(config: Any) -> tuple[tuple[str, str, Kwargs], ...]:
+    """Rows (case, model, kwargs) of one class."""
+    others = () if getattr(config, "linear_only", False) else LORA_FORM
+    return (*SHAPES, *others, *(SCALED if config.scaled else ()), *OWN.get(config, ()))
+
+
 def _cases() -> list[tuple[str, str, type, Kwargs]]:
     """Rows (name, model, class, kwargs)."""
     return [
         (f"{_label(config)} {case}", model, config, ALWAYS.get(config, {}) | kwargs | LOUDER.get((config, case), {}))
         for config in CLASSES
-        for case, model, kwargs in (*SHAPES, *(SCALED if config.scaled else ()), *OWN.get(config, ()))  # type: ignore[attr-defined]
+        for case, model, kwargs in _rows(config)
     ]
 
 
