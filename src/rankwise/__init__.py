@@ -18,6 +18,7 @@ import wrapt
 if TYPE_CHECKING:
     from rankwise.adapters.configs import *  # noqa: F403  every config class, without naming them here
     from rankwise.adapters.lookup import factors, ranks
+    from rankwise.export.importing import import_lora
     from rankwise.export.lora import export_lora
     from rankwise.training.status import Status, finalize, status
     from rankwise.update import Factors
@@ -30,10 +31,11 @@ _HOMES = {
     "export_lora": "rankwise.export.lora",
     "factors": "rankwise.adapters.lookup",
     "finalize": "rankwise.training.status",
+    "import_lora": "rankwise.export.importing",
     "ranks": "rankwise.adapters.lookup",
     "status": "rankwise.training.status",
 }
-__all__ = ["Factors", "Status", "export_lora", "factors", "finalize", "ranks", "status"]
+__all__ = ["Factors", "Status", "export_lora", "factors", "finalize", "import_lora", "ranks", "status"]
 
 
 def __getattr__(name: str) -> Any:

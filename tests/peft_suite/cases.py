@@ -117,19 +117,32 @@ OWN: dict[type, tuple[tuple[str, str, Kwargs], ...]] = {
 }
 """Rows for hyper-parameters of one method."""
 
-LOUDER: dict[tuple[type, str], Kwargs] = {
-    (rankwise.SoraConfig, "Conv1D and linear"): {"lora_alpha": 64},
-    (rankwise.AdaLoraConfig, "Conv1D and linear"): {"lora_alpha": 64},
-    (rankwise.AdaLoraConfig, "MLP_LayerNorm both"): {"lora_alpha": 256},
-} | {
-    (config, case): louder
-    for config, louder in ((rankwise.NbLoraConfig, {"bound": 10.0}), (rankwise.DeepLoraConfig, {"init_scale": 0.05}))
-    for case in ("MLP_LayerNorm both", "Conv1D", "Conv1D r 1", "Conv1D and linear", "Conv1D modules_to_save")
-}
+LOUDER: dict[tuple[type, str], Kwargs] = (
+    {
+        (rankwise.SoraConfig, "Conv1D and linear"): {"lora_alpha": 64},
+        (rankwise.AdaLoraConfig, "Conv1D and linear"): {"lora_alpha": 64},
+        (rankwise.AdaLoraConfig, "MLP_LayerNorm both"): {"lora_alpha": 256},
+        (rankwise.SaloraConfig, "Conv2d 1x1"): {"density": 0.9},  # one rank, which a density of 0.5 closes
+    }
+    | {
+        (config, case): {"lora_alpha": 256}
+        for config in (rankwise.LoraConfig, rankwise.SoraConfig, rankwise.AloraConfig)
+        for case in ("Embedding", "Embedding and Conv1D")
+    }
+    | {
+        (config, case): louder
+        for config, louder in (
+            (rankwise.NbLoraConfig, {"bound": 10.0}),
+            (rankwise.DeepLoraConfig, {"init_scale": 0.05}),
+        )
+        for case in ("MLP_LayerNorm both", "Conv1D", "Conv1D r 1", "Conv1D and linear", "Conv1D modules_to_save")
+    }
+)
 """A larger scale where the suite's three steps at its fixed rates move a tensor by less than its tolerance of 1e-4.
 
 AdaLoRA starts from Λ = 0 and entries of P and Q near 0.02, SoRA from B = 0 and gates that close as it trains: with the
-small inputs of these models the first moves are of the order of 1e-5.
+small inputs of these models the first moves are of the order of 1e-5. The A of an embedding is as small as that of a
+linear layer of as many inputs, and an id sees one column of it: without a penalty, its gradient is of that order too.
 """
 
 PAIRS: tuple[tuple[str, str, Kwargs, Kwargs], ...] = (

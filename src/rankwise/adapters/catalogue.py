@@ -10,7 +10,7 @@ from rankwise.methods import METHODS
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """For each method its name, config class, one-line summary, and its fields with default and help.
+    """For each method its name, config class, one-line summary, suggested learning rate, and fields with help.
 
     Defaults are those of a config made without arguments, so a field that another one sets (init_r from r) shows the
     value it gets.
@@ -23,6 +23,7 @@ def catalogue() -> list[dict[str, Any]]:
                 "method": name,
                 "config": config.__name__,
                 "summary": METHODS[name].summary,
+                "learning_rate": METHODS[name].suggested_rate,
                 "fields": {
                     field.name: {"default": getattr(made, field.name), "help": field.metadata["help"]}
                     for field in dataclasses.fields(METHODS[name])

@@ -1,14 +1,18 @@
-"""The one layer: a frozen base layer plus, for each adapter, the update its method makes.
+"""The adapted layer: a frozen base layer plus, for each adapter, the update its method makes.
 
 PEFT's contract for a tuner layer is kept here and nowhere else. The base weight is never touched before an explicit
 merge; a merge keeps the base weight, so that unmerging gives it back bit for bit.
+
+`AdapterLayer` holds everything but what a kind of base layer decides: how its weight is a matrix (out, in), and how an
+update of that matrix is added to an output. `AdapterLinear` is the linear kind; `convolution.py` and `embedding.py`
+hold the others.
 """
 
 from __future__ import annotations
 
 import warnings
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -26,8 +30,8 @@ from rankwise.methods.stack import Size
 from rankwise.update import Factors
 
 
-class AdapterLinear(nn.Module, BaseTunerLayer):
-    """A linear layer (or transformers' Conv1D) with low-rank updates added to it.
+class AdapterLayer(nn.Module, BaseTunerLayer):
+    """A layer with low-rank updates added to it.
 
     Args:
         base_layer: the frozen layer.
@@ -36,6 +40,9 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("rankwise_tensors",)
     other_param_names = ("rankwise_dropout", "scaling", "r", "methods", "rosters")
+
+    wraps: ClassVar[tuple[type[nn.Module], ...]]
+    """The base layers of this kind."""
 
     def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
         super().__init__()
@@ -52,9 +59,36 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         self.gates: dict[str, Tensor | None] = {}  # while ranks are scored: gates (r,) or (samples, r); None: off
         root = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(root, **quantization)
-        self.fan_in_fan_out = isinstance(root, Conv1D)
-        self.in_features, self.out_features = _features(root)
+        self.out_features, self.in_features = self.matrix_shape(root)
         self.register_state_dict_pre_hook(_start_before_saving)
+
+    # --- what a kind of layer decides -------------------------------------------------------------------------------
+
+    @staticmethod
+    def matrix_shape(root: nn.Module) -> tuple[int, int]:
+        """(out, in) of the base weight as a matrix."""
+        raise NotImplementedError
+
+    @staticmethod
+    def refusal(root: nn.Module) -> tuple[str, str] | None:
+        """The rule that a base layer of this kind breaks, and what was found in it."""
+        return None
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """The base weight, or an update of it, as a matrix (out, in)."""
+        raise NotImplementedError
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """A matrix (out, in) in the base weight's shape."""
+        raise NotImplementedError
+
+    def _add(self, adapter: str, factors: Factors, result: Tensor, x: Tensor) -> Tensor:
+        """Result + the update of the input x, with the gates of `adapter` where it has some."""
+        raise NotImplementedError
+
+    def _with_frozen_part(self, adapter: str, x: Tensor) -> Tensor | None:
+        """The base layer's output with a frozen part of the update folded in, if the method wants it so."""
+        return None
 
     # --- adapters ---------------------------------------------------------------------------------------------------
 
@@ -105,22 +139,26 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
     @torch.no_grad()
     def base_weight(self) -> Tensor:
         """The pristine base weight as float32 (out, in), dequantised, whatever is merged now."""
+        return self.as_matrix(self._unmerged()).float()
+
+    def _unmerged(self) -> Tensor:
+        """The base weight before any merge; of a quantised layer, whose merges round, the weight as it is now."""
         if self._pristine is not None and self.quantization_backend is None:
-            weight = self._pristine[1]
-        else:
-            weight = self.get_base_weight()
-        return (weight.T if self.fan_in_fan_out else weight).float()
+            return self._pristine[1]
+        return self.get_base_weight()
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The dense update of `adapter`, of the base weight's shape, at least float32."""
         B, s, A = self.factors(adapter)
         dtype = torch.promote_types(B.dtype, torch.float32)
-        delta = Factors(B.to(dtype), s.to(dtype), A.to(dtype)).delta()
-        return delta.T if self.fan_in_fan_out else delta
+        return self.as_weight(Factors(B.to(dtype), s.to(dtype), A.to(dtype)).delta())
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' updates to the base weight, keeping the base weight for `unmerge`.
+
+        The sum is a parameter of its own, so that a layer that shares its weight (a tied output layer) keeps the old
+        one.
 
         Args:
             safe_merge: refuse, with the base weight unchanged, if the result is not finite.
@@ -132,16 +170,18 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.rankwise_tensors]
         if not names:
             return
-        current = self.get_base_weight()
-        base = self.base_weight() if self.quantization_backend is None else current.float()
-        base = base.T if self.fan_in_fan_out and self.quantization_backend is None else base
-        fresh = names if self.quantization_backend is not None else [*self.merged_adapters, *names]
-        merged = (base + sum(self.get_delta_weight(name) for name in fresh)).to(current.dtype)
+        plain = self.quantization_backend is None
+        dtype = self.get_base_weight().dtype
+        fresh = [*self.merged_adapters, *names] if plain else names
+        merged = (self._unmerged().float() + sum(self.get_delta_weight(name) for name in fresh)).to(dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise RankwiseError(f"NaN or infinity in the weights merged with adapter {', '.join(names)}")
         if self._pristine is None:
-            weight: Any = self.get_base_layer().weight
+            layer = self.get_base_layer()
+            weight: Any = layer.weight
             self._pristine = (weight, weight.data)
+            if plain:
+                layer.weight = nn.Parameter(merged, requires_grad=weight.requires_grad)
         self.set_base_weight(merged)
         self.merged_adapters.extend(names)
 
@@ -167,8 +207,8 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
         adapters = [name for name in self.active_adapters if name in self.rankwise_tensors]
         if self.disable_adapters or self.merged or not adapters:
             return self.base_layer(x, *args, **kwargs)
-        folded = self._folded(adapters[0]) if len(adapters) == 1 else None
-        result = self.base_layer(x, *args, **kwargs) if folded is None else self._linear(x, folded)
+        folded = self._with_frozen_part(adapters[0], x) if len(adapters) == 1 else None
+        result = self.base_layer(x, *args, **kwargs) if folded is None else folded
         dtype = result.dtype
         for adapter in adapters:
             result = self._adapted(adapter, result, x, moving=folded is not None)
@@ -183,25 +223,68 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
             tensors.check_finite(adapter)
         part = method.moving_part if moving else method.training_factors if self.training else method.factors
         factors = part(tensors.named(), self.scaling[adapter])
-        dropped = self._cast_input_dtype(self.rankwise_dropout[adapter](x), factors.A.dtype)
-        output = self._add(factors, result, dropped, self.gates.get(adapter))
+        output = self._add(adapter, factors, result, x)
         if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             if tensors.awaits_gradient:
                 output = GradientProbe.apply(output, x, partial(self._start_from_gradient, adapter))
             self.rosters[adapter].saw_forward(self, output)
         return output
 
-    def _add(self, factors: Factors, result: Tensor, x: Tensor, gates: Tensor | None) -> Tensor:
-        if gates is not None and gates.dim() > 1:
-            check_samples(gates, x)
-            gates = gates.view(len(gates), *[1] * (x.dim() - 2), gates.shape[1])
-        return factors.add_to(result, x, gates)
+    def _dropped(self, adapter: str, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The input of the update: x after dropout, in the factors' dtype."""
+        return self._cast_input_dtype(self.rankwise_dropout[adapter](x), dtype)
 
     def _start_from_gradient(self, adapter: str, gradient: Tensor) -> None:
         """Work out the start now and keep only that; a step takes it up. A gradient that is not finite gives none."""
         tensors = self.tensors(adapter)
         if tensors.awaits_gradient and not tensors.from_gradient and torch.isfinite(gradient).all():
             tensors.from_gradient = self.methods[adapter].start_from_gradient(tensors.size, gradient)
+
+    # --- copies -----------------------------------------------------------------------------------------------------
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for roster in self.rosters.values():
+            roster.enrol(self)
+
+    def __repr__(self) -> str:
+        return "rankwise." + super().__repr__()
+
+
+class AdapterLinear(AdapterLayer):
+    """A linear layer, or transformers' Conv1D, with low-rank updates added to it."""
+
+    wraps = (nn.Linear, Conv1D)
+
+    def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
+        super().__init__(base_layer, **quantization)
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+
+    @staticmethod
+    def matrix_shape(root: Any) -> tuple[int, int]:
+        """(out, in); the weight of Conv1D is (in, out)."""
+        if isinstance(root, Conv1D):
+            return root.weight.shape[1], root.weight.shape[0]
+        return root.out_features, root.in_features
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """The weight itself, of Conv1D transposed."""
+        return weight.T if self.fan_in_fan_out else weight
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """The matrix itself, for Conv1D transposed."""
+        return matrix.T if self.fan_in_fan_out else matrix
+
+    def _add(self, adapter: str, factors: Factors, result: Tensor, x: Tensor) -> Tensor:
+        dropped, gates = self._dropped(adapter, x, factors.A.dtype), self.gates.get(adapter)
+        if gates is not None and gates.dim() > 1:
+            check_samples(gates, x)
+            gates = gates.view(len(gates), *[1] * (x.dim() - 2), gates.shape[1])
+        return factors.add_to(result, dropped, gates)
+
+    def _with_frozen_part(self, adapter: str, x: Tensor) -> Tensor | None:
+        weight = self._folded(adapter)
+        return None if weight is None else F.linear(x, weight, self.get_base_layer().bias)  # type: ignore[arg-type]
 
     def _folded(self, adapter: str) -> Tensor | None:
         """The base weight (out, in) with the frozen part of the update folded in, if the method wants it so."""
@@ -216,22 +299,9 @@ class AdapterLinear(nn.Module, BaseTunerLayer):
                 tensors.folded = (tensors.edits, (self.base_weight() + part.delta().float()).to(dtype))
         return tensors.folded[1]
 
-    def _linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, self.get_base_layer().bias)  # type: ignore[arg-type]
-
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Every method's update is low-rank."""
         return True
-
-    # --- copies -----------------------------------------------------------------------------------------------------
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for roster in self.rosters.values():
-            roster.enrol(self)
-
-    def __repr__(self) -> str:
-        return "rankwise." + super().__repr__()
 
 
 class NotPerSampleError(RankwiseError):
@@ -244,15 +314,8 @@ def check_samples(gates: Tensor, x: Tensor) -> None:
         raise NotPerSampleError(f"{len(gates)} samples have gates and the layer's input is of shape {tuple(x.shape)}")
 
 
-def _features(layer: nn.Module) -> tuple[int, int]:
-    """(in, out) of a supported layer."""
-    if isinstance(layer, Conv1D):
-        return layer.weight.shape[0], layer.weight.shape[1]
-    return layer.in_features, layer.out_features  # type: ignore[return-value]
-
-
 def _start_before_saving(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
     """State-dict hook: an adapter that still awaits its start gets it before it is saved."""
-    if isinstance(layer, AdapterLinear):
+    if isinstance(layer, AdapterLayer):
         for adapter in layer.rankwise_tensors:
             layer.started(adapter)

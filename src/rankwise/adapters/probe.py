@@ -13,20 +13,28 @@ class GradientProbe(torch.autograd.Function):
     """The identity on a layer's output y = W x; in the backward pass, ∂L/∂W = Σ g xᵀ is handed to `receive`.
 
     Only one layer's (out, in) gradient lives at a time: it is made when the backward pass reaches the layer and dropped
-    when `receive` returns. x is saved as autograd saves tensors, so that checkpointing recomputes it.
+    when `receive` returns. x is saved as autograd saves tensors, so that checkpointing recomputes it. y itself is
+    returned, not a view, so that what follows may change it in place. A layer that is used several times in a forward
+    pass is probed at each use: `receive` gets one use's part of ∂L/∂W at a time, the last use's first.
     """
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, receive: Callable[[Tensor], None]) -> Tensor:
         """Y, unchanged."""
         ctx.save_for_backward(x)
+        ctx.mark_dirty(y)
         ctx.receive = receive
-        return y.view_as(y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         """The gradient of y, unchanged."""
         (g,), (x,) = gradients, ctx.saved_tensors
-        with torch.no_grad():
-            ctx.receive(g.flatten(0, -2).float().mT @ x.flatten(0, -2).float())
+        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):  # a loop may call backward under autocast
+            ctx.receive(_rows(g).mT @ _rows(x))
         return g, None, None
+
+
+def _rows(t: Tensor) -> Tensor:
+    """The last dimension as rows, float32."""
+    return t.reshape(-1, t.shape[-1]).float()

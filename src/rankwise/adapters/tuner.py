@@ -1,4 +1,4 @@
-"""The one tuner: puts `AdapterLinear` in place of the targeted modules, whatever the method."""
+"""The one tuner: puts an `AdapterLayer` in place of each targeted module, whatever the method."""
 
 from __future__ import annotations
 
@@ -10,21 +10,25 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from rankwise.adapters.configs import AdapterConfig
-from rankwise.adapters.layer import AdapterLinear
+from rankwise.adapters.convolution import AdapterConv2d
+from rankwise.adapters.embedding import AdapterEmbedding
+from rankwise.adapters.layer import AdapterLayer, AdapterLinear
 from rankwise.adapters.roster import Roster
 from rankwise.errors import ArgumentError, nearest
+from rankwise.methods.base import METHODS, Method
 
 PREFIX = "rankwise_"
+KINDS: tuple[type[AdapterLayer], ...] = (AdapterLinear, AdapterConv2d, AdapterEmbedding)
+"""Every kind of layer that can be adapted."""
 
 
 class RankwiseTuner(BaseTuner):
     """PEFT's tuner for every rankwise method."""
 
     prefix = PREFIX
-    tuner_layer_cls = AdapterLinear
+    tuner_layer_cls = AdapterLayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -48,7 +52,7 @@ class RankwiseTuner(BaseTuner):
         """A copied or unpickled model: its layers have made rosters of their own."""
         super().__setstate__(state)
         for layer in self.model.modules():
-            for roster in layer.rosters.values() if isinstance(layer, AdapterLinear) else ():
+            for roster in layer.rosters.values() if isinstance(layer, AdapterLayer) else ():
                 roster.attach(self.model)
 
     def _create_and_replace(
@@ -61,7 +65,8 @@ class RankwiseTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target if isinstance(target, AdapterLinear) else self._wrap(target, current_key)
+        layer = target if isinstance(target, AdapterLayer) else self._wrap(target, current_key)
+        check_method(peft_config, layer, current_key)
         size = peft_config.size_of(current_key, layer.out_features, layer.in_features)
         scale, dropout = peft_config.scale_of(current_key), peft_config.lora_dropout
         layer.add_adapter(adapter_name, peft_config, self._roster, size=size, scale=scale, dropout=dropout)
@@ -78,25 +83,28 @@ class RankwiseTuner(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         if not autocast_adapter_dtype:
             for layer in self.model.modules():
-                if isinstance(layer, AdapterLinear) and adapter_name in layer.rankwise_tensors:
+                if isinstance(layer, AdapterLayer) and adapter_name in layer.rankwise_tensors:
                     _, dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
                     if dtype is not None and dtype.is_floating_point and dtype.itemsize >= 2:
                         layer.tensors(adapter_name).follow_base_dtype(dtype)
 
-    def _wrap(self, target: nn.Module, name: str) -> AdapterLinear:
+    def _wrap(self, target: nn.Module, name: str) -> AdapterLayer:
         root = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if not isinstance(root, nn.Linear | Conv1D):
-            raise ArgumentError(
-                "target_modules", "name linear layers or Conv1D of transformers", f"{name}: {type(root).__name__}"
-            )
-        return AdapterLinear(target, **get_quantization_kwargs(self.model))
+        kind = kind_of(root)
+        if kind is None:
+            kinds = "linear layers, Conv1D of transformers, Conv2d or Embedding"
+            raise ArgumentError("target_modules", f"name {kinds}", f"{name}: {type(root).__name__}")
+        broken = kind.refusal(root)
+        if broken:
+            raise ArgumentError("target_modules", broken[0], f"{name}: {broken[1]}")
+        return kind(target, **get_quantization_kwargs(self.model))
 
     @classmethod
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         """As PEFT; ranks short of their budget are saved with a warning, unless by a trainer on its way."""
-        layer = next((m for m in model.modules() if isinstance(m, AdapterLinear) and adapter_name in m.rosters), None)
+        layer = next((m for m in model.modules() if isinstance(m, AdapterLayer) and adapter_name in m.rosters), None)
         roster = layer.rosters[adapter_name] if layer is not None else None
         left = None if roster is None or roster.in_trainer else roster.unfinished()
         if left:
@@ -112,7 +120,7 @@ class RankwiseTuner(BaseTuner):
         What is about to be loaded needs no start; PEFT reads the state dict on the way, which would give it one.
         """
         for layer in model.modules():
-            if isinstance(layer, AdapterLinear) and adapter_name in layer.rankwise_tensors:
+            if isinstance(layer, AdapterLayer) and adapter_name in layer.rankwise_tensors:
                 layer.tensors(adapter_name).awaits_start = False
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         expected = {name for name in model.state_dict() if f".{PREFIX}tensors.{adapter_name}." in name}
@@ -124,6 +132,20 @@ class RankwiseTuner(BaseTuner):
                 sorted(state_dict)[:3],
             )
         return remapped
+
+
+def kind_of(root: nn.Module) -> type[AdapterLayer] | None:
+    """The layer class for a base layer; None where there is none."""
+    return next((kind for kind in KINDS if isinstance(root, kind.wraps)), None)
+
+
+def check_method(method: Method, layer: AdapterLayer, name: str) -> None:
+    """Raise `ArgumentError` for a layer that is not linear and a method whose update is not of LoRA's form."""
+    if getattr(method, "linear_only", False) and not isinstance(layer, AdapterLinear):
+        able = ", ".join(other for other, cls in METHODS.items() if not getattr(cls, "linear_only", False))
+        found = f"{name}: {type(layer.get_base_layer()).__name__}"
+        rule = f"name linear layers for {method.method} (convolutions and embeddings are for {able})"
+        raise ArgumentError("target_modules", rule, found)
 
 
 def check_names(argument: str, names: object, model: nn.Module) -> None:

@@ -8,7 +8,7 @@ import typer
 
 
 def methods(
-    as_json: bool = typer.Option(False, "--json", help="A list of {method, config, summary, fields} for programs."),
+    as_json: bool = typer.Option(False, "--json", help="A list of {method, config, summary, learning_rate, fields}."),
 ) -> None:
     """List the methods, their config classes, and every field with its default.
 
@@ -22,5 +22,6 @@ def methods(
         return
     for method in listed:
         typer.echo(f"{method['method']:8} rankwise.{method['config']}: {method['summary']}")
+        typer.echo(f"           suggested peak learning rate {method['learning_rate']:g}")
         for name, field in method["fields"].items():
             typer.echo(f"           {name} = {field['default']!r}: {field['help']}")

@@ -19,6 +19,7 @@ from rankwise.compare.models import locate, model_skeleton, open_tokenizer, weig
 from rankwise.compare.spec import MethodEntry, Spec
 from rankwise.errors import ArgumentError, nearest
 from rankwise.export.lora import check_exportable
+from rankwise.methods import METHODS
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def _steps(spec: Spec, examples: int) -> int:
 
 
 def _run(spec: Spec, entry: MethodEntry, seed: int) -> Run:
-    label, rate = _label(entry, spec.methods), entry.learning_rate or spec.training.learning_rate
+    label = _label(entry, spec.methods)
+    rate = entry.learning_rate or spec.training.learning_rate or METHODS[entry.name].suggested_rate
     stem = "".join(c if c.isalnum() or c in "-_." else "-" for c in entry.name)
     return Run(label, entry, seed, rate, f"{stem}--{_digest(spec, entry)}--seed{seed}")
 

@@ -52,7 +52,8 @@ class TrainingSpec:
     steps: int | None = None
     epochs: float | None = None
     batch_size: int = 32
-    learning_rate: float = 1e-3
+    learning_rate: float | None = None
+    """None: each method's suggested one."""
     warmup: float = 0.1
 
 
@@ -186,7 +187,7 @@ def _training(section: _Section) -> TrainingSpec:
         steps=section.optional("steps", _integer(1), None),
         epochs=section.optional("epochs", _POSITIVE, None),
         batch_size=section.optional("batch_size", _integer(1), TrainingSpec.batch_size),
-        learning_rate=section.optional("learning_rate", _POSITIVE, TrainingSpec.learning_rate),
+        learning_rate=section.optional("learning_rate", _POSITIVE, None),
         warmup=section.optional("warmup", _WARMUP, TrainingSpec.warmup),
     )
 

@@ -164,6 +164,7 @@ def _trainer(plan: Plan, run: Run, model: PeftModel | Any, tokenizer: Any, outpu
         model=model,
         args=arguments,
         train_dataset=_tokenized(plan.splits.train, plan, tokenizer),
+        eval_dataset=_tokenized(plan.splits.validation, plan, tokenizer),  # development data, for rules that need some
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         callbacks=[clock],

@@ -19,7 +19,7 @@ from rankwise.adapters.lookup import reduced
 from rankwise.adapters.progress import unfinished
 from rankwise.checks import require_choice, require_int
 from rankwise.errors import ArgumentError, RankwiseError
-from rankwise.export.source import PEFT_PREFIX, TENSORS, Source, finite, from_folder, from_model
+from rankwise.export.source import PEFT_PREFIX, TENSORS, Form, Source, finite, from_folder, from_model
 from rankwise.files import whole_folder
 from rankwise.update import Factors
 
@@ -96,8 +96,8 @@ def export_lora(
     written = _truncated(source, rank)
     config, factors = (_uniform if layout == "uniform" else _compact)(source, written, rank)
     with whole_folder(folder) as beside:
-        _write(beside, config, _tensors(factors) | source.others)
-        error = _error_of(beside, config, source.updates)
+        _write(beside, config, _tensors(factors, source.forms) | source.others)
+        error = _error_of(beside, config, source)
         allowed = TOLERANCE + relative_error(source.updates, written)
         if error > allowed:
             raise RankwiseError(f"the export would differ from the adapter by {error:.1e}, more than {allowed:.1e}")
@@ -118,6 +118,9 @@ def check_exportable(config: AdapterConfig) -> None:
 def _check(source: Source) -> None:
     config = source.config
     check_exportable(config)
+    for name in source.updates:
+        if source.forms[name].unlike:
+            raise RankwiseError(f"the update of module {name!r} cannot be a plain LoRA: {source.forms[name].unlike}")
     broken = finite(source.updates)
     if broken:
         raise RankwiseError(f"the update of module {broken!r} holds NaN or infinity")
@@ -143,11 +146,22 @@ def _uniform(
     r = rank or max(1, *(f.r for f in updates.values()))
     plain = sorted({name.rpartition(".")[2] for name in updates})
     matched = [name for name in source.names if name.rpartition(".")[2] in plain]
-    trained_in_full = [key.removeprefix(PEFT_PREFIX) for key in source.others]
-    usable = all(name in source.linear and not _is_within(name, trained_in_full) for name in matched)
+    usable = all(_can_be_padded(source, name) for name in matched)
     modules = matched if usable else list(updates)
-    padded = {name: _padded(updates.get(name), source.linear[name], r) for name in modules}
-    return _config(source, r, plain if usable else sorted(updates), {}), padded
+    padded = {name: _padded(updates.get(name), source.forms[name].shape, r) for name in modules}
+    excluded = [] if usable else _also_matched(source, updates)
+    return _config(source, r, plain if usable else sorted(updates), {}, excluded), padded
+
+
+def _can_be_padded(source: Source, name: str) -> bool:
+    """Whether a module may get zero factors: of a kind the adapter has anyway, and not trained in full.
+
+    PEFT saves the frozen weight of an adapted embedding beside the adapter; that is not training.
+    """
+    form = source.forms.get(name)
+    in_full = [key.removeprefix(PEFT_PREFIX) for key in source.others if ".base_layer." not in key]
+    kinds = {source.forms[adapted].kind for adapted in source.updates}
+    return form is not None and form.kind in kinds and not form.unlike and not _is_within(name, in_full)
 
 
 def _compact(
@@ -160,8 +174,12 @@ def _compact(
     r = max(f.r for f in alive.values())
     scaled = {name: Factors(f.B, f.s * (f.r / r), f.A) for name, f in alive.items()}
     ranks = {_alone(name, source.names): f.r for name, f in alive.items() if f.r != r}
-    dropped = [name for name in source.linear if name not in alive and any(_ends(name, other) for other in alive)]
-    return _config(source, r, sorted(alive), ranks, sorted(dropped)), scaled
+    return _config(source, r, sorted(alive), ranks, _also_matched(source, alive)), scaled
+
+
+def _also_matched(source: Source, targets: Mapping[str, Factors]) -> list[str]:
+    """Modules that a loader would adapt too, since a target's name is the end of theirs."""
+    return sorted(n for n in source.names if n not in targets and any(_ends(n, target) for target in targets))
 
 
 def _ends(name: str, ending: str) -> bool:
@@ -187,7 +205,7 @@ def _config(
         exclude_modules=list(excluded) or None,
         rank_pattern=ranks,
         modules_to_save=sorted(own.modules_to_save) if own.modules_to_save else None,
-        fan_in_fan_out=source.transposed,
+        fan_in_fan_out=any(source.forms[name].transposed for name in source.updates),
     )
 
 
@@ -203,32 +221,34 @@ def _is_within(name: str, tensors: list[str]) -> bool:
     return any(tensor.startswith(f"{name}.") for tensor in tensors)
 
 
-def _tensors(factors: Mapping[str, Factors]) -> dict[str, Tensor]:
-    found = {}
-    for name, f in factors.items():
-        found[f"{PEFT_PREFIX}{name}.lora_A.weight"] = f.A.float()
-        found[f"{PEFT_PREFIX}{name}.lora_B.weight"] = (f.B * f.s).float()
-    return found
+def _tensors(factors: Mapping[str, Factors], forms: Mapping[str, Form]) -> dict[str, Tensor]:
+    return {
+        f"{PEFT_PREFIX}{name}.{key}": tensor
+        for name, f in factors.items()
+        for key, tensor in forms[name].written(f).items()
+    }
 
 
 def _write(folder: Path, config: peft.LoraConfig, tensors: Mapping[str, Tensor]) -> None:
-    plain = {key: t.detach().cpu().contiguous() for key, t in tensors.items()}
+    # cloned: safetensors refuses tensors that share memory, as tied ones do
+    plain = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
     save_file(plain, folder / TENSORS, {"format": "pt"})
     config.save_pretrained(str(folder))
 
 
-def _error_of(folder: Path, config: peft.LoraConfig, updates: Mapping[str, Factors]) -> float:
+def _error_of(folder: Path, config: peft.LoraConfig, source: Source) -> float:
     """The error of what a loader will compute, from the files alone."""
     tensors, read = load_file(folder / TENSORS), {}
-    for name in updates:
-        A, B = (tensors.get(f"{PEFT_PREFIX}{name}.lora_{which}.weight") for which in "AB")
-        if A is not None and B is not None:
+    for name in source.updates:
+        found = source.forms[name].read(tensors, f"{PEFT_PREFIX}{name}")
+        if found is not None:
+            A, B = found
             pattern = config.rank_pattern or {}
             r = pattern.get(get_pattern_key(list(pattern), name), config.r)
             if r != A.shape[0]:
                 raise RankwiseError(f"a loader would take module {name!r} to have rank {r}, and it has {A.shape[0]}")
             read[name] = Factors(B, torch.full((r,), config.lora_alpha / r), A)
-    return relative_error(updates, read)
+    return relative_error(source.updates, read)
 
 
 def relative_error(updates: Mapping[str, Factors], others: Mapping[str, Factors]) -> float:

@@ -6,8 +6,10 @@ A live model and a saved folder give the same `Source`; everything after it know
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -20,15 +22,52 @@ from transformers import AutoConfig, AutoModel
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.adapters.configs import AdapterConfig
-from rankwise.adapters.layer import AdapterLinear
+from rankwise.adapters.convolution import AdapterConv2d
+from rankwise.adapters.embedding import AdapterEmbedding, without_padding
+from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.lookup import adapted_layers, base_name, factors, ranks
 from rankwise.adapters.progress import LENGTH, Progress
-from rankwise.adapters.tuner import PREFIX
+from rankwise.adapters.tuner import PREFIX, kind_of
 from rankwise.errors import AdapterFileError
 from rankwise.update import Factors
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
+BOUNDED = "max_norm bounds the columns of A wherever they are looked up, and an export may hold another A"
+
+
+class Form(NamedTuple):
+    """How the update of a module of the base model stands in a LoRA file of PEFT's."""
+
+    kind: type[AdapterLayer]
+    shape: tuple[int, int]
+    """(out, in) of its matrix."""
+    transposed: bool
+    """Whether it is a Conv1D, whose weight is (in, out)."""
+    kernel: tuple[int, ...] = ()
+    """(in, kh, kw) of a convolution."""
+    padding: int | None = None
+    """The id without an update of an embedding."""
+    unlike: str | None = None
+    """Why PEFT's LoRA of this module would compute something else."""
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What PEFT calls A and B of such a module."""
+        embedding = issubclass(self.kind, AdapterEmbedding)
+        return ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A.weight", "lora_B.weight")
+
+    def written(self, f: Factors) -> dict[str, Tensor]:
+        """An update as PEFT's tensors, every scale in B."""
+        A, B = f.A.float(), (f.B * f.s).float()
+        if self.kernel:
+            A, B = A.unflatten(1, self.kernel), B[..., None, None]
+        return dict(zip(self.names, (A, B), strict=True))
+
+    def read(self, tensors: Mapping[str, Tensor], prefix: str) -> tuple[Tensor, Tensor] | None:
+        """The matrices A and B that a loader finds under `prefix`; None where one is missing."""
+        A, B = (tensors.get(f"{prefix}.{name}") for name in self.names)
+        return None if A is None or B is None else (A.flatten(1), B.flatten(1))
 
 
 @dataclass(frozen=True)
@@ -44,12 +83,10 @@ class Source:
     """How far training had come."""
     ranks: list[int]
     """What the method has not pruned, per module."""
-    linear: dict[str, tuple[int, int]]
-    """(out, in) of every linear module of the base model; a Conv1D counts."""
+    forms: dict[str, Form]
+    """Every module of the base model that can be adapted."""
     names: tuple[str, ...]
     """Every module name of the base model."""
-    transposed: bool
-    """Whether the adapted modules are Conv1D, whose weight is (in, out)."""
 
 
 def from_model(model: nn.Module, adapter: str) -> Source:
@@ -64,7 +101,7 @@ def from_model(model: nn.Module, adapter: str) -> Source:
     others = {key: t for key, t in state.items() if f".{PREFIX}" not in key}
     progress = Progress.of(first.started(adapter).progress)
     kept = list(ranks(model, adapter).values())
-    return Source(first.methods[adapter], factors(model, adapter), others, progress, kept, *_shapes(model))  # type: ignore[arg-type]
+    return Source(first.methods[adapter], factors(model, adapter), others, progress, kept, *_forms(model))  # type: ignore[arg-type]
 
 
 def from_folder(folder: Path, base: str | Path | nn.Module | None) -> Source:
@@ -86,10 +123,16 @@ def from_folder(folder: Path, base: str | Path | nn.Module | None) -> Source:
             by_module.setdefault(module, {})[name] = tensor
     if not by_module:
         raise AdapterFileError(f"{folder / TENSORS} holds no tensor of a rankwise adapter")
-    shapes = _shapes(base if isinstance(base, nn.Module) else skeleton(base or config.base_model_name_or_path, folder))
-    for name in by_module.keys() & shapes[0].keys():
-        _check_whole(config, name, by_module[name], shapes[0][name], folder / TENSORS)
-    updates = {name: _saved_update(config, name, by_module[name]) for name in shapes[0] if name in by_module}
+    forms, names = _forms(
+        base if isinstance(base, nn.Module) else skeleton(base or config.base_model_name_or_path, folder)
+    )
+    for name in by_module.keys() & forms.keys():
+        _check_whole(config, name, by_module[name], forms[name].shape, folder / TENSORS)
+    updates = {
+        name: _saved_update(config, name, by_module[name], form.padding)
+        for name, form in forms.items()
+        if name in by_module
+    }
     if len(updates) < len(by_module):
         unknown = sorted(by_module.keys() - updates.keys())
         raise AdapterFileError(
@@ -97,9 +140,8 @@ def from_folder(folder: Path, base: str | Path | nn.Module | None) -> Source:
         )
     others = {key: tensor for key, tensor in state.items() if f".{PREFIX}" not in key}
     progress = Progress.of(next(iter(by_module.values()))["progress"])
-    return Source(
-        config, updates, others, progress, [int(config.kept(by_module[name]).sum()) for name in updates], *shapes
-    )
+    kept = [int(config.kept(by_module[name]).sum()) for name in updates]
+    return Source(config, updates, others, progress, kept, forms, names)
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -162,28 +204,44 @@ def _check_whole(
             raise AdapterFileError(f"{file} must hold {key} of {name!r} with shape {wanted}; found {seen}")
 
 
-def _saved_update(config: AdapterConfig, name: str, tensors: dict[str, Tensor]) -> Factors:
-    scale = config.scale_of(name)
-    return Factors(*(t.detach() for t in config.factors(tensors, scale)))
+def _saved_update(config: AdapterConfig, name: str, tensors: dict[str, Tensor], padding: int | None) -> Factors:
+    found = config.factors(tensors, config.scale_of(name))
+    return without_padding(Factors(*(t.detach() for t in found)), padding)
 
 
-def _shapes(model: nn.Module) -> tuple[dict[str, tuple[int, int]], tuple[str, ...], bool]:
-    """`linear`, `names` and `transposed` of a Source."""
-    linear: dict[str, tuple[int, int]] = {}
+def _forms(model: nn.Module) -> tuple[dict[str, Form], tuple[str, ...]]:
+    """`forms` and `names` of a Source."""
+    forms: dict[str, Form] = {}
     names: list[str] = []
-    transposed = False
     for name, module in model.named_modules():
         if f".{PREFIX}" in name or ".modules_to_save" in name or ".original_module" in name:
             continue
         names.append(base_name(name))
-        if isinstance(module, AdapterLinear):
-            linear[base_name(name)] = (module.out_features, module.in_features)
-            transposed = module.fan_in_fan_out
-        elif isinstance(module, nn.Linear):
-            linear.setdefault(base_name(name), (module.out_features, module.in_features))
-        elif isinstance(module, Conv1D):
-            linear.setdefault(base_name(name), tuple(reversed(module.weight.shape)))  # type: ignore[arg-type]
-    return linear, tuple(dict.fromkeys(names)), transposed
+        form = _form(module.get_base_layer() if isinstance(module, AdapterLayer) else module)
+        if form is not None:
+            forms.setdefault(base_name(name), form)
+    return forms, tuple(dict.fromkeys(names))
+
+
+def _form(root: Any) -> Form | None:
+    """The form of a base layer; None for one that is not adapted."""
+    kind = kind_of(root)
+    if kind is None or kind.refusal(root):
+        return None
+    form = Form(kind, kind.matrix_shape(root), isinstance(root, Conv1D))
+    if issubclass(kind, AdapterConv2d):
+        return form._replace(kernel=(root.in_channels, *root.kernel_size), unlike=_unlike_convolution(root))
+    if issubclass(kind, AdapterEmbedding):
+        return form._replace(padding=root.padding_idx, unlike=None if root.max_norm is None else BOUNDED)
+    return form
+
+
+def _unlike_convolution(root: nn.Conv2d) -> str | None:
+    if root.dilation != (1, 1):
+        return f"PEFT's LoRA ignores a convolution's dilation, here {root.dilation}"
+    if root.padding_mode != "zeros":
+        return f"PEFT's LoRA pads a convolution's input with zeros, and the padding here is {root.padding_mode!r}"
+    return None
 
 
 def finite(updates: dict[str, Factors]) -> str | None:

@@ -17,8 +17,9 @@ def sampled_gate(log_theta: Tensor, u: Tensor, temperature: float, stretch: Stre
 
 
 def evaluation_gate(log_theta: Tensor, stretch: Stretch) -> Tensor:
-    """g = clip(sigmoid(log θ)·(ζ − γ) + γ, 0, 1): exactly 0 where log θ ≤ log(−γ/ζ)."""
-    return _stretched(torch.sigmoid(log_theta), stretch)
+    """g = clip(sigmoid(log θ)·(ζ − γ) + γ, 0, 1): exactly 0 where log θ ≤ log(−γ/ζ), whatever the rounding."""
+    gate = _stretched(torch.sigmoid(log_theta), stretch)
+    return torch.where(log_theta > closing_point(stretch), gate, 0)
 
 
 def open_probability(log_theta: Tensor, temperature: float, stretch: Stretch) -> Tensor:

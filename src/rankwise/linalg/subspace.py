@@ -79,13 +79,19 @@ def gradient_subspace(G: Tensor, r: int, *, seed: int = 0) -> tuple[Tensor, Tens
         V, U = gradient_subspace(G.mT, r, seed=seed)
         return U, V
     S = signed_permutation(*G.shape, seed=seed, device=G.device)
-    G = G.to(torch.promote_types(G.dtype, torch.float32))
+    G = _of_ordinary_size(G.to(torch.promote_types(G.dtype, torch.float32)))
     u, v = _leading_vectors(G, (r + 1) // 2, seed)
     image = S.mT.apply(u)
     pairs = r // 2
     candidates = torch.cat([v[:, :pairs], image[:, :pairs], (v - image)[:, pairs:]], dim=1)
     V = _completed(candidates, torch.finfo(G.dtype).eps ** 0.5, seed)
     return S.apply(V).to(G.dtype), V.to(G.dtype)
+
+
+def _of_ordinary_size(G: Tensor) -> Tensor:
+    """G or, where squares of its entries might overflow or vanish, a multiple of it."""
+    largest = float(torch.linalg.vector_norm(G, torch.inf))
+    return G if largest == 0 or 1e-12 < largest < 1e12 else G / largest
 
 
 def _leading_vectors(G: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -104,6 +104,13 @@ class AdaLora(Phased):
         """P·diag(scale·Λ)·Q."""
         return Factors(t["P"], scale * t["Lambda"], t["Q"])
 
+    def take_up(self, size: Size, update: Factors, scale: float, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Its singular triplets, from QR decompositions and one r × r singular value decomposition."""
+        U, S, Vh = update.orthogonal()
+        P, Lambda, Q = t["P"].clone(), t["Lambda"].clone(), t["Q"].clone()
+        P[:, : len(S)], Lambda[: len(S)], Q[: len(S)] = U.to(P.dtype), (S / scale).to(P.dtype), Vh.to(P.dtype)
+        return {"P": P, "Lambda": Lambda, "Q": Q}
+
     def kept(self, t: Mapping[str, Tensor]) -> Tensor:
         """The last allocation's kept set; everything before the first."""
         return t["kept"]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rankwise.checks import require_int
+from rankwise.errors import ArgumentError
 from rankwise.methods.stack import Penalty, Size, Slot, Stack, Step, Updates
 from rankwise.schedules import CubicBudget
 from rankwise.update import Factors
@@ -48,6 +49,8 @@ class Method:
     """Whether the update is a small difference of large factors, which an export must take in float64."""
     negligible: ClassVar[float] = 0.0
     """Share of the whole adapter's ‖ΔW‖_F that an export may leave out to drop ranks that hold next to nothing."""
+    refuses_updates: ClassVar[str | None] = None
+    """Why no given update can be its start, where that is so."""
     suggested_rate: ClassVar[float]
     """Peak learning rate for AdamW where nobody chose one: the best on validation data in `bench/learning_rates.py`."""
 
@@ -87,6 +90,26 @@ class Method:
     def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
         """The update the tensors of one layer, or of a stack, make; `scale` is lora_alpha / r."""
         return Factors(t["B"], t["B"].new_full(t["B"].shape[:-2] + t["B"].shape[-1:], scale), t["A"])
+
+    def take_up(self, size: Size, update: Factors, scale: float, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors whose update is a given one of at most `size.started` ranks, as a start.
+
+        Args:
+            size: the layer's shape.
+            update: what the layer shall compute; none of its ranks is zero.
+            scale: lora_alpha / r.
+            t: the layer's tensors at their own start, which ranks beyond the update's keep.
+
+        Raises:
+            ArgumentError: the method's form cannot hold a given update.
+        """
+        if self.refuses_updates:
+            raise ArgumentError(
+                "config", f"be of a method that can hold any update ({self.refuses_updates})", self.method
+            )
+        A, B = t["A"].clone(), t["B"].clone()
+        A[: update.r], B[:, : update.r] = update.A, update.B * update.s / scale
+        return {"A": A, "B": B}
 
     def training_factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
         """The update in a training forward; another than `factors` where gates are drawn at random."""

@@ -14,6 +14,7 @@ There is no lora_alpha / r scale. Extra parameters beside U and V: L·r² a laye
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -26,7 +27,11 @@ from rankwise.errors import ArgumentError
 from rankwise.linalg.subspace import gradient_subspace
 from rankwise.methods.base import Method, register
 from rankwise.methods.stack import Size, Slot, Step
+from rankwise.precision import exact
 from rankwise.update import Factors
+
+LEAST = 1e-30
+"""The least ε^L: from a smaller one no gradient gets through in float32."""
 
 
 @register
@@ -37,6 +42,7 @@ class Deep(Method):
     method: ClassVar[str] = "deep"
     summary: ClassVar[str] = "r at most; depth keeps unneeded directions near 0, and an export drops them"
     scaled: ClassVar[bool] = False
+    linear_only: ClassVar[bool] = True
     cancels: ClassVar[bool] = True
     negligible: ClassVar[float] = 1e-6
     suggested_rate: ClassVar[float] = 1e-2
@@ -60,7 +66,7 @@ class Deep(Method):
         """At least two factors, an even r, positive numbers."""
         super().check()
         require_int("depth", self.depth, least=2)
-        require_number("init_scale", self.init_scale, least=1e-30)
+        require_number("init_scale", self.init_scale, least=LEAST ** (1 / self.depth))
         require_number("outer_lr_ratio", self.outer_lr_ratio)
         require_choice("init", self.init, ("gradient", "random"))
         if self.init == "gradient" and self.r % 2 and self.r > 1:
@@ -96,10 +102,9 @@ class Deep(Method):
         return {"U": U, "V": V}
 
     def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
-        """B = U·W_L ⋯ W_1, A = Vᵀ."""
-        B = t["U"]
-        for l in reversed(range(t["W"].shape[-3])):  # noqa: E741  l as in the paper
-            B = B @ t["W"][..., l, :, :]
+        """B = U·(W_L ⋯ W_1), the core in float64: ε^L is below the range of float16, where autocast would take it."""
+        core = exact(t["W"]).unbind(-3)
+        B = t["U"] @ functools.reduce(torch.matmul, core[::-1]).to(t["U"].dtype) if core else t["U"]
         return Factors(B, torch.ones_like(B[..., 0, :]), t["V"].mT)
 
     def kept(self, t: Mapping[str, Tensor]) -> Tensor:

@@ -36,10 +36,14 @@ FLOOR, CEILING = math.log(1e-2), math.log(1e2)
 """Where log θ is clamped."""
 EDGE = 1e-6
 """u is drawn from [EDGE, 1 − EDGE]."""
-GATE_TRAVEL = 16.0
-"""How far log θ could move in the falling phase at the default rate of the gates: 4 times what an even fall needs."""
-MULTIPLIER_TRAVEL = 1e4
-"""What λ would grow to in the falling phase at the default rate, were C − b = 1 all along."""
+GATE_TRAVEL = 96.0
+"""How far log θ could move in the falling phase at the gates' default rate; chosen by `bench/salora_rates.py`."""
+MULTIPLIER_PER_RANK = 0.03
+"""What λ would grow to in the falling phase at its default rate, for each rank of the adapter, did no gate close.
+
+A rank's share in C falls as their number grows, and with it the slope of λ(C − b)²; the task's slope does not."""
+BARELY = 0.05
+"""How far log θ of a kept gate is above where gates close, at least: bfloat16 still tells them apart."""
 
 
 @register
@@ -57,10 +61,10 @@ class Salora(Phased):
     temperature: float = field(default=2 / 3, metadata={"help": "τ of the gates' distribution"})
     stretch: tuple[float, float] = field(default=(-0.1, 1.1), metadata={"help": "(γ, ζ) of the gates' distribution"})
     gate_lr: float | None = field(
-        default=None, metadata={"help": "peak learning rate of log θ; None: 16 / steps of the falling phase"}
+        default=None, metadata={"help": "peak learning rate of log θ; None: 96 / steps of the falling phase"}
     )
     multiplier_lr: float | None = field(
-        default=None, metadata={"help": "rate of λ; None: 10000 / steps of the falling phase"}
+        default=None, metadata={"help": "rate of λ; None: 0.03·ranks / (1 − b)² / steps of the falling phase"}
     )
 
     def check(self) -> None:
@@ -70,10 +74,10 @@ class Salora(Phased):
         require_number("orth_reg_weight", self.orth_reg_weight)
         require_choice("orth_reg_form", self.orth_reg_form, ("mean", "sum"))
         require_number("temperature", self.temperature, least=1e-3)
-        self.stretch = tuple(self.stretch)  # type: ignore[assignment]  JSON has lists
-        low, high = self.stretch
-        if not (low < 0 and high > 1 and -low / high > 2 * math.exp(FLOOR)):
-            raise ArgumentError("stretch", "be (γ, ζ) with γ < 0, ζ > 1 and −γ/ζ > 0.02", self.stretch)
+        self.stretch = _checked_stretch(self.stretch)
+        least = float(open_probability(torch.tensor(FLOOR), self.temperature, self.stretch))
+        if self.density <= least:
+            raise ArgumentError("density", f"be above {least:.3f}, the least at this τ and stretch", self.density)
         for name in ("gate_lr", "multiplier_lr"):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), least=1e-30)
@@ -144,9 +148,7 @@ class Salora(Phased):
         """Ascend λ, at the Θ whose gradient the optimiser is about to use."""
         if not self._moves(step):
             return []
-        first, final = self.phases(step.total)
-        rate = self.multiplier_lr or MULTIPLIER_TRAVEL / (final - first)
-        grown = rate * (self.density_of(stacks) - self.density).square()
+        grown = self._multiplier_rate(stacks, step) * (self.density_of(stacks) - self.density).square()
         return [{"multiplier": layers["multiplier"] + grown.to(layers["multiplier"].device)} for layers in stacks]
 
     def after_step(self, stacks: Sequence[Stack], step: Step) -> Updates:
@@ -165,11 +167,13 @@ class Salora(Phased):
 
     def finalize(self, stacks: Sequence[Stack]) -> Updates:
         """Keep what the budget holds in the order of log θ; the others go to the floor. Nothing is drawn any more."""
-        keep = keep_within([s["log_theta"] for s in stacks], [_costs(s) for s in stacks], self._budget(stacks))
-        barely = closing_point(self.stretch) + 0.01
+        keep = keep_within(
+            [s["log_theta"] for s in stacks], [_costs(s) for s in stacks], self.density * _parameters(stacks)
+        )
+        least = closing_point(self.stretch) + BARELY
         updates = []
         for layers, mask in zip(stacks, keep, strict=True):
-            theta = torch.where(mask, layers["log_theta"].clamp(barely, CEILING), FLOOR)
+            theta = torch.where(mask, layers["log_theta"].clamp(least, CEILING), FLOOR)
             updates.append({"log_theta": theta, "u": torch.zeros_like(layers["u"])})
         return updates
 
@@ -187,8 +191,20 @@ class Salora(Phased):
     def _decided(self, step: Step) -> bool:
         return step.finalized or step.last >= self.phases(step.total)[1]
 
-    def _budget(self, stacks: Sequence[Stack]) -> float:
-        return self.density * _parameters(stacks)
+    def _multiplier_rate(self, stacks: Sequence[Stack], step: Step) -> float:
+        if self.multiplier_lr is not None:
+            return self.multiplier_lr
+        first, final = self.phases(step.total)
+        ranks = sum(size.r for layers in stacks for size in layers.sizes)
+        return MULTIPLIER_PER_RANK * ranks / (max(1 - self.density, 0.1) ** 2 * (final - first))
+
+
+def _checked_stretch(value: object) -> tuple[float, float]:
+    pair = tuple(value) if isinstance(value, list | tuple) else ()  # JSON has lists
+    fits = len(pair) == 2 and all(isinstance(x, int | float) for x in pair) and pair[0] < 0 and pair[1] > 1
+    if not (fits and 2 * math.exp(FLOOR) < -pair[0] / pair[1] < 1):
+        raise ArgumentError("stretch", "be (γ, ζ) with γ < 0, ζ > 1 and 0.02 < −γ/ζ < 1", value)
+    return pair  # type: ignore[return-value]
 
 
 def _costs(layers: Stack) -> Tensor:

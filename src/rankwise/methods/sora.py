@@ -69,6 +69,10 @@ class Sora(Method):
         """B·diag(scale·g)·A."""
         return Factors(t["B"], scale * t["g"], t["A"])
 
+    def take_up(self, size: Size, update: Factors, scale: float, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As LoRA, with open gates."""
+        return super().take_up(size, update, scale, t) | {"g": torch.ones(size.r)}
+
     def kept(self, t: Mapping[str, Tensor]) -> Tensor:
         """Gates that are not 0 (eq. 12)."""
         return t["g"] != 0

@@ -1,0 +1,79 @@
+"""Reading a plain LoRA adapter: ours or anybody's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import peft
+import torch
+from peft import PeftConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor
+
+from rankwise.adapters.configs import AdapterConfig
+from rankwise.errors import AdapterFileError
+from rankwise.export.source import CONFIG, PEFT_PREFIX, TENSORS, read_tensors
+from rankwise.update import Factors
+
+PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
+
+
+@dataclass(frozen=True)
+class PlainLora:
+    """A plain LoRA adapter."""
+
+    config: peft.LoraConfig
+    updates: dict[str, Factors]
+    """By module name in the base model; a convolution's A is (r, in·kh·kw), an embedding's (r, entries)."""
+    others: dict[str, Tensor]
+    """Modules trained in full (a classifier), by PEFT's names for them."""
+
+
+def read_plain(folder: Path) -> PlainLora:
+    """The plain LoRA adapter in a folder.
+
+    Raises:
+        AdapterFileError: it is missing, truncated, of another kind, or has parts that a plain update cannot hold.
+    """
+    config = _plain_config(folder)
+    found: dict[str, dict[str, Tensor]] = {}
+    others: dict[str, Tensor] = {}
+    for key, tensor in read_tensors(folder / TENSORS).items():
+        ending = next((ending for ending in PARTS if key.endswith(ending)), None)
+        if ending is not None:
+            found.setdefault(key.removeprefix(PEFT_PREFIX).removesuffix(ending), {})[PARTS[ending]] = tensor
+        elif ".lora_" in key:
+            raise AdapterFileError(f"{folder / TENSORS} holds {key!r}, which a plain LoRA does not have")
+        else:
+            others[key] = tensor
+    if not found:
+        raise AdapterFileError(f"{folder / TENSORS} holds no tensor of a LoRA adapter")
+    return PlainLora(config, {name: _update(config, name, parts, folder) for name, parts in found.items()}, others)
+
+
+def _plain_config(folder: Path) -> peft.LoraConfig:
+    try:
+        config = PeftConfig.from_pretrained(str(folder)) if (folder / CONFIG).is_file() else None
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterFileError(f"{folder / CONFIG} is not a whole adapter config ({type(error).__name__})") from error
+    if isinstance(config, AdapterConfig):
+        raise AdapterFileError(f"{folder} holds a {config.method} adapter of rankwise: export it first")
+    if type(config) is not peft.LoraConfig:
+        raise AdapterFileError(f"{folder} holds no LoRA adapter")
+    if config.use_dora:
+        raise AdapterFileError(f"{folder} holds a DoRA adapter, whose magnitudes no plain update can hold")
+    return config
+
+
+def _update(config: peft.LoraConfig, name: str, parts: dict[str, Tensor], folder: Path) -> Factors:
+    if parts.keys() != {"A", "B"}:
+        raise AdapterFileError(f"{folder / TENSORS} lacks half of the update of {name!r}")
+    A, B = parts["A"].flatten(1), parts["B"].flatten(1)
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    r = ranks.get(get_pattern_key(list(ranks), name), config.r)
+    alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
+    if A.shape[0] != r or B.shape[1] != r:
+        raise AdapterFileError(f"{name!r} should have rank {r} by {CONFIG}; found {A.shape[0]} and {B.shape[1]}")
+    scale = alpha / (r**0.5 if config.use_rslora else r)
+    return Factors(B, torch.full((r,), scale, dtype=torch.float32), A)
