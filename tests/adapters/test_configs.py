@@ -108,7 +108,9 @@ def test_sorsas_start_is_rounded_with_its_parameters(how: str, tmp_path: Path) -
 
 
 def test_module_of_another_kind_is_refused() -> None:
-    with pytest.raises(ArgumentError, match=r"name linear layers or Conv1D of transformers; found '.*LayerNorm"):
+    with pytest.raises(
+        ArgumentError, match=r"name linear layers, Conv1D of transformers, Conv2d or Embedding; found '.*LayerNorm"
+    ):
         get_peft_model(tiny_bert(), rankwise.LoraConfig(target_modules=["LayerNorm"]))
 
 

@@ -111,7 +111,7 @@ def test_rank_zero_in_the_budget(refuse: Refuse) -> None:
             ["bert.encoder.layer.0.attention.self.qury"],
             r"nearest names are bert.encoder.layer.0.attention.self.query, ",
         ),
-        (["word_embeddings"], r"^`target_modules` must name linear layers .*; found '.*word_embeddings: Embedding'$"),
+        (["LayerNorm"], r"^`target_modules` must name linear layers, .*; found '.*LayerNorm: LayerNorm'$"),
         pytest.param(
             "qurey",
             r"^`target_modules` must .*; found 'qurey'$",

@@ -9,6 +9,7 @@ import peft
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from test_conformance import ROWS, adapted, config_of, logits, optimizer_of, train
 from torch import Tensor
 
 import rankwise
@@ -16,7 +17,6 @@ from cases import CASES, Case
 from conftest import tiny_bert
 from rankwise.adapters.configs import CONFIGS
 from rankwise.errors import AdapterFileError, ArgumentError
-from test_conformance import ROWS, adapted, config_of, logits, optimizer_of, train
 
 Batch = dict[str, Tensor]
 REFUSED = ("sorsa", "nblora", "deep")

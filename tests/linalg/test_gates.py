@@ -8,10 +8,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from rankwise.linalg.gates import Stretch, closing_point, evaluation_gate, open_probability, sampled_gate
+from rankwise.linalg.gates import (
+    CEILING,
+    FLOOR,
+    Stretch,
+    closing_point,
+    evaluation_gate,
+    least_open_probability,
+    open_probability,
+    sampled_gate,
+)
 
 TEMPERATURE, STRETCH = 2 / 3, (-0.1, 1.1)
-FLOOR, CEILING = math.log(1e-2), math.log(1e2)
 DISTRIBUTIONS = pytest.mark.parametrize(
     ("temperature", "stretch"), [(TEMPERATURE, STRETCH), (0.3, (-0.4, 1.05)), (1.5, (-0.05, 1.8))]
 )
@@ -109,5 +117,6 @@ def test_the_numbers_that_the_rules_rest_on() -> None:
         "closed in evaluation, often open in training"
     )
     assert opened(FLOOR) == pytest.approx(0.047, abs=5e-4), "the least density"
+    assert least_open_probability(TEMPERATURE, STRETCH) == pytest.approx(opened(FLOOR), rel=1e-12)
     assert opened(CEILING) == pytest.approx(0.998, abs=5e-4), "the greatest density"
     assert opened(2.0) == pytest.approx(0.97, abs=5e-3), "the start"

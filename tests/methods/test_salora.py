@@ -23,8 +23,8 @@ from conftest import tiny_bert
 from rankwise.adapters.lookup import adapted_layers
 from rankwise.adapters.tensors import AdapterTensors
 from rankwise.errors import ArgumentError, TrainingError
-from rankwise.linalg.gates import evaluation_gate, sampled_gate
-from rankwise.methods.salora import CEILING, EDGE, FLOOR, Salora
+from rankwise.linalg.gates import CEILING, FLOOR, evaluation_gate, sampled_gate
+from rankwise.methods.salora import EDGE, Salora
 from rankwise.methods.stack import Size, Stack, Step
 from rankwise.training.session import session_of
 
@@ -221,8 +221,8 @@ def test_default_rates_follow_the_length_of_the_phase_the_ranks_and_the_density(
         return method.ratio("log_theta", 1.0, step), grown / over**2
 
     gate, multiplier = rates(100, 1)
-    assert gate == pytest.approx(0.96)
-    assert multiplier == pytest.approx(0.03 * 20 / 0.5**2 / 100, rel=1e-5)
+    assert gate == pytest.approx(1.28)
+    assert multiplier == pytest.approx(0.2 * 20 / 0.5**2 / 100, rel=1e-5)
     assert rates(200, 2) == pytest.approx((gate / 2, multiplier), rel=1e-5)
     assert rates(100, 1, 0.75)[1] == pytest.approx(4 * multiplier, rel=1e-4)
     assert rates(100, 1, 0.99)[1] == pytest.approx(25 * multiplier, rel=1e-4), "no division by nearly 0"
@@ -255,7 +255,7 @@ def test_only_the_gates_have_a_rate_of_their_own_and_only_in_their_phase(
 def test_gates_and_multiplier_move_in_their_phase_alone_and_the_multiplier_only_grows(
     batch: Batch, options: dict[str, Any]
 ) -> None:
-    model = adapted()
+    model = adapted(gate_lr=0.3)
     seen = [(read(model, "log_theta"), read(model, "multiplier"))]
     keep: Callable[[int], None] = lambda _: seen.append((read(model, "log_theta"), read(model, "multiplier")))  # noqa: E731
     train(model, batch, TOTAL, optimizer=optimizer_of(model, **options), each=keep)
@@ -554,7 +554,7 @@ def test_gates_start_open_and_the_update_at_zero() -> None:
         ({"density": 0.049}, r"`density` must be a number in \[0\.05, 1\); found 0\.049"),
         ({"density": 1.0}, r"`density` must be a number in \[0\.05, 1\); found 1\.0"),
         ({"density": float("nan")}, r"`density` must be a number in \[0\.05, 1\); found nan"),
-        ({"temperature": 2.0, "density": 0.5}, r"`density` must be above 0\.548, the least at this temperature"),
+        ({"temperature": 2.0, "density": 0.5}, r"`density` must be a number in \[0\.547511, 1\); found 0\.5"),
         ({"temperature": 0.0}, r"`temperature` must be a number ≥ 0\.001; found 0\.0"),
         ({"stretch": (0.1, 1.1)}, r"`stretch` must be \(γ, ζ\) with γ < 0, ζ > 1 .*; found \(0\.1, 1\.1\)"),
         ({"stretch": (-0.1, 1.0)}, r"`stretch` must be"),
@@ -604,10 +604,10 @@ def test_a_real_encoder_ends_within_one_rank_of_its_budget(density: float) -> No
 
     batch, labels = intents(32, AutoTokenizer.from_pretrained(get_model_path()))
     base = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=labels)
-    config = rankwise.SaloraConfig(target_modules="all-linear", task_type="SEQ_CLS", density=density, total_step=30)
+    config = rankwise.SaloraConfig(target_modules="all-linear", task_type="SEQ_CLS", density=density, total_step=20)
     model = get_peft_model(base, config).train()
     optimizer = optimizer_of(model, lr=3e-3)
-    for step in range(30):
+    for step in range(20):
         part = torch.arange(4) + 4 * (step % 8)
         model(**{name: t[part] for name, t in batch.items()}).loss.backward()
         optimizer.step()

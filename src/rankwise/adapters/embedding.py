@@ -3,6 +3,9 @@
 The update of ids is A[:, ids]ᵀ·diag(s)·Bᵀ: a second look-up, of the few columns that are needed. It is not dropped out,
 since ids are no numbers. What torch's `Embedding` does with its table is done with A as well: `max_norm` bounds
 its columns in place, `scale_grad_by_freq` scales their gradients, and padding stays what it was.
+
+A starts random and B at 0, as the rules of every method expect (PEFT starts the other way round). A is as small as for
+a linear layer of num inputs, so that ids that are never seen hardly move with B.
 """
 
 from __future__ import annotations

@@ -237,7 +237,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _start_from_gradient(self, adapter: str, gradient: Tensor) -> None:
         """Work out the start now and keep only that; a step takes it up. A gradient that is not finite gives none."""
         tensors = self.tensors(adapter)
-        if tensors.awaits_gradient and not tensors.from_gradient and torch.isfinite(gradient).all():
+        if (
+            tensors.awaits_gradient
+            and not tensors.from_gradient
+            and torch.linalg.vector_norm(gradient, torch.inf).isfinite()
+        ):
             tensors.from_gradient = self.methods[adapter].start_from_gradient(tensors.size, gradient)
 
     # --- copies -----------------------------------------------------------------------------------------------------

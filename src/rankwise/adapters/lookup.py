@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from rankwise.adapters.layer import AdapterLinear
+from rankwise.adapters.layer import AdapterLayer
 from rankwise.errors import ArgumentError
 from rankwise.methods.base import Method
 from rankwise.update import Factors
 
 
-def adapted_layers(model: nn.Module, adapter: str = "default") -> dict[str, AdapterLinear]:
+def adapted_layers(model: nn.Module, adapter: str = "default") -> dict[str, AdapterLayer]:
     """The layers that carry `adapter`, by their names in the base model, in model order.
 
     Raises:
@@ -22,7 +22,7 @@ def adapted_layers(model: nn.Module, adapter: str = "default") -> dict[str, Adap
     layers = {
         base_name(name): module
         for name, module in model.named_modules()
-        if isinstance(module, AdapterLinear) and adapter in module.rankwise_tensors
+        if isinstance(module, AdapterLayer) and adapter in module.rankwise_tensors
     }
     if not layers:
         raise ArgumentError("adapter", f"be a rankwise adapter of the model ({_present(model)})", adapter)
@@ -97,5 +97,5 @@ def base_name(name: str) -> str:
 
 
 def _present(model: nn.Module) -> str:
-    found = sorted({a for m in model.modules() if isinstance(m, AdapterLinear) for a in m.rankwise_tensors})
+    found = sorted({a for m in model.modules() if isinstance(m, AdapterLayer) for a in m.rankwise_tensors})
     return f"it has {', '.join(found)}" if found else "it has none"

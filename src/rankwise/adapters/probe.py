@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+ROWS = 512
+"""Rows of a layer's input that are multiplied at a time."""
+
 
 class GradientProbe(torch.autograd.Function):
     """The identity on a layer's output y = W x; in the backward pass, ∂L/∂W = Σ g xᵀ is handed to `receive`.
@@ -30,11 +33,14 @@ class GradientProbe(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         """The gradient of y, unchanged."""
         (g,), (x,) = gradients, ctx.saved_tensors
-        with torch.no_grad(), torch.autocast(g.device.type, enabled=False):  # a loop may call backward under autocast
-            ctx.receive(_rows(g).mT @ _rows(x))
+        with torch.no_grad():
+            ctx.receive(_sum_of_products(g.reshape(-1, g.shape[-1]), x.reshape(-1, x.shape[-1])))
         return g, None, None
 
 
-def _rows(t: Tensor) -> Tensor:
-    """The last dimension as rows, float32."""
-    return t.reshape(-1, t.shape[-1]).float()
+def _sum_of_products(g: Tensor, x: Tensor) -> Tensor:
+    """Σ g xᵀ (out, in) in float32, few rows widened at a time; in place, which autocast leaves alone."""
+    total = torch.zeros(g.shape[1], x.shape[1], device=g.device)
+    for some_g, some_x in zip(g.split(ROWS), x.split(ROWS), strict=True):
+        total.addmm_(some_g.float().mT, some_x.float())
+    return total

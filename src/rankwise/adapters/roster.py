@@ -16,7 +16,7 @@ from rankwise.adapters.progress import Progress, unfinished
 from rankwise.methods.base import Method
 
 if TYPE_CHECKING:
-    from rankwise.adapters.layer import AdapterLinear
+    from rankwise.adapters.layer import AdapterLayer
 
 _ROSTERS: list[weakref.ref[Roster]] = []
 
@@ -29,7 +29,7 @@ class Roster:
         method: its config, which is its method.
     """
 
-    on_forward: ClassVar[Callable[[Roster, AdapterLinear, Tensor], None] | None] = None
+    on_forward: ClassVar[Callable[[Roster, AdapterLayer, Tensor], None] | None] = None
     """What `training` wants to see of the first layer's training forwards: (roster, layer, output)."""
 
     def __init__(self, adapter: str, method: Method) -> None:
@@ -40,11 +40,11 @@ class Roster:
         self.development: Callable[[], list[Any]] | None = None  # gives batches of a trainer's data to score ranks on
         self.in_trainer = False  # a trainer's own checkpoints are no sign that a run has ended
         self.session: Any = None
-        self._layers: list[weakref.ref[AdapterLinear]] = []
+        self._layers: list[weakref.ref[AdapterLayer]] = []
         self._model: weakref.ref[nn.Module] | None = None
         _ROSTERS.append(weakref.ref(self))
 
-    def enrol(self, layer: AdapterLinear) -> None:
+    def enrol(self, layer: AdapterLayer) -> None:
         """Add a layer; layers come in model order."""
         self._layers.append(weakref.ref(layer))
 
@@ -58,12 +58,12 @@ class Roster:
         return None if self._model is None else self._model()
 
     @property
-    def layers(self) -> list[AdapterLinear]:
+    def layers(self) -> list[AdapterLayer]:
         """The living layers that still carry this adapter, in model order."""
         found = (reference() for reference in self._layers)
         return [layer for layer in found if layer is not None and layer.rosters.get(self.adapter) is self]
 
-    def saw_forward(self, layer: AdapterLinear, output: Tensor) -> None:
+    def saw_forward(self, layer: AdapterLayer, output: Tensor) -> None:
         """A layer ran forward in training; pass it on if it is the first of the model."""
         if Roster.on_forward is not None and self._layers and self._layers[0]() is layer:
             Roster.on_forward(self, layer, output)

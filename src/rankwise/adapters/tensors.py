@@ -53,6 +53,7 @@ class AdapterTensors(nn.Module):
         self.edits += 1
         for name, value in values.items():
             getattr(self, name).copy_(value)
+        self.from_gradient = {}
         self._await_gradient()
 
     def _await_gradient(self) -> None:
@@ -100,7 +101,7 @@ class AdapterTensors(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[arg-type]
         loaded = {name: state_dict[prefix + name] for name in self.slots if prefix + name in state_dict}
         if loaded:
-            self.awaits_start, self.unchecked = False, True
+            self.awaits_start, self.unchecked, self.from_gradient = False, True, {}
             self.edits += 1
             self._await_gradient()
         for name, tensor in loaded.items():

@@ -141,8 +141,8 @@ def kind_of(root: nn.Module) -> type[AdapterLayer] | None:
 
 def check_method(method: Method, layer: AdapterLayer, name: str) -> None:
     """Raise `ArgumentError` for a layer that is not linear and a method whose update is not of LoRA's form."""
-    if getattr(method, "linear_only", False) and not isinstance(layer, AdapterLinear):
-        able = ", ".join(other for other, cls in METHODS.items() if not getattr(cls, "linear_only", False))
+    if method.linear_only and not isinstance(layer, AdapterLinear):
+        able = ", ".join(other for other, cls in METHODS.items() if not cls.linear_only)
         found = f"{name}: {type(layer.get_base_layer()).__name__}"
         rule = f"name linear layers for {method.method} (convolutions and embeddings are for {able})"
         raise ArgumentError("target_modules", rule, found)

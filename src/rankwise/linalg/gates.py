@@ -7,8 +7,22 @@ import math
 import torch
 from torch import Tensor
 
+from rankwise.errors import ArgumentError
+
 Stretch = tuple[float, float]
 """(γ, ζ) with γ < 0 and ζ > 1: the interval that is then clipped to [0, 1]."""
+FLOOR, CEILING = math.log(1e-2), math.log(1e2)
+"""Where log θ is clamped."""
+
+
+def require_stretch(argument: str, value: object) -> Stretch:
+    """The pair as a tuple, as JSON has lists; raise unless gates close between the floor of log θ and 0."""
+    match value:
+        case [float() | int() as low, float() | int() as high] if (
+            low < 0 and 2 * math.exp(FLOOR) < -low / high < 1 < high
+        ):
+            return low, high
+    raise ArgumentError(argument, "be (γ, ζ) with γ < 0, ζ > 1 and 0.02 < −γ/ζ < 1", value)
 
 
 def sampled_gate(log_theta: Tensor, u: Tensor, temperature: float, stretch: Stretch) -> Tensor:
@@ -25,6 +39,11 @@ def evaluation_gate(log_theta: Tensor, stretch: Stretch) -> Tensor:
 def open_probability(log_theta: Tensor, temperature: float, stretch: Stretch) -> Tensor:
     """P(g > 0) = sigmoid(log θ − τ·log(−γ/ζ)), of which E‖G‖₀ is the sum (eq. 8)."""
     return torch.sigmoid(log_theta - temperature * closing_point(stretch))
+
+
+def least_open_probability(temperature: float, stretch: Stretch) -> float:
+    """P(g > 0) at the floor of log θ, in plain numbers: a config may be made where tensors have no values."""
+    return 1 / (1 + math.exp(temperature * closing_point(stretch) - FLOOR))
 
 
 def closing_point(stretch: Stretch) -> float:

@@ -72,5 +72,5 @@ def _top_energy(B: Tensor, r: int) -> Tensor:
 
 
 def _triplets(W: Tensor, U: Tensor, S: Tensor, Vh: Tensor, iterations: int) -> Triplets:
-    total = W.square().sum().clamp_min(torch.finfo(W.dtype).tiny)
+    total = torch.linalg.vector_norm(W).square().clamp_min(torch.finfo(W.dtype).tiny)
     return Triplets(Factors(U.contiguous(), S, Vh.contiguous()), iterations, float(S.square().sum() / total))

@@ -44,6 +44,7 @@ class AdaLora(Phased):
 
     method: ClassVar[str] = "adalora"
     summary: ClassVar[str] = "falls from init_r to a mean of target_r, shared over all layers by sensitivity"
+    linear_only: ClassVar[bool] = True
     suggested_rate: ClassVar[float] = 1e-2
 
     target_r: int | None = field(default=None, metadata={"help": "mean rank at the end; None: r"})

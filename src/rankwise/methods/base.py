@@ -45,6 +45,8 @@ class Method:
     """Whether the update is multiplied by lora_alpha / r."""
     starts_from_weight: ClassVar[bool] = False
     """Whether `start` reads the base weight."""
+    linear_only: ClassVar[bool] = False
+    """Whether convolutions and embeddings are refused: the method is not of LoRA's form B·diag·A with free A and B."""
     cancels: ClassVar[bool] = False
     """Whether the update is a small difference of large factors, which an export must take in float64."""
     negligible: ClassVar[float] = 0.0

@@ -46,6 +46,7 @@ class Deep(Method):
     cancels: ClassVar[bool] = True
     negligible: ClassVar[float] = 1e-6
     suggested_rate: ClassVar[float] = 1e-2
+    refuses_updates: ClassVar[str | None] = "Deep LoRA's updates lie in a subspace that a gradient tells"
 
     depth: int = field(default=3, metadata={"help": "L, factors in the product"})
     init_scale: float = field(default=1e-3, metadata={"help": "ε, scale of every factor at the start"})

@@ -40,6 +40,11 @@ class Phased(Method):
             raise ArgumentError("tinit + tfinal", f"be less than total_step ({total})", tinit + tfinal)
         return tinit, total - tfinal
 
+    def falling(self, total: int | None) -> int:
+        """Steps of the phase in which ranks change."""
+        first, final = self.phases(total)
+        return final - first
+
     def needs(self, step: Step) -> tuple[str, str] | None:
         """The length of the run, from which every phase is derived."""
         return None if step.total else ("total_step=1000", "the number of optimiser steps of the whole run")

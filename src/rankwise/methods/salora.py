@@ -13,7 +13,6 @@ decided for good: in the order of log θ as many are kept as the budget holds.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -22,9 +21,8 @@ import torch
 from torch import Tensor
 
 from rankwise.checks import require_choice, require_number
-from rankwise.errors import ArgumentError
+from rankwise.linalg import gates
 from rankwise.linalg.allocate import keep_within
-from rankwise.linalg.gates import closing_point, evaluation_gate, open_probability, sampled_gate
 from rankwise.linalg.orthonormality import orthonormality_gap, orthonormality_gap_squared
 from rankwise.methods.base import register
 from rankwise.methods.orthonormal import mean_weight, orthonormality_penalty
@@ -32,13 +30,12 @@ from rankwise.methods.phases import Phased
 from rankwise.methods.stack import Penalty, Size, Slot, Stack, Step, Updates
 from rankwise.update import Factors
 
-FLOOR, CEILING = math.log(1e-2), math.log(1e2)
-"""Where log θ is clamped."""
 EDGE = 1e-6
 """u is drawn from [EDGE, 1 − EDGE]."""
-GATE_TRAVEL = 96.0
-"""How far log θ could move in the falling phase at the gates' default rate; chosen by `bench/salora_rates.py`."""
-MULTIPLIER_PER_RANK = 0.03
+GATE_TRAVEL = 128.0
+"""How far log θ could move in the falling phase at the gates' default rate: fast enough for runs of 60 steps, in which
+Adam's momentum overshoots the budget otherwise (`bench/salora_rates.py`, for this and the next)."""
+MULTIPLIER_PER_RANK = 0.2
 """What λ would grow to in the falling phase at its default rate, for each rank of the adapter, did no gate close.
 
 A rank's share in C falls as their number grows, and with it the slope of λ(C − b)²; the task's slope does not."""
@@ -60,24 +57,18 @@ class Salora(Phased):
     orth_reg_form: str = field(default="mean", metadata={"help": '"mean" of ‖BᵀB−I‖_F, or "sum" of squares (eq. 9)'})
     temperature: float = field(default=2 / 3, metadata={"help": "τ of the gates' distribution"})
     stretch: tuple[float, float] = field(default=(-0.1, 1.1), metadata={"help": "(γ, ζ) of the gates' distribution"})
-    gate_lr: float | None = field(
-        default=None, metadata={"help": "peak learning rate of log θ; None: 96 / steps of the falling phase"}
-    )
-    multiplier_lr: float | None = field(
-        default=None, metadata={"help": "rate of λ; None: 0.03·ranks / (1 − b)² / steps of the falling phase"}
-    )
+    gate_lr: float | None = field(default=None, metadata={"help": "peak rate of log θ; None: 128 / steps of the fall"})
+    multiplier_lr: float | None = field(default=None, metadata={"help": "rate of λ; None: see MULTIPLIER_PER_RANK"})
 
     def check(self) -> None:
         """A density the gates can reach, an interval around [0, 1], positive rates."""
         super().check()
-        require_number("density", self.density, least=0.05, below=1.0)
         require_number("orth_reg_weight", self.orth_reg_weight)
         require_choice("orth_reg_form", self.orth_reg_form, ("mean", "sum"))
         require_number("temperature", self.temperature, least=1e-3)
-        self.stretch = _checked_stretch(self.stretch)
-        least = float(open_probability(torch.tensor(FLOOR), self.temperature, self.stretch))
-        if self.density <= least:
-            raise ArgumentError("density", f"be above {least:.3f}, the least at this τ and stretch", self.density)
+        self.stretch = gates.require_stretch("stretch", self.stretch)
+        least = gates.least_open_probability(self.temperature, self.stretch)
+        require_number("density", self.density, least=max(0.05, least), below=1.0)
         for name in ("gate_lr", "multiplier_lr"):
             if getattr(self, name) is not None:
                 require_number(name, getattr(self, name), least=1e-30)
@@ -101,17 +92,17 @@ class Salora(Phased):
 
     def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
         """B·diag(scale·g)·A with evaluation gates."""
-        return Factors(t["B"], scale * evaluation_gate(t["log_theta"], self.stretch), t["A"])
+        return Factors(t["B"], scale * gates.evaluation_gate(t["log_theta"], self.stretch), t["A"])
 
     def training_factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
         """B·diag(scale·g)·A with this step's gates: one draw per step, and evaluation gates once they are decided."""
-        sampled = sampled_gate(t["log_theta"], t["u"].clamp_min(EDGE), self.temperature, self.stretch)
-        g = torch.where(t["u"] > 0, sampled, evaluation_gate(t["log_theta"], self.stretch))
+        sampled = gates.sampled_gate(t["log_theta"], t["u"].clamp_min(EDGE), self.temperature, self.stretch)
+        g = torch.where(t["u"] > 0, sampled, gates.evaluation_gate(t["log_theta"], self.stretch))
         return Factors(t["B"], scale * g, t["A"])
 
     def kept(self, t: Mapping[str, Tensor]) -> Tensor:
         """Evaluation gates that are not 0."""
-        return evaluation_gate(t["log_theta"], self.stretch) != 0
+        return gates.evaluation_gate(t["log_theta"], self.stretch) != 0
 
     def ratio(self, tensor: str, peak: float, step: Step) -> float:
         """The gates' own rate while they may move; 0 before and after."""
@@ -119,13 +110,12 @@ class Salora(Phased):
             return 1.0
         if not self._moves(step) or peak == 0:
             return 0.0
-        first, final = self.phases(step.total)
-        return (self.gate_lr or GATE_TRAVEL / (final - first)) / peak
+        return (self.gate_lr or GATE_TRAVEL / self.falling(step.total)) / peak
 
     def density_of(self, stacks: Sequence[Stack]) -> Tensor:
         """C(Θ) (eq. 11, as a ratio of sums)."""
         device = stacks[0]["log_theta"].device
-        opened = [open_probability(layers["log_theta"], self.temperature, self.stretch) for layers in stacks]
+        opened = [gates.open_probability(layers["log_theta"], self.temperature, self.stretch) for layers in stacks]
         held = sum((p * cost).sum().to(device) for p, cost in zip(opened, map(_costs, stacks), strict=True))
         return held / _parameters(stacks)  # type: ignore[return-value]
 
@@ -138,7 +128,7 @@ class Salora(Phased):
         multiplier = stacks[0]["multiplier"].flatten()[0]
         gradients = []
         for layers, gradient in zip(stacks, found.gradients if found else [{}] * len(stacks), strict=True):
-            p = open_probability(layers["log_theta"], self.temperature, self.stretch)
+            p = gates.open_probability(layers["log_theta"], self.temperature, self.stretch)
             slope = (2 * multiplier * over).to(p.device) * p * (1 - p) * _costs(layers) / _parameters(stacks)
             gradients.append(gradient | {"log_theta": slope})
         value = multiplier * over.square()
@@ -161,7 +151,7 @@ class Salora(Phased):
         counts = [layers["u"].numel() for layers in stacks]
         drawn = torch.empty(sum(counts)).uniform_(EDGE, 1 - EDGE, generator=generator).split(counts)
         return [
-            {"log_theta": layers["log_theta"].clamp(FLOOR, CEILING), "u": u.view_as(layers["u"])}
+            {"log_theta": layers["log_theta"].clamp(gates.FLOOR, gates.CEILING), "u": u.view_as(layers["u"])}
             for layers, u in zip(stacks, drawn, strict=True)
         ]
 
@@ -170,10 +160,10 @@ class Salora(Phased):
         keep = keep_within(
             [s["log_theta"] for s in stacks], [_costs(s) for s in stacks], self.density * _parameters(stacks)
         )
-        least = closing_point(self.stretch) + BARELY
+        least = gates.closing_point(self.stretch) + BARELY
         updates = []
         for layers, mask in zip(stacks, keep, strict=True):
-            theta = torch.where(mask, layers["log_theta"].clamp(least, CEILING), FLOOR)
+            theta = torch.where(mask, layers["log_theta"].clamp(least, gates.CEILING), gates.FLOOR)
             updates.append({"log_theta": theta, "u": torch.zeros_like(layers["u"])})
         return updates
 
@@ -194,17 +184,8 @@ class Salora(Phased):
     def _multiplier_rate(self, stacks: Sequence[Stack], step: Step) -> float:
         if self.multiplier_lr is not None:
             return self.multiplier_lr
-        first, final = self.phases(step.total)
         ranks = sum(size.r for layers in stacks for size in layers.sizes)
-        return MULTIPLIER_PER_RANK * ranks / (max(1 - self.density, 0.1) ** 2 * (final - first))
-
-
-def _checked_stretch(value: object) -> tuple[float, float]:
-    pair = tuple(value) if isinstance(value, list | tuple) else ()  # JSON has lists
-    fits = len(pair) == 2 and all(isinstance(x, int | float) for x in pair) and pair[0] < 0 and pair[1] > 1
-    if not (fits and 2 * math.exp(FLOOR) < -pair[0] / pair[1] < 1):
-        raise ArgumentError("stretch", "be (γ, ζ) with γ < 0, ζ > 1 and 0.02 < −γ/ζ < 1", value)
-    return pair  # type: ignore[return-value]
+        return MULTIPLIER_PER_RANK * ranks / (max(1 - self.density, 0.1) ** 2 * self.falling(step.total))
 
 
 def _costs(layers: Stack) -> Tensor:

@@ -40,6 +40,7 @@ class Sorsa(Method):
 
     method: ClassVar[str] = "sorsa"
     summary: ClassVar[str] = "fixed rank; trains the base weight's own leading singular triplets"
+    linear_only: ClassVar[bool] = True
     suggested_rate: ClassVar[float] = 1e-3
     refuses_updates: ClassVar[str | None] = "SORSA trains the base weight's own triplets"
     scaled: ClassVar[bool] = False

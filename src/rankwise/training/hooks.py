@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from rankwise.adapters.layer import AdapterLinear
+from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.roster import Roster, living_rosters
 from rankwise.errors import TrainingError
 from rankwise.training.session import Groups, session_of
@@ -56,7 +56,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs:
         session_of(roster).after(optimizer.state)
 
 
-def _saw_forward(roster: Roster, layer: AdapterLinear, output: torch.Tensor) -> None:
+def _saw_forward(roster: Roster, layer: AdapterLayer, output: torch.Tensor) -> None:
     session_of(roster).saw_forward(layer.tensors(roster.adapter), output)
 
 

@@ -20,8 +20,8 @@ from rankwise.adapters.roster import Roster
 from rankwise.adapters.tensors import AdapterTensors
 from rankwise.errors import TrainingError
 from rankwise.methods.stack import Ablation, Stack, Step, Updates
-from rankwise.training.ablation import ablate, can_ablate
-from rankwise.training.development import backward_through
+from rankwise.training.aside import backward_through
+from rankwise.training.scoring import ablate, can_ablate
 from rankwise.training.watch import Seen, Watch
 
 BAD_GRADIENTS = 5
@@ -63,6 +63,7 @@ class Session:
         self._progress = Progress()
         self._read_from: tuple[int, int] | None = None
         self._told = False
+        self._looked = False
         self._watch = Watch()
 
     # --- the two moments --------------------------------------------------------------------------------------------
@@ -304,10 +305,11 @@ class Session:
             TrainingError: every layer waits and none has seen a gradient.
         """
         waiting = [tensors for tensors in self._members if tensors.awaits_gradient]
-        if waiting and getattr(self.roster.method, "init_batch", None) is not None:
+        if waiting and not self._looked and getattr(self.roster.method, "init_batch", None) is not None:
             for tensors in waiting:
                 tensors.from_gradient = {}
             backward_through(self.roster)
+            self._looked = True  # layers that the batch does not reach go on waiting for the loop's own gradients
         if len(waiting) == len(self._members) and not any(tensors.from_gradient for tensors in waiting):
             raise TrainingError(
                 f"adapter {self.roster.adapter!r} starts from the gradient of its base weights, and no backward pass "
@@ -326,8 +328,9 @@ class Session:
                 if not slot.trained or id(parameter) not in self._groups:
                     continue
                 group = self._groups[id(parameter)]
-                ratio = 0.0 if tensors.from_gradient else self.roster.method.ratio(name, peak_rate(group), step)
-                zeroed = slot.exact and group.get("weight_decay", 0) != 0
+                waits = tensors.awaits_gradient  # nothing of it moves before it has its start
+                ratio = 0.0 if waits else self.roster.method.ratio(name, peak_rate(group), step)
+                zeroed = (slot.exact or waits) and group.get("weight_decay", 0) != 0
                 if ratio != 1.0 or zeroed:
                     self._held.append(Held(parameter, parameter.data.clone(), ratio, zeroed))
                     if zeroed:
@@ -340,7 +343,6 @@ class Session:
         for tensors in self._members:
             if tensors.from_gradient:
                 tensors.fill(tensors.from_gradient)
-                tensors.from_gradient = {}
 
     def _abandon(self) -> None:
         """Give back what an optimiser step that raised has left held."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from rankwise.adapters.layer import AdapterLinear
+from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.lookup import adapted_layers, ranks, reduced
 from rankwise.adapters.progress import SOURCES, final_ranks_due
 from rankwise.adapters.roster import Roster
@@ -115,7 +115,7 @@ def metrics(roster: Roster) -> dict[str, float]:
     return found if budget is None else found | {"rankwise/budget": float(budget.at(progress.step))}
 
 
-def _parameters(layers: list[AdapterLinear], adapter: str) -> Parameters:
+def _parameters(layers: list[AdapterLayer], adapter: str) -> Parameters:
     initial = final = exported = 0
     held = reduced({str(i): layer.factors(adapter) for i, layer in enumerate(layers)}, layers[0].methods[adapter])
     for layer, update in zip(layers, held.values(), strict=True):

@@ -18,11 +18,11 @@ from torch import nn
 from torch.utils.data import Subset
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from rankwise.adapters.layer import AdapterLinear
+from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.roster import Roster
 from rankwise.checks import say_once
 from rankwise.errors import TrainingError
-from rankwise.training.development import random_states
+from rankwise.training.aside import random_states
 from rankwise.training.session import session_of
 from rankwise.training.status import metrics
 
@@ -86,7 +86,7 @@ def rosters_of(model: nn.Module | None) -> list[Roster]:
     """The adapters of a model that are set to train, in model order."""
     found: dict[int, Roster] = {}
     for module in model.modules() if model is not None else ():
-        if isinstance(module, AdapterLinear):
+        if isinstance(module, AdapterLayer):
             for adapter in module.active_adapters:
                 roster = module.rosters.get(adapter)
                 if roster is not None:

@@ -1,0 +1,101 @@
+"""Running the model between optimiser steps, on a development batch: what it leaves behind is nothing."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rankwise.adapters.roster import Roster
+from rankwise.errors import ArgumentError, TrainingError
+
+Batch = Mapping[str, Any]
+Development = Batch | Callable[[nn.Module], Any]
+"""A mapping of model inputs whose output has `.loss`, or a function of the model."""
+
+
+def loss_of(model: nn.Module, batch: Batch) -> Tensor:
+    """The model's own loss on a batch.
+
+    Raises:
+        ArgumentError: the output has no loss.
+    """
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise ArgumentError("score_batch", "give a model output with .loss (does it hold labels?)", sorted(batch))
+    return loss
+
+
+def on_device_of(model: nn.Module, batch: Batch) -> dict[str, Any]:
+    """The batch with its tensors where the model's parameters are."""
+    device = next(model.parameters()).device
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def model_of(roster: Roster) -> nn.Module:
+    """The model an adapter belongs to.
+
+    Raises:
+        TrainingError: it is not known any more.
+    """
+    if roster.model is None:
+        raise TrainingError(
+            f"the model of adapter {roster.adapter!r} is not known, so it cannot be run between steps: make or load "
+            "the adapter on the model that trains"
+        )
+    return roster.model
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients or caches; modes, settings and random states are put back."""
+    modes = [(module, module.training) for module in model.modules()]
+    found = [getattr(module, "config", None) for module in model.modules()]
+    configs: dict[int, Any] = {id(config): config for config in found if getattr(config, "use_cache", False)}
+    with torch.no_grad(), random_states():
+        try:
+            for config in configs.values():
+                config.use_cache = False
+            model.eval()
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+            for config in configs.values():
+                config.use_cache = True
+
+
+@contextmanager
+def random_states() -> Iterator[None]:
+    """Put every random generator back to where it was."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+def backward_through(roster: Roster) -> None:
+    """One forward and backward pass on `init_batch`, leaving every `.grad` as it was.
+
+    Raises:
+        TrainingError: the model is not known.
+    """
+    model, batch = model_of(roster), roster.method.init_batch  # type: ignore[attr-defined]  asked for by its users
+    held = [(p, p.grad) for p in model.parameters()]
+    for p, _ in held:
+        p.grad = None
+    try:
+        with torch.enable_grad(), random_states():
+            loss: Any = batch(model) if callable(batch) else loss_of(model, on_device_of(model, batch))
+            loss.backward()  # not autograd.grad, which passes by the blocks that reentrant checkpointing recomputes
+    finally:
+        for p, gradient in held:
+            p.grad = gradient

@@ -1,0 +1,384 @@
+"""Scores of a model with single ranks left out, and with single ranks alone, for far less than two forwards each.
+
+Leaving a rank out changes nothing before its own block, and neither does adding one rank to the base model. So the
+outputs of all blocks are kept from one run of each, every scored run starts at its rank's block, and many ranks share
+one forward pass: the batch is repeated, and gates differ from sample to sample.
+
+Models whose blocks cannot be told, or are called more than once, are scored run by run: slower, and the same numbers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.adapters.layer import AdapterLayer, NotPerSampleError
+from rankwise.adapters.roster import Roster
+from rankwise.training.aside import Batch, evaluation, loss_of, model_of, on_device_of
+
+STACKED_ENTRIES = {"cpu": 1024, "cuda": 65536}
+"""Tokens of a stacked forward pass, by device: enough to fill it. A CPU is full with a batch of 32 short sentences."""
+
+
+class Scores(NamedTuple):
+    """−loss with every rank, without each rank and with each rank alone: one (r,) tensor per layer, NaN if unused."""
+
+    whole: float
+    without: list[Tensor]
+    alone: list[Tensor]
+
+
+def can_ablate(roster: Roster) -> bool:
+    """Whether there is a model and data to score it on."""
+    given = getattr(roster.method, "score_batch", None) is not None
+    return roster.model is not None and (given or roster.development is not None)
+
+
+def ablate(roster: Roster) -> Scores:
+    """Score every rank in use on the development batch, in evaluation mode."""
+    model, layers, adapter = model_of(roster), roster.layers, roster.adapter
+    given: Any = getattr(roster.method, "score_batch", None)
+    with evaluation(model):
+        kept = [layer.kept(adapter) for layer in layers]
+        if callable(given):
+            return one_by_one(partial(_number, given, model), layers, adapter, kept)
+        batches = [given] if given is not None else roster.development()  # type: ignore[misc]  see can_ablate
+        batches = [on_device_of(model, batch) for batch in batches]
+        found = [_of_batch(model, batch, layers, adapter, kept) for batch in batches]
+        return _mean(found, [samples_of(batch) for batch in batches])
+
+
+def one_by_one(
+    score: Callable[[], float], layers: Sequence[AdapterLayer], adapter: str, kept: Sequence[Tensor]
+) -> Scores:
+    """The plain way: two runs of the model for every rank."""
+    whole = score()
+    without, alone = _unscored(kept), _unscored(kept)
+    for i, j in _ranks(kept):
+        one = torch.zeros_like(kept[i], dtype=torch.float32)
+        one[j] = 1
+        with gated(layers, adapter, {i: 1 - one}):
+            without[i][j] = score()
+        with gated(layers, adapter, dict.fromkeys(range(len(layers))) | {i: one}):
+            alone[i][j] = score()
+    return Scores(whole, without, alone)
+
+
+def _of_batch(
+    model: nn.Module, batch: Batch, layers: Sequence[AdapterLayer], adapter: str, kept: Sequence[Tensor]
+) -> Scores:
+    replay = Replay(model, batch, layers, adapter)
+    if replay.replayable:
+        try:
+            return replay.scores(kept)
+        except NotPerSampleError:
+            pass
+    return one_by_one(lambda: -float(loss_of(model, batch)), layers, adapter, kept)
+
+
+def _number(score: Callable[[nn.Module], Any], model: nn.Module) -> float:
+    return float(score(model))
+
+
+def _mean(found: Sequence[Scores], samples: Sequence[int]) -> Scores:
+    """The mean over batches, by their number of samples."""
+    weights = [n / sum(samples) for n in samples]
+    without, alone = (
+        [torch.stack([w * t for w, t in zip(weights, parts, strict=True)]).sum(0) for parts in zip(*each, strict=True)]
+        for each in ([s.without for s in found], [s.alone for s in found])
+    )
+    return Scores(sum(w * s.whole for w, s in zip(weights, found, strict=True)), without, alone)
+
+
+def _unscored(kept: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.full(mask.shape, torch.nan) for mask in kept]
+
+
+def _ranks(kept: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """(layer, rank) of every rank in use."""
+    return [(i, j) for i, mask in enumerate(kept) for j in mask.nonzero().flatten().tolist()]
+
+
+def samples_of(batch: Batch) -> int:
+    """How many samples a batch holds: the first dimension of its first tensor."""
+    return next(value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim())
+
+
+@contextmanager
+def gated(layers: Sequence[AdapterLayer], adapter: str, gates: Mapping[int, Tensor | None]) -> Iterator[None]:
+    """Gates on some layers, by index: (r,) for all samples, (samples, r) for each, None for no update at all."""
+    try:
+        for i, gate in gates.items():
+            layers[i].gates[adapter] = gate
+        yield
+    finally:
+        for i in gates:
+            layers[i].gates.pop(adapter, None)
+
+
+class _LastBlock(Exception):  # noqa: N818  no error: the rest of the model is not needed
+    """Leaves a forward pass after its last block."""
+
+
+class Call(NamedTuple):
+    """When a module ran in one forward pass, by a clock that ticks at every start and end."""
+
+    module: nn.Module
+    start: int
+    end: int
+
+
+class Replay:
+    """One batch through a model whose modules can be skipped: what they gave with all ranks, and with none, is kept.
+
+    A module that ended before a rank's layer began gives what it gave; so does an adapted layer that sees the very
+    input it saw. What is left are the rest of the layer's block and the blocks behind it.
+    """
+
+    def __init__(self, model: nn.Module, batch: Batch, layers: Sequence[AdapterLayer], adapter: str) -> None:
+        self.model, self.batch, self.layers, self.adapter = model, batch, layers, adapter
+        self.samples = samples_of(batch)
+        self.everything = range(len(layers))
+        self.calls = self._timed()
+        once = {call.module for call in self.calls}
+        self.blocks = blocks_of(model, layers)
+        self.replayable = bool(self.blocks) and once.issuperset(self.blocks) and once | self.unused >= set(layers)
+        if self.replayable:
+            self._record()
+
+    # --- what is kept -----------------------------------------------------------------------------------------------
+
+    def _timed(self) -> list[Call]:
+        """The modules that run exactly once, by their start."""
+        clock, starts, ends = itertools.count(), defaultdict[nn.Module, list[int]](list), dict[nn.Module, int]()
+        with ExitStack() as stack:
+            for module in list(self.model.modules())[1:]:
+                note = module.register_forward_pre_hook(lambda m, _: starts[m].append(next(clock)))
+                stack.enter_context(_hook(note))
+                note = module.register_forward_hook(lambda m, *_: ends.update({m: next(clock)}))
+                stack.enter_context(_hook(note))
+            loss_of(self.model, self.batch)
+        self.unused = set(self.model.modules()) - starts.keys()
+        once = [Call(module, times[0], ends[module]) for module, times in starts.items() if len(times) == 1]
+        return sorted(once, key=lambda call: call.start)
+
+    def _record(self) -> None:
+        """The two whole runs, and what the modules that will be skipped gave in them."""
+        self.starts = {call.module: call.start for call in self.calls}
+        last = max(call.end for call in self.calls if call.module in self.blocks)
+        self.behind = self._finished(last + 1)
+        kept = {call.module for layer in self.layers for call in self._finished(self.starts.get(layer, 0))}
+        kept |= {call.module for call in self.behind} | set(self.layers)
+        with self._recording(kept) as self.with_all:
+            self.whole = -float(loss_of(self.model, self.batch))
+        with gated(self.layers, self.adapter, dict.fromkeys(self.everything)), self._recording(kept) as self.with_none:
+            self.base = -float(loss_of(self.model, self.batch))
+        sizes = {t.shape[0] for _, output in self.with_all.values() for t in _tensors_of(output) if t.dim()}
+        # a larger multiple may be samples and tokens in one dimension, which copies cannot be told apart in
+        self.replayable = not any(size > self.samples and size % self.samples == 0 for size in sizes)
+
+    def _finished(self, time: int) -> list[Call]:
+        """The outermost modules that ended before a time."""
+        found: list[Call] = []
+        for call in self.calls:
+            if call.end < time and (not found or call.start > found[-1].end):
+                found.append(call)
+        return found
+
+    @contextmanager
+    def _recording(self, modules: set[nn.Module]) -> Iterator[dict[nn.Module, tuple[Any, Any]]]:
+        """Input and output of modules."""
+        seen: dict[nn.Module, tuple[Any, Any]] = {}
+        with ExitStack() as stack:
+            for module in modules:
+                note = module.register_forward_hook(lambda m, x, y: seen.update({m: (x[0] if x else None, y)}))
+                stack.enter_context(_hook(note))
+            yield seen
+
+    # --- scores -----------------------------------------------------------------------------------------------------
+
+    def scores(self, kept: Sequence[Tensor]) -> Scores:
+        """Every rank in use, layer by layer."""
+        without, alone = _unscored(kept), _unscored(kept)
+        for i, mask in enumerate(kept):
+            ranks = mask.nonzero().flatten().tolist()
+            for found, others in ((without, 1), (alone, 0)):
+                found[i][ranks] = torch.tensor(self._layer(i, ranks, others), dtype=found[i].dtype)
+        return Scores(self.whole, without, alone)
+
+    def _layer(self, i: int, ranks: Sequence[int], others: int) -> list[float]:
+        """Scores of one layer's ranks, each left out of all (`others` = 1) or alone (0)."""
+        start = self.starts.get(self.layers[i])
+        if start is None:  # a layer that this batch does not reach
+            return [self.whole if others else self.base] * len(ranks)
+        if start > max(call.end for call in self.behind):  # there is next to nothing left to run
+            return [self._tail(self._known(self.behind, others), self._gates(i, [j], others, None)) for j in ranks]
+        tokens = max(t.numel() for t in self.batch.values() if isinstance(t, Tensor))
+        device = next(self.layers[i].parameters()).device.type
+        size = max(1, STACKED_ENTRIES.get(device, STACKED_ENTRIES["cuda"]) // tokens)
+        return [v for at in range(0, len(ranks), size) for v in self._stacked(i, ranks[at : at + size], others)]
+
+    def _gates(self, i: int, ranks: Sequence[int], others: int, samples: int | None) -> dict[int, Tensor | None]:
+        """Gates of layer i, (len(ranks) · samples, r) or (r,) for a single rank; other layers are whole, or off."""
+        tensors = self.layers[i].tensors(self.adapter)
+        gate = torch.full((len(ranks), tensors.size.r), float(others), device=next(tensors.parameters()).device)
+        gate[range(len(ranks)), list(ranks)] = 1 - others
+        gates: dict[int, Tensor | None] = {} if others else dict.fromkeys(self.everything)
+        return gates | {i: gate[0] if samples is None else gate.repeat_interleave(samples, 0)}
+
+    def _known(self, calls: Sequence[Call], others: int) -> dict[nn.Module, Any]:
+        kept = self.with_all if others else self.with_none
+        return {call.module: kept[call.module][1] for call in calls}
+
+    def _stacked(self, i: int, ranks: Sequence[int], others: int) -> list[float]:
+        """One forward pass from the layer on for all the ranks, then the model's own loss for each."""
+        copies, layer = len(ranks), self.layers[i]
+        kept = self.with_all if others else self.with_none
+        known = self._known(self._finished(self.starts[layer]), others)
+        repeated = _Repeated(copies, self.samples)
+        outputs = {module: repeated(output) for module, output in known.items()}
+        seen: dict[nn.Module, tuple[Any, Any]] = {  # other layers of the same input: keys and values beside a query
+            other: (repeated(kept[other][0]), kept[other][1])
+            for other in self.layers
+            if other is not layer and other in kept and kept[other][0] is kept[layer][0]
+        }
+        gates = self._gates(i, ranks, others, self.samples if copies > 1 else None)
+        with gated(self.layers, self.adapter, gates), self._skipping(outputs), self._same(seen, repeated):
+            if copies == 1:
+                return [-float(loss_of(self.model, self.batch))]
+            with self._leaving(outputs), suppress(_LastBlock):
+                self.model(**_repeat(dict(self.batch), copies, self.samples))
+        off = {} if others else dict.fromkeys(self.everything)
+        parts = ({m: _slice(o, k, copies, self.samples) for m, o in outputs.items()} for k in range(copies))
+        return [self._tail(part, off) for part in parts]
+
+    def _tail(self, outputs: Mapping[nn.Module, Any], gates: Mapping[int, Tensor | None]) -> float:
+        with gated(self.layers, self.adapter, gates), self._skipping(outputs):
+            return -float(loss_of(self.model, self.batch))
+
+    @contextmanager
+    def _skipping(self, outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
+        """Modules that give these outputs instead of running."""
+        with ExitStack() as stack:
+            for module, output in outputs.items():
+                stack.enter_context(_forward(module, lambda *_, output=output, **__: output))
+            yield
+
+    @contextmanager
+    def _same(self, seen: Mapping[nn.Module, tuple[Any, Any]], repeated: _Repeated) -> Iterator[None]:
+        """Layers that give what they gave if they see the very tensor they saw."""
+        with ExitStack() as stack:
+            for module, (x, y) in seen.items():
+
+                def forward(now: Any, *_: Any, x: Any = x, y: Any = y, own: Any = module.forward, **__: Any) -> Any:
+                    return repeated(y) if now is x else own(now, *_, **__)
+
+                stack.enter_context(_forward(module, forward))
+            yield
+
+    @contextmanager
+    def _leaving(self, outputs: dict[nn.Module, Any]) -> Iterator[None]:
+        """The blocks and what stands beside them note their outputs; behind the last one the forward pass ends."""
+        awaited = [call.module for call in self.behind if call.module not in outputs]
+
+        def note(module: nn.Module, _: Any, output: Any) -> None:
+            outputs[module] = output
+            if module is awaited[-1]:
+                raise _LastBlock
+
+        with ExitStack() as stack:
+            for module in awaited:
+                stack.enter_context(_hook(module.register_forward_hook(note)))
+            yield
+
+
+class _Repeated:
+    """Copies of recorded values; one value has one copy, so that what saw the same tensor sees the same again."""
+
+    def __init__(self, copies: int, samples: int) -> None:
+        self._copies, self._samples = copies, samples
+        self._made: dict[int, Any] = {}
+
+    def __call__(self, value: Any) -> Any:
+        if id(value) not in self._made:
+            self._made[id(value)] = _over_tensors(value, self._tensor)
+        return self._made[id(value)]
+
+    def _tensor(self, value: Tensor) -> Tensor:
+        if id(value) not in self._made:
+            self._made[id(value)] = _repeat(value, self._copies, self._samples)
+        return self._made[id(value)]
+
+
+def blocks_of(model: nn.Module, layers: Sequence[AdapterLayer]) -> list[nn.Module]:
+    """The outermost repeated blocks that hold adapted layers: the children of `ModuleList`s."""
+    adapted = set(layers)
+    found: list[nn.Module] = []
+
+    def search(module: nn.Module) -> None:
+        for child in module.children():
+            if isinstance(child, nn.ModuleList) and not adapted.isdisjoint(child.modules()):
+                found.extend(child)
+            elif not isinstance(child, AdapterLayer):
+                search(child)
+
+    search(model)
+    return found
+
+
+@contextmanager
+def _hook(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def _forward(block: nn.Module, replacement: Callable[..., Any]) -> Iterator[None]:
+    own = block.__dict__.get("forward")
+    block.forward = replacement  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        if own is None:
+            del block.forward
+        else:
+            block.forward = own  # type: ignore[method-assign]
+
+
+def _over_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`change` applied to the tensors of nested tuples, lists and dicts."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return type(value)({key: _over_tensors(item, change) for key, item in value.items()})
+    if isinstance(value, tuple | list):
+        return type(value)(_over_tensors(item, change) for item in value)
+    return value
+
+
+def _tensors_of(value: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _over_tensors(value, lambda t: found.append(t) or t)
+    return found
+
+
+def _repeat(value: Any, copies: int, samples: int) -> Any:
+    """Copies behind one another of what has one row per sample."""
+    return _over_tensors(
+        value, lambda t: t.repeat(copies, *[1] * (t.dim() - 1)) if t.dim() and t.shape[0] == samples else t
+    )
+
+
+def _slice(value: Any, k: int, copies: int, samples: int) -> Any:
+    """Copy k of what was repeated."""
+    rows = slice(k * samples, (k + 1) * samples)
+    return _over_tensors(value, lambda t: t[rows] if t.dim() and t.shape[0] == copies * samples else t)
