@@ -47,7 +47,7 @@ class NbLora(Method):
     method: ClassVar[str] = "nblora"
     summary: ClassVar[str] = "fixed rank; the update's norm, or each of its singular values, bounded by construction"
     linear_only: ClassVar[bool] = True
-    suggested_rate: ClassVar[float] = 3e-3
+    suggested_rate: ClassVar[float] = 1e-2
     refuses_updates: ClassVar[str | None] = "NB-LoRA's updates are bounded, and a given one need not be"
     scaled: ClassVar[bool] = False
 

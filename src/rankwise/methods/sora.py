@@ -34,7 +34,7 @@ class Sora(Method):
 
     method: ClassVar[str] = "sora"
     summary: ClassVar[str] = "falls from r as a proximal step closes gates to exactly 0"
-    suggested_rate: ClassVar[float] = 3e-3
+    suggested_rate: ClassVar[float] = 1e-2
 
     sparse_weight: float = field(
         default=0.375, metadata={"help": "λ; each step shrinks the gates by learning rate × λ"}
