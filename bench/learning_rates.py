@@ -22,8 +22,8 @@ from rankwise.methods import METHODS
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 OTHER_RATES = {"sorsa": (1e-4, 3e-4, 1e-3, 3e-3)}
 """Methods that train the base weight's own singular values want less."""
-FIELDS = {"sora": {"sparse_weight": 3.0}}
-"""As in the demo: the default closes gates over thousands of steps."""
+FIELDS = {"sora": {"sparse_weight": 3.0}, "alora": {"rounds": 2}}
+"""As in the demo: the default closes gates over thousands of steps, and rounds would take longer than the training."""
 
 
 def split(folder: Path) -> dict[str, str]:

@@ -76,7 +76,11 @@ def test_type_strings_are_namespaced_and_look_like_an_enum() -> None:
 def test_public_names() -> None:
     names = {"Factors", "Status", "export_lora", "factors", "finalize", "import_lora", "ranks", "status"}
     assert set(rankwise.__all__) == names
-    assert set(dir(rankwise)) == names | {config.__name__ for config in CONFIGS.values()} | {"__version__", "compare", "spectral"}
+    assert set(dir(rankwise)) == names | {config.__name__ for config in CONFIGS.values()} | {
+        "__version__",
+        "compare",
+        "spectral",
+    }
     assert all(getattr(rankwise, name) is not None for name in dir(rankwise))
     with pytest.raises(AttributeError, match="no attribute 'NoSuchConfig'"):
         rankwise.NoSuchConfig  # noqa: B018

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import rankwise
 from rankwise.cli.main import app, main
+from rankwise.methods import METHODS
 
 pytest_plugins = ["tiny_comparison"]
 
@@ -190,7 +191,7 @@ def test_methods_as_json() -> None:
         for name, field in method["fields"].items():
             assert list(field) == ["default", "help"]
             assert name in own
-            assert field["default"] == getattr(made, name)
+            assert field["default"] == json.loads(json.dumps(getattr(made, name)))
             assert field["help"]
 
 
@@ -199,6 +200,7 @@ def test_methods_for_people() -> None:
     assert done.exit_code == 0
     for method in json.loads(invoke("methods", "--json").output):
         assert f"rankwise.{method['config']}: {method['summary']}" in done.output
+        assert f"learning rate {METHODS[method['method']].suggested_rate:g}" in done.output
         for name, field in method["fields"].items():
             assert f"{name} = {field['default']!r}: {field['help']}" in done.output
 

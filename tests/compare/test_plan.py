@@ -71,7 +71,7 @@ def test_a_good_spec_is_planned_without_weights(write_spec: WriteSpec, tmp_path:
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        ({"name": "adalor"}, r"^`methods` .*\(the nearest names are adalora, lora, sora\); found 'adalor'$"),
+        ({"name": "adalor"}, r"^`methods` .*\(the nearest names are adalora, alora, salora\); found 'adalor'$"),
         (
             {"name": "nnm", "nuclear_wieght": 1.0},
             r"^`nnm.nuclear_wieght` must be a field of the method \(the nearest names are nuclear_weight, .*found 1.0$",

@@ -93,7 +93,7 @@ def test_defaults(tmp_path: Path) -> None:
     assert spec.methods == (MethodEntry("lora", {}, None),)
     assert spec.data.validation is spec.data.pair is spec.data.per_label is spec.data.dataset is None
     assert spec.task == TaskSpec("classification", "all-linear", 128)
-    assert spec.training == TrainingSpec(None, 2.0, 32, 1e-3, 0.1)
+    assert spec.training == TrainingSpec(None, 2.0, 32, None, 0.1)
     assert spec.budget == BudgetSpec(8)
 
 

@@ -10,7 +10,7 @@ from rankwise.methods import METHODS
 
 
 def catalogue() -> list[dict[str, Any]]:
-    """For each method its name, config class, one-line summary, suggested learning rate, and fields with help.
+    """For each method its name, config class, one-line summary, and its fields with default and help.
 
     Defaults are those of a config made without arguments, so a field that another one sets (init_r from r) shows the
     value it gets.
@@ -23,11 +23,15 @@ def catalogue() -> list[dict[str, Any]]:
                 "method": name,
                 "config": config.__name__,
                 "summary": METHODS[name].summary,
-                "learning_rate": METHODS[name].suggested_rate,
                 "fields": {
-                    field.name: {"default": getattr(made, field.name), "help": field.metadata["help"]}
+                    field.name: {"default": _plain(getattr(made, field.name)), "help": field.metadata["help"]}
                     for field in dataclasses.fields(METHODS[name])
                 },
             }
         )
     return listed
+
+
+def _plain(value: Any) -> Any:
+    """A default as JSON has it."""
+    return list(value) if isinstance(value, tuple) else value

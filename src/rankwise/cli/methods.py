@@ -8,13 +8,14 @@ import typer
 
 
 def methods(
-    as_json: bool = typer.Option(False, "--json", help="A list of {method, config, summary, learning_rate, fields}."),
+    as_json: bool = typer.Option(False, "--json", help="A list of {method, config, summary, fields} for programs."),
 ) -> None:
     """List the methods, their config classes, and every field with its default.
 
     Example: `rankwise methods --json`
     """
     from rankwise.adapters.catalogue import catalogue
+    from rankwise.methods import METHODS
 
     listed = catalogue()
     if as_json:
@@ -22,6 +23,6 @@ def methods(
         return
     for method in listed:
         typer.echo(f"{method['method']:8} rankwise.{method['config']}: {method['summary']}")
-        typer.echo(f"           suggested peak learning rate {method['learning_rate']:g}")
+        typer.echo(f"           suggested peak learning rate {METHODS[method['method']].suggested_rate:g}")
         for name, field in method["fields"].items():
             typer.echo(f"           {name} = {field['default']!r}: {field['help']}")

@@ -100,6 +100,12 @@ class Salora(Phased):
         g = torch.where(t["u"] > 0, sampled, gates.evaluation_gate(t["log_theta"], self.stretch))
         return Factors(t["B"], scale * g, t["A"])
 
+    def take_up(self, size: Size, update: Factors, scale: float, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """As LoRA, seen through the evaluation gates."""
+        taken = super().take_up(size, update, scale, t)
+        taken["B"][:, : update.r] /= gates.evaluation_gate(t["log_theta"], self.stretch)[: update.r]
+        return taken
+
     def kept(self, t: Mapping[str, Tensor]) -> Tensor:
         """Evaluation gates that are not 0."""
         return gates.evaluation_gate(t["log_theta"], self.stretch) != 0

@@ -156,18 +156,28 @@ class Replay:
     # --- what is kept -----------------------------------------------------------------------------------------------
 
     def _timed(self) -> list[Call]:
-        """The modules that run exactly once, by their start."""
+        """The modules that run exactly once, by their start; and which of their outputs grow with the batch."""
         clock, starts, ends = itertools.count(), defaultdict[nn.Module, list[int]](list), dict[nn.Module, int]()
+        sizes: list[dict[nn.Module, list[int]]] = []
+
+        def ended(module: nn.Module, _: Any, output: Any) -> None:
+            ends[module] = next(clock)
+            sizes[-1][module] = [t.shape[0] if t.dim() else 0 for t in _tensors_of(output)]
+
         with ExitStack() as stack:
             for module in list(self.model.modules())[1:]:
                 note = module.register_forward_pre_hook(lambda m, _: starts[m].append(next(clock)))
                 stack.enter_context(_hook(note))
-                note = module.register_forward_hook(lambda m, *_: ends.update({m: next(clock)}))
-                stack.enter_context(_hook(note))
-            loss_of(self.model, self.batch)
+                stack.enter_context(_hook(module.register_forward_hook(ended)))
+            for copies in (2, 1):
+                starts.clear()
+                sizes.append({})
+                loss_of(self.model, _repeat_batch(self.batch, copies, self.samples))
+        twice, once = sizes
+        self.grows = {m: [a == 2 * b for a, b in zip(twice[m], found, strict=True)] for m, found in once.items()}
         self.unused = set(self.model.modules()) - starts.keys()
-        once = [Call(module, times[0], ends[module]) for module, times in starts.items() if len(times) == 1]
-        return sorted(once, key=lambda call: call.start)
+        calls = [Call(module, times[0], ends[module]) for module, times in starts.items() if len(times) == 1]
+        return sorted(calls, key=lambda call: call.start)
 
     def _record(self) -> None:
         """The two whole runs, and what the modules that will be skipped gave in them."""
@@ -180,9 +190,6 @@ class Replay:
             self.whole = -float(loss_of(self.model, self.batch))
         with gated(self.layers, self.adapter, dict.fromkeys(self.everything)), self._recording(kept) as self.with_none:
             self.base = -float(loss_of(self.model, self.batch))
-        sizes = {t.shape[0] for _, output in self.with_all.values() for t in _tensors_of(output) if t.dim()}
-        # a larger multiple may be samples and tokens in one dimension, which copies cannot be told apart in
-        self.replayable = not any(size > self.samples and size % self.samples == 0 for size in sizes)
 
     def _finished(self, time: int) -> list[Call]:
         """The outermost modules that ended before a time."""
@@ -242,21 +249,21 @@ class Replay:
         copies, layer = len(ranks), self.layers[i]
         kept = self.with_all if others else self.with_none
         known = self._known(self._finished(self.starts[layer]), others)
-        repeated = _Repeated(copies, self.samples)
-        outputs = {module: repeated(output) for module, output in known.items()}
+        outputs = {module: _repeat(output, copies, self.grows[module]) for module, output in known.items()}
+        twins = {id(t): r for m in known for t, r in zip(_tensors_of(known[m]), _tensors_of(outputs[m]), strict=True)}
         seen: dict[nn.Module, tuple[Any, Any]] = {  # other layers of the same input: keys and values beside a query
-            other: (repeated(kept[other][0]), kept[other][1])
+            other: (twins[id(kept[other][0])], _repeat(kept[other][1], copies, self.grows[other]))
             for other in self.layers
-            if other is not layer and other in kept and kept[other][0] is kept[layer][0]
+            if other in kept and other is not layer and kept[other][0] is kept[layer][0] and id(kept[other][0]) in twins
         }
         gates = self._gates(i, ranks, others, self.samples if copies > 1 else None)
-        with gated(self.layers, self.adapter, gates), self._skipping(outputs), self._same(seen, repeated):
+        with gated(self.layers, self.adapter, gates), self._skipping(outputs), self._same(seen):
             if copies == 1:
                 return [-float(loss_of(self.model, self.batch))]
             with self._leaving(outputs), suppress(_LastBlock):
-                self.model(**_repeat(dict(self.batch), copies, self.samples))
+                self.model(**_repeat_batch(self.batch, copies, self.samples))
         off = {} if others else dict.fromkeys(self.everything)
-        parts = ({m: _slice(o, k, copies, self.samples) for m, o in outputs.items()} for k in range(copies))
+        parts = ({m: _slice(o, k, copies, self.grows[m]) for m, o in outputs.items()} for k in range(copies))
         return [self._tail(part, off) for part in parts]
 
     def _tail(self, outputs: Mapping[nn.Module, Any], gates: Mapping[int, Tensor | None]) -> float:
@@ -272,13 +279,13 @@ class Replay:
             yield
 
     @contextmanager
-    def _same(self, seen: Mapping[nn.Module, tuple[Any, Any]], repeated: _Repeated) -> Iterator[None]:
+    def _same(self, seen: Mapping[nn.Module, tuple[Any, Any]]) -> Iterator[None]:
         """Layers that give what they gave if they see the very tensor they saw."""
         with ExitStack() as stack:
             for module, (x, y) in seen.items():
 
                 def forward(now: Any, *_: Any, x: Any = x, y: Any = y, own: Any = module.forward, **__: Any) -> Any:
-                    return repeated(y) if now is x else own(now, *_, **__)
+                    return y if now is x else own(now, *_, **__)
 
                 stack.enter_context(_forward(module, forward))
             yield
@@ -297,24 +304,6 @@ class Replay:
             for module in awaited:
                 stack.enter_context(_hook(module.register_forward_hook(note)))
             yield
-
-
-class _Repeated:
-    """Copies of recorded values; one value has one copy, so that what saw the same tensor sees the same again."""
-
-    def __init__(self, copies: int, samples: int) -> None:
-        self._copies, self._samples = copies, samples
-        self._made: dict[int, Any] = {}
-
-    def __call__(self, value: Any) -> Any:
-        if id(value) not in self._made:
-            self._made[id(value)] = _over_tensors(value, self._tensor)
-        return self._made[id(value)]
-
-    def _tensor(self, value: Tensor) -> Tensor:
-        if id(value) not in self._made:
-            self._made[id(value)] = _repeat(value, self._copies, self._samples)
-        return self._made[id(value)]
 
 
 def blocks_of(model: nn.Module, layers: Sequence[AdapterLayer]) -> list[nn.Module]:
@@ -371,14 +360,22 @@ def _tensors_of(value: Any) -> list[Tensor]:
     return found
 
 
-def _repeat(value: Any, copies: int, samples: int) -> Any:
-    """Copies behind one another of what has one row per sample."""
-    return _over_tensors(
-        value, lambda t: t.repeat(copies, *[1] * (t.dim() - 1)) if t.dim() and t.shape[0] == samples else t
-    )
+def _repeat_batch(batch: Batch, copies: int, samples: int) -> dict[str, Any]:
+    """Copies behind one another of every input with one row per sample."""
+    found = dict(batch)
+    for key, value in batch.items():
+        if isinstance(value, Tensor) and value.dim() and value.shape[0] == samples:
+            found[key] = value.repeat(copies, *[1] * (value.dim() - 1))
+    return found
 
 
-def _slice(value: Any, k: int, copies: int, samples: int) -> Any:
+def _repeat(value: Any, copies: int, grows: Sequence[bool]) -> Any:
+    """Copies behind one another of the tensors that grow with the batch."""
+    flags = iter(grows)
+    return _over_tensors(value, lambda t: t.repeat(copies, *[1] * (t.dim() - 1)) if next(flags) else t)
+
+
+def _slice(value: Any, k: int, copies: int, grows: Sequence[bool]) -> Any:
     """Copy k of what was repeated."""
-    rows = slice(k * samples, (k + 1) * samples)
-    return _over_tensors(value, lambda t: t[rows] if t.dim() and t.shape[0] == copies * samples else t)
+    flags = iter(grows)
+    return _over_tensors(value, lambda t: t.chunk(copies)[k] if next(flags) else t)
