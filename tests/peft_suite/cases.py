@@ -25,7 +25,7 @@ def level(model: Any) -> float:
 ALWAYS: dict[type, Kwargs] = {
     rankwise.AdaLoraConfig: {"total_step": 1000},
     rankwise.AloraConfig: {"rounds": 0},
-    rankwise.SaloraConfig: {"total_step": 10, "tinit": 0, "tfinal": 0.5, "gate_lr": 0.1},
+    rankwise.SaloraConfig: {"total_step": 10, "tinit": 0, "tfinal": 0.5, "gate_lr": 0.1, "multiplier_lr": 200.0},
     rankwise.DeepLoraConfig: {"init_scale": 0.01},
 }
 """What a class must be told in a loop without a trainer."""
