@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from rankwise.errors import ArgumentError
 
@@ -51,6 +52,24 @@ class CubicBudget:
             return True
         newest = min(t, self.final - 1) // self.every * self.every
         return newest > last and newest >= self.tinit
+
+
+class Rounds(NamedTuple):
+    """ALoRA's rounds (arXiv 2403.16187): they happen after steps warmup + j·recovery, j = 0 … rounds − 1."""
+
+    warmup: int
+    recovery: int
+    rounds: int
+
+    @property
+    def final(self) -> int:
+        """The step of the last round; 0 without rounds."""
+        return self.warmup + (self.rounds - 1) * self.recovery if self.rounds else 0
+
+    def due(self, last: int, t: int) -> bool:
+        """Whether a round falls in (last, t]; steps skipped in between hand theirs on."""
+        done, now = (min(self.rounds, max(0, (at - self.warmup) // self.recovery + 1)) for at in (last, t))
+        return now > done
 
 
 def steps_of(argument: str, value: float, total: int, *, least: int = 0) -> int:

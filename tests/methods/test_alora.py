@@ -16,8 +16,9 @@ import rankwise
 from conftest import tiny_bert
 from rankwise.adapters.lookup import adapted_layers
 from rankwise.errors import ArgumentError
-from rankwise.methods.alora import Alora, Plan
+from rankwise.methods.alora import Alora
 from rankwise.methods.stack import Ablation, Size, Stack, Step
+from rankwise.schedules import Rounds
 
 Modules = list[list[float | None]]
 """Per module and place, the score of its rank, or None for a free place."""
@@ -33,7 +34,7 @@ def method(**fields: Any) -> Alora:
 
 
 def test_rounds_fall_right_after_the_warm_up_and_every_recovery() -> None:
-    plan = Plan(warmup=4, recovery=3, rounds=3)
+    plan = Rounds(warmup=4, recovery=3, rounds=3)
     assert [t for t in range(1, 30) if plan.due(t - 1, t)] == [4, 7, 10]
     assert plan.final == 10
     assert plan.due(3, 6), "a skipped step hands its round on"
@@ -43,14 +44,14 @@ def test_rounds_fall_right_after_the_warm_up_and_every_recovery() -> None:
 @pytest.mark.parametrize(
     ("total", "epoch", "plan"),
     [
-        (1000, 100, Plan(100, 25, 8)),
-        (300, 25, Plan(25, 6, 8)),
-        (320, 5000, Plan(80, 10, 8)),
-        (1000, None, Plan(250, 31, 8)),
-        (24, 8, Plan(6, 1, 6)),
+        (1000, 100, Rounds(100, 25, 8)),
+        (300, 25, Rounds(25, 6, 8)),
+        (320, 5000, Rounds(80, 10, 8)),
+        (1000, None, Rounds(250, 31, 8)),
+        (24, 8, Rounds(6, 1, 6)),
     ],
 )
-def test_default_schedules_end_at_half_the_run(total: int, epoch: int | None, plan: Plan) -> None:
+def test_default_schedules_end_at_half_the_run(total: int, epoch: int | None, plan: Rounds) -> None:
     found = method(rounds=None, warmup_steps=None, recovery_steps=None).plan(total, epoch)
     assert found == plan
     assert plan.warmup + plan.rounds * plan.recovery <= total / 2
@@ -59,9 +60,9 @@ def test_default_schedules_end_at_half_the_run(total: int, epoch: int | None, pl
 def test_schedules_that_do_not_fit_or_cannot_be_told() -> None:
     with pytest.raises(ArgumentError, match=r"`rounds` must be at least 1 and end within the run \(9 steps\)"):
         method().plan(9, None)
-    assert method().plan(10, None) == Plan(4, 3, 2)
+    assert method().plan(10, None) == Rounds(4, 3, 2)
     assert method(rounds=None).plan(None, None) is None
-    assert method().plan(None, None) == Plan(4, 3, 2)
+    assert method().plan(None, None) == Rounds(4, 3, 2)
     assert method(rounds=0).final_step(None) is None
 
 

@@ -26,9 +26,8 @@ from torch import Tensor
 from rankwise.checks import require_choice, require_int, require_number, say_once
 from rankwise.errors import ArgumentError
 from rankwise.linalg.allocate import keep_top
-from rankwise.linalg.orthonormality import orthonormality_gap, orthonormality_gap_squared
 from rankwise.methods.base import register
-from rankwise.methods.orthonormal import mean_weight, orthonormality_penalty
+from rankwise.methods.orthonormal import penalty_of_form
 from rankwise.methods.phases import Phased
 from rankwise.methods.stack import Penalty, Size, Slot, Stack, Step, Updates
 from rankwise.schedules import CubicBudget, steps_of
@@ -118,11 +117,7 @@ class AdaLora(Phased):
 
     def penalty(self, stacks: Sequence[Stack], step: Step) -> Penalty | None:
         """γ·R: the mean of ‖PᵀP − I‖_F over the 2L matrices P and Qᵀ, or the sum of its squares."""
-        if self.orth_reg_weight == 0:
-            return None
-        mean = self.orth_reg_form == "mean"
-        gap = orthonormality_gap if mean else orthonormality_gap_squared
-        return orthonormality_penalty(stacks, "P", "Q", gap, mean_weight(stacks, self.orth_reg_weight, mean=mean))
+        return penalty_of_form(stacks, "P", "Q", self.orth_reg_weight, self.orth_reg_form)
 
     def before_step(self, stacks: Sequence[Stack], step: Step) -> Updates:
         """Smooth the sensitivities and, when an allocation is due, choose the kept set."""

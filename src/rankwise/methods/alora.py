@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -29,27 +29,10 @@ from rankwise.errors import ArgumentError
 from rankwise.linalg.allocate import keep_top, share_out
 from rankwise.methods.base import Method, kaiming_uniform, register
 from rankwise.methods.stack import Size, Slot, Stack, Step, Updates
+from rankwise.schedules import Rounds
 
 MOST_ROUNDS = 8
 """The paper's largest N_A."""
-
-
-class Plan(NamedTuple):
-    """Rounds happen after steps warmup + j·recovery, j = 0 … rounds − 1."""
-
-    warmup: int
-    recovery: int
-    rounds: int
-
-    @property
-    def final(self) -> int:
-        """The step of the last round; 0 without rounds."""
-        return self.warmup + (self.rounds - 1) * self.recovery if self.rounds else 0
-
-    def due(self, last: int, t: int) -> bool:
-        """Whether a round falls in (last, t]; steps skipped in between hand theirs on."""
-        done, now = (min(self.rounds, max(0, (at - self.warmup) // self.recovery + 1)) for at in (last, t))
-        return now > done
 
 
 @register
@@ -112,7 +95,7 @@ class Alora(Method):
         """Ranks in use."""
         return t["active"]
 
-    def plan(self, total: int | None, epoch: int | None) -> Plan | None:
+    def plan(self, total: int | None, epoch: int | None) -> Rounds | None:
         """K1, K2 and N_A in steps; None where they cannot be told.
 
         Raises:
@@ -122,11 +105,11 @@ class Alora(Method):
         warmup = self.warmup_steps or _least(epoch, quarter)
         recovery = self.recovery_steps or _least(epoch and max(1, epoch // 4), total and max(1, total // 32))
         if self.rounds == 0:
-            return Plan(1, 1, 0)
+            return Rounds(1, 1, 0)
         if warmup is None or recovery is None or (self.rounds is None and total is None):
             return None
         fitting = ((total or 0) // 2 - warmup) // recovery
-        plan = Plan(warmup, recovery, min(MOST_ROUNDS, fitting) if self.rounds is None else self.rounds)
+        plan = Rounds(warmup, recovery, min(MOST_ROUNDS, fitting) if self.rounds is None else self.rounds)
         end = plan.warmup + plan.rounds * plan.recovery
         if plan.rounds < 1 or (total is not None and end > total):
             seen = {"warmup_steps": warmup, "recovery_steps": recovery, "rounds": plan.rounds}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
+from rankwise.linalg.orthonormality import orthonormality_gap, orthonormality_gap_squared
 from rankwise.methods.stack import Penalty, Stack
 
 Gap = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -28,7 +29,13 @@ def orthonormality_penalty(
     return Penalty(sum(value.to(values[0].device) for value in values), gradients)  # type: ignore[arg-type]
 
 
-def mean_weight(stacks: Sequence[Stack], total: float, *, mean: bool) -> Callable[[Stack, str], Tensor]:
-    """One weight for all: `total` divided, for a mean, by the 2L matrices of L layers."""
-    share = total / (2 * sum(len(layers) for layers in stacks)) if mean else total
-    return lambda layers, name: layers[name].new_full((len(layers),), share)
+def penalty_of_form(stacks: Sequence[Stack], left: str, right: str, weight: float, form: str) -> Penalty | None:
+    """`weight` times the "mean" of the gaps over the 2L matrices of L layers, or the "sum" of their squares."""
+    if weight == 0:
+        return None
+    mean = form == "mean"
+    share = weight / (2 * sum(len(layers) for layers in stacks)) if mean else weight
+    gap = orthonormality_gap if mean else orthonormality_gap_squared
+    return orthonormality_penalty(
+        stacks, left, right, gap, lambda layers, name: layers[name].new_full((len(layers),), share)
+    )

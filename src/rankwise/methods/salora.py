@@ -23,9 +23,8 @@ from torch import Tensor
 from rankwise.checks import require_choice, require_number
 from rankwise.linalg import gates
 from rankwise.linalg.allocate import keep_within
-from rankwise.linalg.orthonormality import orthonormality_gap, orthonormality_gap_squared
 from rankwise.methods.base import register
-from rankwise.methods.orthonormal import mean_weight, orthonormality_penalty
+from rankwise.methods.orthonormal import penalty_of_form
 from rankwise.methods.phases import Phased
 from rankwise.methods.stack import Penalty, Size, Slot, Stack, Step, Updates
 from rankwise.update import Factors
@@ -127,7 +126,7 @@ class Salora(Phased):
 
     def penalty(self, stacks: Sequence[Stack], step: Step) -> Penalty | None:
         """Eq. 9, and the density term of eq. 12 while gates move."""
-        found = self._orthonormality(stacks)
+        found = penalty_of_form(stacks, "B", "A", self.orth_reg_weight, self.orth_reg_form)
         if not self._moves(step):
             return found
         over = self.density_of(stacks) - self.density
@@ -172,13 +171,6 @@ class Salora(Phased):
             theta = torch.where(mask, layers["log_theta"].clamp(least, gates.CEILING), gates.FLOOR)
             updates.append({"log_theta": theta, "u": torch.zeros_like(layers["u"])})
         return updates
-
-    def _orthonormality(self, stacks: Sequence[Stack]) -> Penalty | None:
-        if self.orth_reg_weight == 0:
-            return None
-        mean = self.orth_reg_form == "mean"
-        gap = orthonormality_gap if mean else orthonormality_gap_squared
-        return orthonormality_penalty(stacks, "B", "A", gap, mean_weight(stacks, self.orth_reg_weight, mean=mean))
 
     def _moves(self, step: Step) -> bool:
         first, final = self.phases(step.total)
