@@ -12,6 +12,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -26,8 +27,8 @@ from rankwise.adapters.lookup import adapted_layers
 from rankwise.training import scoring
 from rankwise.training.aside import evaluation, loss_of
 
-STACKED = {"recorded and stacked": 4096}
-"""Tokens of a forward pass; one rank at a time elsewhere."""
+STACKED = 4096
+"""Tokens of a stacked forward pass."""
 INTENTS = Path(rankwise.__file__).parent / "data" / "intents" / "train.jsonl"
 
 
@@ -40,22 +41,46 @@ def development_batch() -> dict[str, torch.Tensor]:
     return found | {"labels": torch.tensor([labels.index(row["intent"]) for row in rows])}
 
 
-def seconds(run: Callable[[], scoring.Scores]) -> tuple[float, scoring.Scores]:
-    began = time.perf_counter()
-    found = run()
-    return time.perf_counter() - began, found
-
-
-def two_passes(score: Callable[[], float], layers: list[AdapterLayer], kept: list[torch.Tensor]) -> scoring.Scores:
+def two_passes(score: Callable[[], float], layers: list[AdapterLayer], i: int, ranks: list[int]) -> list[list[float]]:
     """The paper's super-network as it is: a gate for every rank of every module, two forward passes per rank."""
-    without, alone = ([torch.full(mask.shape, torch.nan) for mask in kept] for _ in range(2))
-    for i, j in ((i, j) for i, mask in enumerate(kept) for j in mask.nonzero().flatten().tolist()):
-        for found, others in ((without, 1.0), (alone, 0.0)):
-            gates = {k: torch.full(mask.shape, others) for k, mask in enumerate(kept)}
-            gates[i][j] = 1 - others
+    found: list[list[float]] = [[], []]
+    for j in ranks:
+        for values, others in zip(found, (1.0, 0.0), strict=True):
+            gates: dict[int, torch.Tensor | None] = {
+                k: torch.full((layer.tensors("default").size.r,), others) for k, layer in enumerate(layers)
+            }
+            gates[i][j] = 1 - others  # type: ignore[index]
             with scoring.gated(layers, "default", gates):
-                found[i][j] = score()
-    return scoring.Scores(score(), without, alone)
+                values.append(score())
+    return found
+
+
+def replayed(replay: scoring.Replay, entries: int, i: int, ranks: list[int]) -> list[list[float]]:
+    """From recorded modules, as many ranks in a forward pass as `entries` tokens hold."""
+    with mock.patch.dict(scoring.STACKED_ENTRIES, {"cpu": entries, "cuda": entries}):
+        return [replay._layer(i, ranks, others) for others in (1, 0)]
+
+
+def one_round(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor], layers: list[AdapterLayer], kept: list[torch.Tensor]
+) -> dict[str, tuple[float, list[list[list[float]]]]]:
+    """Seconds and scores of every way, layer by layer in turn, so that a machine's moods fall on all of them alike."""
+    began = time.perf_counter()
+    replay = scoring.Replay(model, batch, layers, "default")
+    start = time.perf_counter() - began
+    ways: dict[str, tuple[float, Callable[[int, list[int]], list[list[float]]]]] = {
+        "two passes per rank": (0.0, partial(two_passes, lambda: -float(loss_of(model, batch)), layers)),
+        "recorded modules": (start, partial(replayed, replay, 1)),
+        "recorded and stacked": (start, partial(replayed, replay, STACKED)),
+    }
+    found: dict[str, tuple[float, list[list[list[float]]]]] = {name: (first, []) for name, (first, _) in ways.items()}
+    for i, mask in enumerate(kept):
+        ranks = mask.nonzero().flatten().tolist()
+        for name, (_, way) in ways.items():
+            began = time.perf_counter()
+            values = way(i, ranks)
+            found[name] = (found[name][0] + time.perf_counter() - began, [*found[name][1], values])
+    return found
 
 
 def main() -> None:
@@ -74,32 +99,24 @@ def main() -> None:
     model = get_peft_model(base, config)
     layers, batch = list(adapted_layers(model).values()), development_batch()
     kept = [layer.kept("default") for layer in layers]
-    ways: dict[str, Callable[[], scoring.Scores]] = {
-        "two passes per rank": lambda: scoring.one_by_one(
-            lambda: -float(loss_of(model, batch)), layers, "default", kept
-        ),
-        "recorded modules": lambda: scoring.Replay(model, batch, layers, "default").scores(kept),
-        "recorded and stacked": lambda: scoring.Replay(model, batch, layers, "default").scores(kept),
-    }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    scores: dict[str, scoring.Scores] = {}
+    times: dict[str, list[float]] = {}
+    scores: dict[str, list[list[list[float]]]] = {}
     with evaluation(model):
         loss_of(model, batch)
         for _ in range(options.repeats):
-            for name, way in ways.items():
-                entries = {"cpu": STACKED.get(name, 1), "cuda": STACKED.get(name, 1)}
-                with mock.patch.dict(scoring.STACKED_ENTRIES, entries):
-                    taken, scores[name] = seconds(way)
-                times[name].append(taken)
+            for name, (taken, found) in one_round(model, batch, layers, kept).items():
+                times.setdefault(name, []).append(taken)
+                scores[name] = found
     plain = scores["two passes per rank"]
     tokens = tuple(batch["input_ids"].shape)
     table = {"batch": tokens, "ranks": sum(int(mask.sum()) for mask in kept), "threads": options.threads}
     table |= {"machine": platform.machine(), "torch": torch.__version__, "rows": {}}
     for name, taken in times.items():
         difference = max(
-            float((a - b)[mask].abs().max())
-            for part, other in ((scores[name].without, plain.without), (scores[name].alone, plain.alone))
-            for a, b, mask in zip(part, other, kept, strict=True)
+            abs(a - b)
+            for layer, plainly in zip(scores[name], plain, strict=True)
+            for part, other in zip(layer, plainly, strict=True)
+            for a, b in zip(part, other, strict=True)
         )
         row = {
             "seconds": statistics.median(taken),

@@ -137,6 +137,7 @@ def test_a_batch_of_its_own_gives_the_start_and_leaves_no_trace(form: str, batch
     assert same(state(model), state(plain))
     step(model, optimizer, other)
     assert len(calls) == (form == "function")
+    assert (rankwise.status(model).step, rankwise.status(model).steps_skipped) == (2, 0)
 
 
 def test_saved_before_and_after_the_start(batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

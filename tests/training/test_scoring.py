@@ -109,6 +109,15 @@ def test_one_sample_and_small_stacks(samples: int, monkeypatch: pytest.MonkeyPat
     check(model, scores_of(model, batch), lambda: -float(loss_of(model, batch)))
 
 
+def test_other_active_adapters_stay_on() -> None:
+    model, batch = adapted(tiny_llama(), "CAUSAL_LM"), batch_for("CAUSAL_LM")
+    torch.manual_seed(5)
+    model.add_adapter("other", rankwise.AloraConfig(r=2, rounds=0, target_modules="all-linear", init_weights=False))
+    model.base_model.set_adapter(["default", "other"])
+    assert replayed(model, batch)
+    check(model, scores_of(model, batch), lambda: -float(loss_of(model, batch)))
+
+
 def test_a_function_of_the_model() -> None:
     model, batch = adapted(tiny_bert(), "SEQ_CLS"), batch_for("SEQ_CLS")
 

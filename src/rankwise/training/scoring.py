@@ -139,7 +139,8 @@ class Replay:
     """One batch through a model whose modules can be skipped: what they gave with all ranks, and with none, is kept.
 
     A module that ended before a rank's layer began gives what it gave; so does an adapted layer that sees the very
-    input it saw. What is left are the rest of the layer's block and the blocks behind it.
+    input it saw, and the layer itself, with the rank's share added or taken away. What is left are the rest of the
+    layer's block and the blocks behind it.
     """
 
     def __init__(self, model: nn.Module, batch: Batch, layers: Sequence[AdapterLayer], adapter: str) -> None:
@@ -201,13 +202,19 @@ class Replay:
 
     @contextmanager
     def _recording(self, modules: set[nn.Module]) -> Iterator[dict[nn.Module, tuple[Any, Any]]]:
-        """Input and output of modules."""
+        """Input and output of modules. What is changed in place later on cannot stand in for them."""
         seen: dict[nn.Module, tuple[Any, Any]] = {}
+        versions: list[tuple[Tensor, int]] = []
+
+        def note(module: nn.Module, x: Any, y: Any) -> None:
+            seen[module] = (x[0] if x else None, y)
+            versions.extend((t, t._version) for t in _tensors_of(y))
+
         with ExitStack() as stack:
             for module in modules:
-                note = module.register_forward_hook(lambda m, x, y: seen.update({m: (x[0] if x else None, y)}))
-                stack.enter_context(_hook(note))
+                stack.enter_context(_hook(module.register_forward_hook(note)))
             yield seen
+        self.replayable &= all(t._version == version for t, version in versions)
 
     # --- scores -----------------------------------------------------------------------------------------------------
 
@@ -226,17 +233,22 @@ class Replay:
         if start is None:  # a layer that this batch does not reach
             return [self.whole if others else self.base] * len(ranks)
         if start > max(call.end for call in self.behind):  # there is next to nothing left to run
-            return [self._tail(self._known(self.behind, others), self._gates(i, [j], others, None)) for j in ranks]
+            known = self._known(self.behind, others) | self._own(i, others)
+            return [self._tail(known, self._gates(i, [j], others, None), i) for j in ranks]
         tokens = max(t.numel() for t in self.batch.values() if isinstance(t, Tensor))
         device = next(self.layers[i].parameters()).device.type
         size = max(1, STACKED_ENTRIES.get(device, STACKED_ENTRIES["cuda"]) // tokens)
         return [v for at in range(0, len(ranks), size) for v in self._stacked(i, ranks[at : at + size], others)]
 
+    def _own(self, i: int, others: int) -> dict[nn.Module, Any]:
+        """What layer i itself gave, in place of its base layer: a rank's own share is then added, or taken away."""
+        return {self.layers[i].get_base_layer(): (self.with_all if others else self.with_none)[self.layers[i]][1]}
+
     def _gates(self, i: int, ranks: Sequence[int], others: int, samples: int | None) -> dict[int, Tensor | None]:
-        """Gates of layer i, (len(ranks) · samples, r) or (r,) for a single rank; other layers are whole, or off."""
+        """Gates of layer i on top of `_own`, (len(ranks) · samples, r) or (r,); other layers are whole, or off."""
         tensors = self.layers[i].tensors(self.adapter)
-        gate = torch.full((len(ranks), tensors.size.r), float(others), device=next(tensors.parameters()).device)
-        gate[range(len(ranks)), list(ranks)] = 1 - others
+        gate = torch.zeros(len(ranks), tensors.size.r, device=next(tensors.parameters()).device)
+        gate[range(len(ranks)), list(ranks)] = -1.0 if others else 1.0
         gates: dict[int, Tensor | None] = {} if others else dict.fromkeys(self.everything)
         return gates | {i: gate[0] if samples is None else gate.repeat_interleave(samples, 0)}
 
@@ -250,6 +262,7 @@ class Replay:
         kept = self.with_all if others else self.with_none
         known = self._known(self._finished(self.starts[layer]), others)
         outputs = {module: _repeat(output, copies, self.grows[module]) for module, output in known.items()}
+        own = {module: _repeat(output, copies, self.grows[layer]) for module, output in self._own(i, others).items()}
         twins = {id(t): r for m in known for t, r in zip(_tensors_of(known[m]), _tensors_of(outputs[m]), strict=True)}
         seen: dict[nn.Module, tuple[Any, Any]] = {  # other layers of the same input: keys and values beside a query
             other: (twins[id(kept[other][0])], _repeat(kept[other][1], copies, self.grows[other]))
@@ -257,7 +270,7 @@ class Replay:
             if other in kept and other is not layer and kept[other][0] is kept[layer][0] and id(kept[other][0]) in twins
         }
         gates = self._gates(i, ranks, others, self.samples if copies > 1 else None)
-        with gated(self.layers, self.adapter, gates), self._skipping(outputs), self._same(seen):
+        with self._gated(gates, i), self._skipping(outputs | own), self._same(seen):
             if copies == 1:
                 return [-float(loss_of(self.model, self.batch))]
             with self._leaving(outputs), suppress(_LastBlock):
@@ -266,9 +279,20 @@ class Replay:
         parts = ({m: _slice(o, k, copies, self.grows[m]) for m, o in outputs.items()} for k in range(copies))
         return [self._tail(part, off) for part in parts]
 
-    def _tail(self, outputs: Mapping[nn.Module, Any], gates: Mapping[int, Tensor | None]) -> float:
-        with gated(self.layers, self.adapter, gates), self._skipping(outputs):
+    def _tail(
+        self, outputs: Mapping[nn.Module, Any], gates: Mapping[int, Tensor | None], i: int | None = None
+    ) -> float:
+        with self._gated(gates, i), self._skipping(outputs):
             return -float(loss_of(self.model, self.batch))
+
+    @contextmanager
+    def _gated(self, gates: Mapping[int, Tensor | None], i: int | None) -> Iterator[None]:
+        """Gates of the adapter; on layer i other adapters, which are in what it gave, are off."""
+        with gated(self.layers, self.adapter, gates), ExitStack() as stack:
+            active = () if i is None else self.layers[i].active_adapters
+            for other in set(active) - {self.adapter}:
+                stack.enter_context(gated(self.layers, other, {i: None}))
+            yield
 
     @contextmanager
     def _skipping(self, outputs: Mapping[nn.Module, Any]) -> Iterator[None]:
@@ -370,7 +394,9 @@ def _repeat_batch(batch: Batch, copies: int, samples: int) -> dict[str, Any]:
 
 
 def _repeat(value: Any, copies: int, grows: Sequence[bool]) -> Any:
-    """Copies behind one another of the tensors that grow with the batch."""
+    """Copies behind one another of the tensors that grow with the batch; one copy is the recorded tensor itself."""
+    if copies == 1:
+        return value
     flags = iter(grows)
     return _over_tensors(value, lambda t: t.repeat(copies, *[1] * (t.dim() - 1)) if next(flags) else t)
 

@@ -140,6 +140,8 @@ class Session:
         Raises:
             TrainingError: the weights moved without an optimiser step.
         """
+        if self._step is not None:  # a pass of our own, or an optimiser's closure, within a step
+            return
         seen = self._watch.forward(tensors, output)
         if seen is Seen.DROPPED:
             self.skip(bad=False)
