@@ -19,7 +19,7 @@ import rankwise
 from conftest import tiny_bert, tiny_gpt2
 from rankwise.adapters.configs import CONFIGS
 from rankwise.errors import AdapterFileError, ArgumentError, RankwiseError
-from rankwise.export.lora import relative_error
+from rankwise.export.layouts import relative_error
 from rankwise.update import Factors
 
 X = torch.arange(24).view(2, 12) % 90
@@ -236,7 +236,8 @@ def test_an_existing_folder_is_refused_unless_overwritten(tmp_path: Path) -> Non
 def test_a_failed_check_leaves_the_export_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rankwise.export_lora(adapted("lora"), tmp_path / "out")
     before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
-    monkeypatch.setattr("rankwise.export.lora._error_of", lambda *_: 0.5)
+    errors = iter([0.5, 0.0])  # of what was written, and of the truncation, which is none
+    monkeypatch.setattr("rankwise.export.lora.relative_error", lambda *_: next(errors))
     with pytest.raises(RankwiseError, match="would differ from the adapter by"):
         rankwise.export_lora(adapted("lora"), tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before

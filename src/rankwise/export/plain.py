@@ -12,8 +12,11 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor
 
 from rankwise.adapters.configs import AdapterConfig
+from rankwise.adapters.convolution import AdapterConv2d
+from rankwise.adapters.embedding import AdapterEmbedding
+from rankwise.adapters.layer import AdapterLinear
 from rankwise.errors import AdapterFileError
-from rankwise.export.source import CONFIG, PEFT_PREFIX, TENSORS, read_tensors
+from rankwise.export.source import CONFIG, PEFT_PREFIX, TENSORS, Form, read_tensors
 from rankwise.update import Factors
 
 PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
@@ -28,6 +31,13 @@ class PlainLora:
     """By module name in the base model; a convolution's A is (r, in·kh·kw), an embedding's (r, entries)."""
     others: dict[str, Tensor]
     """Modules trained in full (a classifier), by PEFT's names for them."""
+    forms: dict[str, Form]
+    """Of every adapted module."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapted modules: all that is known of the base model."""
+        return tuple(self.updates)
 
 
 def read_plain(folder: Path) -> PlainLora:
@@ -39,17 +49,23 @@ def read_plain(folder: Path) -> PlainLora:
     config = _plain_config(folder)
     found: dict[str, dict[str, Tensor]] = {}
     others: dict[str, Tensor] = {}
+    embeddings: set[str] = set()
     for key, tensor in read_tensors(folder / TENSORS).items():
         ending = next((ending for ending in PARTS if key.endswith(ending)), None)
         if ending is not None:
-            found.setdefault(key.removeprefix(PEFT_PREFIX).removesuffix(ending), {})[PARTS[ending]] = tensor
+            name = key.removeprefix(PEFT_PREFIX).removesuffix(ending)
+            found.setdefault(name, {})[PARTS[ending]] = tensor
+            if "embedding" in ending:
+                embeddings.add(name)
         elif ".lora_" in key:
             raise AdapterFileError(f"{folder / TENSORS} holds {key!r}, which a plain LoRA does not have")
         else:
             others[key] = tensor
     if not found:
         raise AdapterFileError(f"{folder / TENSORS} holds no tensor of a LoRA adapter")
-    return PlainLora(config, {name: _update(config, name, parts, folder) for name, parts in found.items()}, others)
+    updates = {name: _update(config, name, parts, folder) for name, parts in found.items()}
+    forms = {name: _form(parts, name in embeddings, config.fan_in_fan_out) for name, parts in found.items()}
+    return PlainLora(config, updates, others, forms)
 
 
 def _plain_config(folder: Path) -> peft.LoraConfig:
@@ -64,6 +80,17 @@ def _plain_config(folder: Path) -> peft.LoraConfig:
     if config.use_dora:
         raise AdapterFileError(f"{folder} holds a DoRA adapter, whose magnitudes no plain update can hold")
     return config
+
+
+def _form(parts: dict[str, Tensor], embedding: bool, transposed: bool) -> Form:
+    """What the tensors tell of their module."""
+    A, B = parts["A"], parts["B"]
+    shape = (B.shape[0], A.flatten(1).shape[1])
+    if embedding:
+        return Form(AdapterEmbedding, shape, transposed=False)
+    if A.dim() == 4:
+        return Form(AdapterConv2d, shape, transposed=False, kernel=tuple(A.shape[1:]))
+    return Form(AdapterLinear, shape, transposed)
 
 
 def _update(config: peft.LoraConfig, name: str, parts: dict[str, Tensor], folder: Path) -> Factors:

@@ -289,9 +289,9 @@ class Replay:
     def _gated(self, gates: Mapping[int, Tensor | None], i: int | None) -> Iterator[None]:
         """Gates of the adapter; on layer i other adapters, which are in what it gave, are off."""
         with gated(self.layers, self.adapter, gates), ExitStack() as stack:
-            active = () if i is None else self.layers[i].active_adapters
-            for other in set(active) - {self.adapter}:
-                stack.enter_context(gated(self.layers, other, {i: None}))
+            for layer in () if i is None else self.layers[i : i + 1]:
+                for other in set(layer.active_adapters) - {self.adapter}:
+                    stack.enter_context(gated([layer], other, {0: None}))
             yield
 
     @contextmanager
