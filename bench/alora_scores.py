@@ -27,18 +27,22 @@ from rankwise.adapters.lookup import adapted_layers
 from rankwise.training import scoring
 from rankwise.training.aside import evaluation, loss_of
 
-STACKED = 4096
-"""Tokens of a stacked forward pass."""
+STACKED = (1024, 2048, 4096)
+"""Tokens of a stacked forward pass; 1024 is what a CPU is given."""
 INTENTS = Path(rankwise.__file__).parent / "data" / "intents" / "train.jsonl"
 
 
-def development_batch() -> dict[str, torch.Tensor]:
+def development_batches(size: int) -> list[dict[str, torch.Tensor]]:
+    """32 examples, as a Trainer's evaluation loader gives them: `size` at a time, padded to their longest."""
     rows = [json.loads(line) for line in INTENTS.read_text().splitlines()]
     labels = sorted({row["intent"] for row in rows})
     rows = [rows[i * len(rows) // 32] for i in range(32)]
-    tokens = AutoTokenizer.from_pretrained(get_model_path())([row["text"] for row in rows], padding=True)
-    found = {key: torch.tensor(value) for key, value in tokens.items()}
-    return found | {"labels": torch.tensor([labels.index(row["intent"]) for row in rows])}
+    tokenizer = AutoTokenizer.from_pretrained(get_model_path())
+    found = []
+    for some in (rows[at : at + size] for at in range(0, len(rows), size)):
+        tokens = tokenizer([row["text"] for row in some], padding=True, return_tensors="pt")
+        found.append({**tokens, "labels": torch.tensor([labels.index(row["intent"]) for row in some])})
+    return found
 
 
 def two_passes(score: Callable[[], float], layers: list[AdapterLayer], i: int, ranks: list[int]) -> list[list[float]]:
@@ -71,8 +75,7 @@ def one_round(
     ways: dict[str, tuple[float, Callable[[int, list[int]], list[list[float]]]]] = {
         "two passes per rank": (0.0, partial(two_passes, lambda: -float(loss_of(model, batch)), layers)),
         "recorded modules": (start, partial(replayed, replay, 1)),
-        "recorded and stacked": (start, partial(replayed, replay, STACKED)),
-    }
+    } | {f"and {tokens} tokens a pass": (start, partial(replayed, replay, tokens)) for tokens in STACKED}
     found: dict[str, tuple[float, list[list[list[float]]]]] = {name: (first, []) for name, (first, _) in ways.items()}
     for i, mask in enumerate(kept):
         ranks = mask.nonzero().flatten().tolist()
@@ -87,6 +90,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--r", type=int, default=8)
+    parser.add_argument("--batch", type=int, default=8, help="examples of a batch (8 as in TrainingArguments)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path, help="write the table here too")
     options = parser.parse_args()
@@ -97,19 +101,20 @@ def main() -> None:
         r=options.r, target_modules="all-linear", task_type="SEQ_CLS", rounds=0, init_weights=False, lora_alpha=0.8
     )
     model = get_peft_model(base, config)
-    layers, batch = list(adapted_layers(model).values()), development_batch()
+    layers, batches = list(adapted_layers(model).values()), development_batches(options.batch)
     kept = [layer.kept("default") for layer in layers]
     times: dict[str, list[float]] = {}
     scores: dict[str, list[list[list[float]]]] = {}
     with evaluation(model):
-        loss_of(model, batch)
+        loss_of(model, batches[0])
         for _ in range(options.repeats):
-            for name, (taken, found) in one_round(model, batch, layers, kept).items():
-                times.setdefault(name, []).append(taken)
-                scores[name] = found
+            rounds = [one_round(model, batch, layers, kept) for batch in batches]
+            for name in rounds[0]:
+                times.setdefault(name, []).append(sum(found[name][0] for found in rounds))
+                scores[name] = [layer for found in rounds for layer in found[name][1]]
     plain = scores["two passes per rank"]
-    tokens = tuple(batch["input_ids"].shape)
-    table = {"batch": tokens, "ranks": sum(int(mask.sum()) for mask in kept), "threads": options.threads}
+    shapes = [tuple(batch["input_ids"].shape) for batch in batches]
+    table = {"batches": shapes, "ranks": sum(int(mask.sum()) for mask in kept), "threads": options.threads}
     table |= {"machine": platform.machine(), "torch": torch.__version__, "rows": {}}
     for name, taken in times.items():
         difference = max(
@@ -127,7 +132,7 @@ def main() -> None:
         }
         table["rows"][name] = row
         print(
-            f"{name:22} {row['seconds']:7.2f} s ({row['from']:.2f} to {row['to']:.2f})  {row['faster']:5.2f} ×", end=""
+            f"{name:24} {row['seconds']:7.2f} s ({row['from']:.2f} to {row['to']:.2f})  {row['faster']:5.2f} ×", end=""
         )
         print(f"  largest difference of a score {difference:.1e}")
     if options.json:

@@ -20,8 +20,8 @@ from rankwise.compare.spec import parse_spec
 from rankwise.methods import METHODS
 
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
-OTHER_RATES = {"sorsa": (1e-4, 3e-4, 1e-3, 3e-3)}
-"""Methods that train the base weight's own singular values want less."""
+OTHER_RATES = {"sorsa": (1e-4, 3e-4, 1e-3, 3e-3), "deep": (3e-3, 1e-2, 3e-2, 1e-1)}
+"""Less for the base weight's own singular values; more for factors that start at ε."""
 FIELDS = {"sora": {"sparse_weight": 3.0}, "alora": {"rounds": 2}}
 """As in the demo: the default closes gates over thousands of steps, and rounds would take longer than the training."""
 

@@ -49,7 +49,7 @@ class Salora(Phased):
 
     method: ClassVar[str] = "salora"
     summary: ClassVar[str] = "falls to a density of r·L ranks, learned by random gates under an L0 constraint"
-    suggested_rate: ClassVar[float] = 3e-3
+    suggested_rate: ClassVar[float] = 1e-2
 
     density: float = field(default=0.5, metadata={"help": "b, share of the parameters kept at the end, in [0.05, 1)"})
     orth_reg_weight: float = field(default=0.1, metadata={"help": "β, weight of the orthonormality penalty"})

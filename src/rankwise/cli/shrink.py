@@ -1,0 +1,158 @@
+"""`rankwise shrink`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from rankwise.export.shrink import ShrinkReport
+
+LONGEST = 512
+"""Tokens of a calibration text that are read."""
+TOGETHER = 8
+"""Calibration texts a batch."""
+AFFORDABLE = 4 * 2**30
+"""Bytes of second moments up to which they are taken in full; beyond, their diagonals."""
+
+
+def shrink(
+    adapter: Path = typer.Argument(..., help="A plain LoRA adapter, of PEFT or exported."),
+    out: Path = typer.Option(..., "--out", help="Folder to write."),
+    energy: float | None = typer.Option(None, "--energy", help="Share of each module's Σ σ² to keep, as 0.99."),
+    budget: float | None = typer.Option(None, "--budget", help="Numbers in all modules together; below 1, a share."),
+    rank: int | None = typer.Option(None, "--rank", help="One rank for all modules."),
+    layout: str = typer.Option("compact", "--layout", help="compact: own ranks; uniform: one rank, padded."),
+    base: str | None = typer.Option(None, "--base", help="The base model, for --calibration: a folder or hub id."),
+    calibration: Path | None = typer.Option(
+        None, "--calibration", help='Texts to be best on: a line each, or JSONL with "text".'
+    ),
+    force: bool = typer.Option(False, "--force", help="Replace an existing folder."),
+    every: bool = typer.Option(False, "--all", help="A row for every module."),
+) -> None:
+    """Write a smaller LoRA adapter with the best updates of lower rank.
+
+    Give one of --energy, --budget and --rank.
+
+    Example: `rankwise shrink runs/lora --budget 0.5 --out runs/small`
+    """
+    from rich.console import Console
+
+    from rankwise.errors import ArgumentError
+    from rankwise.export.shrink import shrink_adapter
+
+    moments = None
+    if base is not None and calibration is not None:
+        moments = _moments(adapter, base, calibration)
+    elif base is not None or calibration is not None:
+        raise ArgumentError("--base", "come together with --calibration", {"base": base, "calibration": calibration})
+    report = shrink_adapter(
+        adapter, out, energy=energy, budget=budget, rank=rank, second_moments=moments, layout=layout, overwrite=force
+    )
+    Console().print(_table(report, every))
+    typer.echo(f"error    {report.relative_error:.2%} of ‖ΔW‖_F, read back from the file")
+    kept = report.parameters / report.parameters_before
+    typer.echo(f"numbers  {report.parameters_before:,} → {report.parameters:,} ({kept:.1%})")
+    typer.echo(f"adapter  {report.folder}")
+
+
+def _table(report: ShrinkReport, every: bool) -> Table:
+    """A row for each name that differs only in layer numbers, or for every module."""
+    from rich.table import Table
+
+    groups: dict[str, list[str]] = defaultdict(list)
+    for name in report.ranks:
+        groups[name if every else re.sub(r"(?<![^.])\d+(?![^.])", "*", name)].append(name)
+    table = Table("module", "modules", "rank", "→ kept", "mean", "largest error")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for group, names in groups.items():
+        before, after = [[ranks[name] for name in names] for ranks in (report.ranks_before, report.ranks)]
+        mean = f"{sum(after) / len(after):.1f}"
+        worst = f"{max(report.errors[name] for name in names):.2%}"
+        table.add_row(group, str(len(names)), _range(before), _range(after), mean, worst)
+    return table
+
+
+def _range(ranks: list[int]) -> str:
+    least, most = min(ranks), max(ranks)
+    return str(least) if least == most else f"{least}–{most}"
+
+
+def _moments(adapter: Path, base: str, calibration: Path) -> dict[str, Any]:
+    """Second moments of the base model's inputs to the adapter's modules, over the texts."""
+    import torch
+
+    from rankwise.cli.compare import quiet_libraries
+    from rankwise.compare.models import open_tokenizer
+    from rankwise.errors import AdapterFileError
+    from rankwise.export.plain import read_plain
+    from rankwise.export.shrink import WIDEST, second_moments_of
+
+    quiet_libraries()
+    texts, plain = _texts(calibration), read_plain(adapter)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = _open(base, plain.config.task_type).to(device).eval()
+    unknown = sorted(plain.updates.keys() - dict(model.named_modules()).keys())
+    if unknown:
+        raise AdapterFileError(f"the base model {base!r} has no module {unknown[0]!r}: is it the right base?")
+    tokenizer = open_tokenizer(base)
+    longest = min(LONGEST, tokenizer.model_max_length)
+
+    def batches() -> Any:
+        for start in range(0, len(texts), TOGETHER):
+            some = texts[start : start + TOGETHER]
+            yield dict(
+                tokenizer(some, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(device)
+            )
+
+    widths = [f.A.shape[1] for f in plain.updates.values()]
+    full = sum(8 * width**2 for width in widths if width <= WIDEST) <= AFFORDABLE
+    typer.echo(f"weighted by {'full' if full else 'diagonal'} second moments over {len(texts)} texts", err=True)
+    return second_moments_of(model, batches(), plain.updates, full=full)
+
+
+def _open(base: str, task: str | None) -> Any:
+    """The base model, as the class that the adapter's task names its modules by."""
+    import transformers
+
+    from rankwise.compare.models import locate
+    from rankwise.errors import ArgumentError
+
+    kinds = {
+        "SEQ_CLS": "SequenceClassification",
+        "TOKEN_CLS": "TokenClassification",
+        "QUESTION_ANS": "QuestionAnswering",
+    }
+    kinds |= {"CAUSAL_LM": "CausalLM", "SEQ_2_SEQ_LM": "Seq2SeqLM"}
+    place = locate(base)
+    try:
+        config = transformers.AutoConfig.from_pretrained(place)
+        named = [getattr(transformers, name, None) for name in config.architectures or ()]
+        own = next((cls for cls in named if cls), transformers.AutoModel)
+        cls = getattr(transformers, f"AutoModelFor{kinds[task]}") if task in kinds else own
+        return cls.from_pretrained(place, dtype="auto")
+    except (OSError, ValueError) as error:
+        raise ArgumentError("--base", "be a folder, hub id or embedded model that opens", base) from error
+
+
+def _texts(file: Path) -> list[str]:
+    """The texts of a calibration file; empty lines are none."""
+    from rankwise.errors import DataError
+
+    try:
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        texts = [json.loads(line)["text"] for line in lines] if file.suffix == ".jsonl" else lines
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = f'a line lacks "text" or is no JSON object ({type(error).__name__})'
+        raise DataError(f"{file} cannot be read: {error.strerror if isinstance(error, OSError) else reason}") from error
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{file} must hold texts, at least one; found {'other values' if texts else 'none'}")
+    return texts

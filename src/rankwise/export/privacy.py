@@ -1,0 +1,212 @@
+"""A differentially private weighted sum of adapters: how far one adapter can move it, and the noise that hides that.
+
+Replacing one adapter, whose whole update has Frobenius norm at most b, by another such moves Σ w_i ΔW_i by at most
+Δ = 2·max_i |w_i|·b over all modules together. The analytic Gaussian mechanism (Balle and Wang, "Improving the Gaussian
+Mechanism for Differential Privacy", 2018) adds N(0, σ²) to every entry, with the smallest σ for which
+
+    Φ(Δ/2σ − εσ/Δ) − e^ε·Φ(−Δ/2σ − εσ/Δ) ≤ δ.
+
+The noise is dense: noise within the span of the merged factors would leave that span, which is data, in the open.
+Truncation comes after, and what is computed from a private result is as private. Nothing here protects against
+attacks on floating-point samplers (Mironov, 2012).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from scipy.optimize import brentq
+from scipy.special import log_ndtr
+from torch import Tensor, nn
+
+from rankwise.checks import require_number
+from rankwise.errors import ArgumentError, RankwiseError
+from rankwise.export.layouts import Adapter
+from rankwise.export.merge_base import common, public_modules
+from rankwise.export.source import Form
+from rankwise.linalg.norms import EXPONENTS, schatten
+from rankwise.linalg.svd import leading_triplets, leading_triplets_full
+from rankwise.methods.nblora import NbLora
+from rankwise.update import Factors
+
+BOUNDS = ("r", "rank_pattern", "norm", "bound", "bound_relative_to_weight", "singular_value_bounds")
+"""Config fields that NB-LoRA's bounds follow from."""
+ROUNDING = 1e-6
+"""By how much a bounded update may exceed its bound in float32; it is scaled back by that."""
+FULL = 1024
+"""Modules with no more rows or columns are decomposed in full: noise has a flat spectrum, hard for a sketch."""
+
+
+@dataclass(frozen=True)
+class Guarantee:
+    """What a private merge promises, and what it costs."""
+
+    epsilon: float
+    delta: float
+    weights: tuple[float, ...]
+    bound: float
+    """b: the largest Frobenius norm of one adapter's whole update."""
+    origin: str
+    """Where b comes from."""
+    sensitivity: float
+    sigma: float
+    """The noise's standard deviation per entry."""
+    noise: dict[str, float]
+    """√(out·in)·σ of each module, which the norm of its noise is close to."""
+    signal: float
+    """‖Σ w_i ΔW_i‖_F before the noise. For whoever merges: publishing it is not covered by the guarantee."""
+    seeded: bool
+    """Whether the noise came from a given seed, so that nothing is guaranteed."""
+
+    @property
+    def noise_to_signal(self) -> float:
+        """The norm of all noise over `signal`, and as little to be published."""
+        return math.hypot(*self.noise.values()) / self.signal if self.signal else math.inf
+
+
+def gaussian_sigma(epsilon: float, delta: float, sensitivity: float = 1.0) -> float:
+    """The smallest σ with Φ(Δ/2σ − εσ/Δ) − e^ε·Φ(−Δ/2σ − εσ/Δ) ≤ δ, to 1e-9 of itself and never below.
+
+    Raises:
+        ArgumentError: ε or Δ is not above 0, or δ not in (0, 1).
+
+    >>> round(gaussian_sigma(1.0, 1e-5), 4)
+    3.7306
+    """
+    require_number("epsilon", epsilon, least=1e-300)
+    require_number("delta", delta, least=1e-300, below=1.0)
+    require_number("sensitivity", sensitivity, least=1e-300)
+
+    def excess(log_x: float) -> float:
+        return _log_delta(epsilon, math.exp(log_x)) - math.log(delta)
+
+    low = high = 0.0
+    while excess(high) > 0:
+        high += 1
+    while excess(low) <= 0:
+        low -= 1
+    return sensitivity * math.exp(float(brentq(excess, low, high, xtol=1e-13, rtol=1e-14))) * (1 + 1e-9)  # type: ignore[arg-type]
+
+
+def _log_delta(epsilon: float, x: float) -> float:
+    """The logarithm of the left side for σ = x·Δ; where its terms are too close to tell apart, of the first alone."""
+    first = float(log_ndtr(0.5 / x - epsilon * x))
+    second = epsilon + float(log_ndtr(-0.5 / x - epsilon * x))
+    return first + math.log(-math.expm1(second - first)) if second < first else first
+
+
+def sensitivity(weights: Sequence[float], bound: float) -> float:
+    """2·max_i |w_i|·b: how far one adapter replaced by another of norm at most b moves the weighted sum."""
+    return 2 * max(abs(w) for w in weights) * bound
+
+
+def frobenius_bound(config: NbLora, name: str, shape: tuple[int, int], weight: Tensor | None) -> float:
+    """What ‖ΔW‖_F of a module cannot exceed, by the construction of NB-LoRA.
+
+    ‖σ‖_p ≤ d gives ‖σ‖_2 ≤ d·r^max(0, 1/2 − 1/p): √r·d for the spectral norm, d for Frobenius and nuclear. Bounds of
+    every singular value give their 2-norm.
+    `weight` is the base layer's, (out, in) or transposed, where the bound is relative to it.
+    """
+    whole: Any = config
+    r = whole.size_of(name, *shape).r
+    if config.singular_value_bounds is not None:
+        return math.hypot(*sorted(config.singular_value_bounds)[-r:])
+    p = float(EXPONENTS[config.norm] if isinstance(config.norm, str) else config.norm)
+    share = 1.0 if weight is None else float(schatten(weight, p))
+    return config.bound * share * r ** max(0.0, 0.5 - 1 / p)
+
+
+def private_sum(
+    adapters: Sequence[Adapter],
+    weights: Sequence[float],
+    model: nn.Module,
+    forms: Mapping[str, Form],
+    privacy: tuple[float, float],
+    clip: float | None,
+    rank: int,
+    seed: int | None,
+) -> tuple[dict[str, Factors], Guarantee, float]:
+    """Σ w_i ΔW_i + N, privacy = (ε, δ), on every module that the common config adapts, each truncated to `rank`.
+
+    `forms` are of every module of the base `model`, which needs weights only where bounds are relative to them.
+    Third is the share of the noisy sum's norm that truncation left out.
+
+    Raises:
+        RankwiseError: the adapters differ in what they adapt, or have no common bound that is proven.
+    """
+    modules = public_modules(adapters, forms)
+    if clip is None:
+        bounds = _proven_bounds(adapters, modules, model)
+        bound, origin = math.hypot(*bounds.values()), "the construction of NB-LoRA, from the config all adapters share"
+        limited = [{name: _limited(f, bounds[name], name) for name, f in a.updates.items()} for a in adapters]
+    else:
+        bound, origin = clip, "clipping: each adapter's whole update was scaled down to that norm"
+        limited = [_clipped(a.updates, clip) for a in adapters]
+    moved = sensitivity(weights, bound)
+    sigma = gaussian_sigma(*privacy, moved)
+    draw = os.urandom if seed is None else random.Random(seed).randbytes
+    found: dict[str, Factors] = {}
+    signal = whole = captured = 0.0
+    for name, shape in modules.items():
+        W = torch.zeros(shape, dtype=torch.float64)
+        for w, updates in zip(weights, limited, strict=True):
+            if name in updates:
+                W += w * Factors(*(t.double() for t in updates[name])).delta()
+        signal += float(W.square().sum())
+        W += gaussian(shape, sigma, draw)
+        lead = leading_triplets_full if min(shape) <= FULL else leading_triplets
+        found[name] = lead(W, min(rank, *shape)).factors
+        whole, captured = whole + float(W.square().sum()), captured + float(found[name].s.square().sum())
+    noise = {name: math.prod(shape) ** 0.5 * sigma for name, shape in modules.items()}
+    promise = Guarantee(
+        *privacy, tuple(weights), bound, origin, moved, sigma, noise, signal**0.5, seeded=seed is not None
+    )
+    return found, promise, max(0.0, 1 - captured / whole) ** 0.5
+
+
+def gaussian(shape: tuple[int, int], sigma: float, draw: Callable[[int], bytes] = os.urandom) -> Tensor:
+    """N(0, σ²) entries in float64, by the inverse distribution function, from `draw(n)`: n random bytes."""
+    bits = torch.frombuffer(bytearray(draw(8 * math.prod(shape))), dtype=torch.int64) & ((1 << 52) - 1)
+    return torch.special.ndtri((bits.double() + 0.5) * 2.0**-52).reshape(shape) * sigma
+
+
+def _proven_bounds(
+    adapters: Sequence[Adapter], modules: Mapping[str, tuple[int, int]], model: nn.Module
+) -> dict[str, float]:
+    """δ_l of every module, the same for every adapter."""
+    if not all(isinstance(adapter.config, NbLora) for adapter in adapters):
+        raise ArgumentError(
+            "clip", "be given unless every adapter is of NB-LoRA, whose norm is bounded by its construction", None
+        )
+    config = common(adapters, BOUNDS)
+    layers: dict[str, Any] = {}
+    if config.starts_from_weight:
+        if any(t.is_meta for t in model.parameters()):
+            whole: Any = model
+            model = type(whole).from_pretrained(whole.name_or_path)
+        layers = dict(model.named_modules())
+    return {
+        name: frobenius_bound(config, name, shape, layers[name].weight.detach() if layers else None)
+        for name, shape in modules.items()
+    }
+
+
+def _limited(f: Factors, bound: float, name: str) -> Factors:
+    norm = float(f.singular_values().norm())
+    if norm > bound * (1 + ROUNDING):
+        raise RankwiseError(
+            f"the update of module {name!r} has norm {norm:.6g}, above the {bound:.6g} that its config promises: "
+            "is it the base model it was trained on? `clip` needs no promise"
+        )
+    return f if norm <= bound else Factors(f.B, f.s.double() * (bound / norm), f.A)
+
+
+def _clipped(updates: Mapping[str, Factors], clip: float) -> dict[str, Factors]:
+    norm = math.hypot(*(float(f.singular_values().norm()) for f in updates.values()))
+    return {name: Factors(f.B, f.s.double() * min(1.0, clip / max(norm, clip)), f.A) for name, f in updates.items()}

@@ -1,0 +1,326 @@
+"""A smaller plain LoRA from a larger one: every module cut optimally, under one rule for all of them.
+
+An update is decomposed by QR of its factors and an SVD of r × r, never of (out, in). With second moments C = E[x xᵀ] of
+a layer's inputs, what is kept is best for E‖(ΔW' − ΔW)x‖² = ‖(ΔW' − ΔW)·C^½‖_F²: by Eckart and Young the best ΔW'·C^½
+is U·Uᵀ·ΔW·C^½, U being its leading left singular vectors, so ΔW' = U·Uᵀ·ΔW, whatever the rank of C. These U are also
+those of B·diag(s)·L for any L with L·Lᵀ = A·C·Aᵀ, which is r × r.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rankwise.checks import require_choice, require_int, require_number
+from rankwise.errors import ArgumentError, RankwiseError
+from rankwise.export.layouts import compact, relative_error, uniform, write
+from rankwise.export.lora import TOLERANCE
+from rankwise.export.plain import read_plain
+from rankwise.export.source import finite
+from rankwise.files import whole_folder
+from rankwise.precision import exact
+from rankwise.update import Factors
+
+WIDEST = 4096
+"""Inputs up to which second moments are taken in full where asked: 128 MiB a module."""
+ROUNDING = 1e-15
+"""Share of a module's energy that counts as nothing: what float64 makes of a share like 0.9."""
+LAYOUT_FIELDS = ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora")
+LAYOUT_FIELDS += ("init_lora_weights", "lora_dropout", "layers_to_transform", "layers_pattern", "inference_mode")
+
+
+@dataclass(frozen=True)
+class ShrinkReport:
+    """What a shrinking wrote; every mapping is by module name in the base model."""
+
+    folder: Path
+    ranks_before: dict[str, int]
+    """As stored, whether every direction is used or not."""
+    ranks: dict[str, int]
+    """The rank each module kept, 0 for one without an update."""
+    parameters_before: int
+    """Numbers in the adapter's A and B."""
+    parameters: int
+    """Numbers in A and B as written, the padding of a uniform layout included."""
+    errors: dict[str, float]
+    """‖ΔW' − ΔW‖_F / ‖ΔW‖_F of each module, read back from the file."""
+    relative_error: float
+    """The same over all modules together."""
+
+
+@torch.no_grad()
+def shrink_adapter(
+    folder: str | Path,
+    out: str | Path,
+    *,
+    energy: float | None = None,
+    budget: float | None = None,
+    rank: int | None = None,
+    second_moments: Mapping[str, Tensor] | None = None,
+    layout: str = "compact",
+    overwrite: bool = False,
+) -> ShrinkReport:
+    """Write a plain LoRA adapter with the best updates of lower rank: no other of these ranks is nearer.
+
+    min ‖ΔW' − ΔW‖_F², or with second moments E‖(ΔW' − ΔW)x‖²; what is lost is Σ σ² of the directions left out.
+
+    Args:
+        folder: a plain LoRA adapter of anybody's, with rsLoRA, rank and alpha patterns, convolutions, embeddings.
+        out: where to write, in float32; missing parents are made.
+        energy: the share in (0, 1] of each module's Σ σ² to keep, at the least rank that does.
+        budget: how many numbers Σ rᵢ·(outᵢ + inᵢ) all modules together may have; below 1, a share of the adapter's
+            own. The ranks are the best there are, as `best_ranks` finds them.
+        rank: one rank for all modules, or a module's own where that is lower.
+        second_moments: E[x xᵀ] of every module's inputs, (in, in), or its diagonal, (in,), as `second_moments_of` has
+            them. σ are then the singular values of ΔW·E[x xᵀ]^½.
+        layout: "compact": each module at its own rank, modules of rank 0 left out. "uniform": one rank for all, unused
+            rows and columns zero; this padding is not counted in `budget`.
+        overwrite: replace an existing `out`.
+
+    Raises:
+        ArgumentError: not exactly one of energy, budget and rank is given, `out` exists, or an argument breaks its
+            rule.
+        AdapterFileError: the folder holds no whole plain LoRA.
+        RankwiseError: an update is not finite, or what was written does not read back as it is.
+
+    Example:
+        >>> import tempfile, peft, torch
+        >>> net, folder = torch.nn.Sequential(torch.nn.Linear(6, 5)), tempfile.mkdtemp()
+        >>> config = peft.LoraConfig(r=4, target_modules=["0"], init_lora_weights=False)
+        >>> peft.get_peft_model(net, config).save_pretrained(folder)
+        >>> shrink_adapter(folder, folder + "/small", budget=0.5).ranks
+        {'0': 2}
+    """
+    folder, out = Path(folder), Path(out)
+    _check_rule(energy=energy, budget=budget, rank=rank)
+    require_choice("layout", layout, ("uniform", "compact"))
+    if out.resolve() in (folder.resolve(), *folder.resolve().parents):
+        raise ArgumentError("out", "be another folder than the adapter's, and not one around it", str(out))
+    if out.exists() and not overwrite:
+        raise ArgumentError("out", "not exist yet, or be replaced with overwrite", str(out))
+    plain = read_plain(folder)
+    updates = plain.updates
+    broken = finite(updates)
+    if broken:
+        raise RankwiseError(f"the update of module {broken!r} holds NaN or infinity")
+    moments = {} if second_moments is None else _checked(second_moments, updates)
+    found = {name: _directions(f, moments.get(name)) for name, f in updates.items()}
+    energies = {name: S.square() for name, (S, _) in found.items()}
+    if rank is not None:
+        ranks = {name: min(rank, len(values)) for name, values in energies.items()}
+    elif energy is not None:
+        ranks = {name: _least(values, energy) for name, values in energies.items()}
+    else:
+        ranks = _affordable(energies, updates, budget or 0)
+    kept = {n: Factors(f.B[:, : ranks[n]], f.s[: ranks[n]], f.A[: ranks[n]]) for n, (_, f) in found.items()}
+    made, factors = (uniform if layout == "uniform" else compact)(plain, kept, None)
+    config = dataclasses.replace(plain.config, **{field: getattr(made, field) for field in LAYOUT_FIELDS})
+    with whole_folder(out) as beside:
+        write(beside, plain, config, factors)
+        read = read_plain(beside).updates
+        wrong = relative_error(kept, read)
+        if wrong > TOLERANCE:
+            raise RankwiseError(f"what was written differs by {wrong:.1e} from the best update of its ranks")
+        errors = {name: relative_error({name: f}, read) for name, f in updates.items()}
+        error = relative_error(updates, read)
+    before = {name: f.r for name, f in updates.items()}
+    return ShrinkReport(out, before, ranks, _size(updates), _size(factors), errors, error)
+
+
+def best_ranks(values: Sequence[Tensor], costs: Sequence[int], budget: int) -> list[int]:
+    """How many leading values to take of each module, so that their sum is largest at Σ rᵢ·costᵢ ≤ budget.
+
+    Exact. Modules of one cost are one pool, whose best k values are simply its k largest; V(k), their sum, is concave.
+    At the price per unit of cost where the budget runs out, the best Σ V(k) − price·(Σ cost·k − budget) bounds every
+    choice from above. A choice is below it by what each pool loses at that price, plus the price of what is unspent.
+    All choices that lose at most a small gap in total are searched pool by pool, dropping those that a cheaper one
+    equals; the gap widens until it holds a choice, which then is the best one. Milliseconds for hundreds of modules.
+
+    Args:
+        values: of each module, positive and falling.
+        costs: of one value of each module, whole numbers ≥ 1.
+        budget: a whole number ≥ 0.
+
+    Example:
+        >>> best_ranks([torch.tensor([9.0, 1.0]), torch.tensor([8.0, 7.0])], [5, 3], 8)
+        [1, 1]
+    """
+    spent = np.repeat(costs, [len(v) for v in values])
+    if spent.sum() <= budget:
+        return [len(v) for v in values]
+    every, owner = torch.cat(list(values)).double().numpy(), np.repeat(np.arange(len(values)), [len(v) for v in values])
+    dearest = np.argsort(-every / spent, kind="stable")
+    first_left_out = dearest[np.cumsum(spent[dearest]) > budget][0]
+    price = float(every[first_left_out] / spent[first_left_out])
+    falling = np.argsort(-every, kind="stable")
+    units = np.unique(spent)[::-1]
+    pools = [falling[spent[falling] == cost] for cost in units]
+    curves = [np.concatenate([[0.0], np.cumsum(every[pool])]) for pool in pools]
+    best = [(V - price * c * np.arange(len(V))).max() for V, c in zip(curves, units, strict=True)]
+    bound = float(price * budget + sum(best))
+    gap, counts = 1e-9 * bound, None
+    while counts is None:
+        counts = _search(curves, units, budget, price, bound, gap)
+        gap *= 4
+    taken = np.concatenate([owner[pool[:k]] for pool, k in zip(pools, counts, strict=True)])
+    return np.bincount(taken, minlength=len(values)).tolist()
+
+
+def _search(curves: Any, units: Any, budget: int, price: float, bound: float, gap: float) -> list[int] | None:
+    """How many of each pool the best choice takes; None if it is below the bound by more than the gap."""
+    gains = [V - price * c * np.arange(len(V)) for V, c in zip(curves, units, strict=True)]
+    windows = [np.flatnonzero(g >= g.max() - gap) for g in gains]
+    least, most = (sum(c * k[end] for c, k in zip(units, windows, strict=True)) for end in (0, -1))
+    spent, value, best, trail = np.zeros(1, np.int64), np.zeros(1), 0.0, []
+    for V, c, g, k in zip(curves, units, gains, windows, strict=True):
+        least, most, best = least - c * k[0], most - c * k[-1], best + g.max()
+        w, v = (spent[:, None] + c * k).ravel(), (value[:, None] + V[k]).ravel()
+        fits = (w + least <= budget) & (price * (budget - w - most) <= gap) & (best - (v - price * w) <= gap)
+        left = np.flatnonzero(fits)
+        left = left[np.lexsort((-v[left], w[left]))]
+        highest = np.maximum.accumulate(np.concatenate([[-1.0], v[left]]))
+        left = left[v[left] > highest[:-1]]
+        spent, value = w[left], v[left]
+        trail.append((left // len(k), k[left % len(k)]))
+    # a little less than the gap, so that rounding at its edge cannot have hidden a better choice
+    if not len(value) or bound - value[-1] > 0.99 * gap:
+        return None
+    at, counts = len(value) - 1, []
+    for parent, taken in reversed(trail):
+        counts.insert(0, int(taken[at]))
+        at = parent[at]
+    return counts
+
+
+@torch.no_grad()
+def second_moments_of(
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor] | Tensor], modules: Iterable[str], *, full: bool = False
+) -> dict[str, Tensor]:
+    """The second moments of what a model's layers read, by module name, in float64.
+
+    E[x xᵀ] (in, in) where `full` is asked and in ≤ 4096, else its diagonal E[x²] (in,). x is a convolution's patch, an
+    embedding's one-hot id (diagonal anyway); positions that a batch's attention_mask hides are left out.
+
+    Args:
+        model: the base model, on the device of its batches.
+        batches: each is passed as keywords, or as the one argument if it is a tensor.
+        modules: names of linear layers, convolutions and embeddings.
+        full: whole moments, not diagonals.
+
+    Raises:
+        ArgumentError: the model has no such module, or no batch reaches it.
+
+    Example:
+        >>> net, x = nn.Sequential(nn.Linear(2, 1)), torch.tensor([[1.0, 2.0], [3.0, 0.0]])
+        >>> second_moments_of(net, [x], ["0"])["0"].tolist()
+        [5.0, 2.0]
+    """
+    layers, names = dict(model.named_modules()), list(modules)
+    unknown = [name for name in names if name not in layers]
+    if unknown:
+        raise ArgumentError("modules", "name modules of the model", unknown[0])
+    sums: dict[str, Tensor] = {}
+    seen = dict.fromkeys(names, 0)
+    mask: Tensor | None = None
+
+    def add(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        total, count = _summed(layer, inputs[0], mask, full)
+        sums[name], seen[name] = sums[name] + total if name in sums else total, seen[name] + count
+
+    hooks = [layers[name].register_forward_pre_hook(partial(add, name)) for name in names]
+    try:
+        for batch in batches:
+            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+            model(**batch) if isinstance(batch, Mapping) else model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    silent = [name for name in names if not seen[name]]
+    if silent:
+        raise ArgumentError("batches", "reach every module", silent[0])
+    return {name: (sums[name] / seen[name]).cpu() for name in names}
+
+
+def _summed(layer: Any, x: Tensor, mask: Tensor | None, full: bool) -> tuple[Tensor, int]:
+    """Σ x xᵀ or its diagonal over the inputs of one call, and how many they are."""
+    if isinstance(layer, nn.Conv2d):
+        padded = F.pad(x, layer._reversed_padding_repeated_twice)
+        x = F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride).mT
+    elif mask is not None and x.shape[:2] == mask.shape:
+        x = x[mask.bool()]
+    if isinstance(layer, nn.Embedding):
+        return exact(torch.bincount(x.flatten(), minlength=layer.num_embeddings)), x.numel()
+    rows = exact(x.flatten(0, -2))
+    return rows.mT @ rows if full and rows.shape[1] <= WIDEST else rows.square().sum(0), len(rows)
+
+
+def _directions(f: Factors, C: Tensor | None) -> tuple[Tensor, Factors]:
+    """Singular values σ of ΔW·C^½, falling and above rounding, and the part of ΔW of each, balanced, in float32."""
+    B, s, A = (exact(t) for t in f)
+    weighted = Factors(B, s, A if C is None else _root(A, C))
+    U, S, _ = weighted.orthogonal()
+    used = int(S.gt(weighted.rounding()).sum())
+    U, S = U[:, :used], S[:used]
+    rows = (U.mT @ (B * s)) @ A
+    half = rows.norm(dim=1).sqrt()
+    return S, Factors((U * half).float(), torch.ones(used), (rows / half[:, None]).float())
+
+
+def _root(A: Tensor, C: Tensor) -> Tensor:
+    """L with L·Lᵀ = A·C·Aᵀ."""
+    if C.dim() == 1:
+        return A * C.sqrt()
+    values, vectors = torch.linalg.eigh(A @ C @ A.mT)
+    return vectors * values.clamp(min=0).sqrt()
+
+
+def _affordable(energies: Mapping[str, Tensor], updates: Mapping[str, Factors], budget: float) -> dict[str, int]:
+    limit = budget if budget >= 1 else budget * _size(updates) + 1e-9  # 0.29 · 100 is 28.999… in float64
+    costs = [len(updates[name].B) + updates[name].A.shape[1] for name in energies]
+    return dict(zip(energies, best_ranks(list(energies.values()), costs, int(limit)), strict=True))
+
+
+def _least(values: Tensor, energy: float) -> int:
+    """The least number of leading values that hold this share of their sum."""
+    cut = values.flip(0).cumsum(0).flip(0)  # what is lost by cutting here; summed from the small end, so exact there
+    return int((cut > (1 - energy + ROUNDING) * cut[:1]).sum())
+
+
+def _size(updates: Mapping[str, Factors]) -> int:
+    return sum(f.B.numel() + f.A.numel() for f in updates.values())
+
+
+def _check_rule(**rules: Any) -> None:
+    given = {name: value for name, value in rules.items() if value is not None}
+    if len(given) != 1:
+        raise ArgumentError("energy`, `budget` or `rank", "be given, exactly one of them", given)
+    [(name, value)] = given.items()
+    if name == "rank":
+        require_int("rank", value, least=1)
+    require_number(name, value)
+    if name == "energy" and not 0 < value <= 1:
+        raise ArgumentError("energy", "be in (0, 1]", value)
+    if name == "budget" and not (0 < value < 1 or (value >= 1 and value == int(value))):
+        raise ArgumentError("budget", "be a whole number ≥ 1, or a share in (0, 1)", value)
+
+
+def _checked(moments: Mapping[str, Tensor], updates: Mapping[str, Factors]) -> dict[str, Tensor]:
+    """The second moments of every module, in float64."""
+    for name, f in updates.items():
+        if name not in moments:
+            raise ArgumentError("second_moments", "hold those of every module of the adapter", f"none of {name}")
+        C, width = moments[name], f.A.shape[1]
+        if C.shape not in ((width,), (width, width)):
+            raise ArgumentError("second_moments", f"be ({width},) or ({width}, {width}) for {name}", tuple(C.shape))
+        if not C.isfinite().all() or (C if C.dim() == 1 else C.diagonal()).lt(0).any():
+            raise ArgumentError("second_moments", f"be finite, with no negative square, for {name}", C)
+    return {name: exact(moments[name].cpu()) for name in updates}

@@ -1,0 +1,46 @@
+"""What the programs of this folder share: where things lie, the prompts, and how answers are handed over."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+CACHE = Path(__file__).resolve().parents[2] / ".cache" / "servers"
+WORK = CACHE / "work"
+LAYOUTS = ("uniform", "compact")
+PROMPTS = [[(7 * i + 11 * k) % 500 + 4 for i in range(length)] for k, length in enumerate((5, 9, 17, 30))]
+
+
+def adapter(base: str, name: str) -> Path:
+    """The folder of one adapter, `name` being layout/method."""
+    return WORK / "adapters" / base / name
+
+
+def next_token(model: nn.Module) -> Tensor:
+    """Log-probabilities of the next token, (prompts, vocabulary)."""
+    return torch.stack([model(torch.tensor([ids])).logits[0, -1] for ids in PROMPTS]).log_softmax(-1)
+
+
+def denoised(model: nn.Module) -> Tensor:
+    """The UNet's output at one step."""
+    draw = torch.Generator().manual_seed(3)
+    sample, text = torch.randn(2, 4, 8, 8, generator=draw), torch.randn(2, 5, 32, generator=draw)
+    return model(sample, 7, encoder_hidden_states=text).sample
+
+
+def hand_over(who: str, answers: dict[str, Any]) -> None:
+    """Leave the answers by adapter, nested lists of numbers, or a sentence where there are none."""
+    (WORK / f"{who}.json").write_text(json.dumps(answers), encoding="utf-8")
+
+
+def received(who: str) -> dict[str, Any]:
+    """What `hand_over` left."""
+    file = WORK / f"{who}.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}

@@ -1,0 +1,137 @@
+"""Makes a tiny Llama, a tiny UNet and, for each method, an adapter of each, exported in both layouts.
+
+Ranks differ between modules and one module has no adapter, so that the layouts differ. Factors are large enough that
+an adapter that is left out, or scaled wrongly, changes log-probabilities by whole nats.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from common import CACHE, LAYOUTS, WORK, adapter, denoised, hand_over, next_token
+
+sys.path.append(str(Path(__file__).parents[1] / "methods"))
+
+import sentencepiece
+import torch
+from diffusers import UNet2DConditionModel
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import rankwise
+from cases import CASES
+from rankwise.adapters.configs import CONFIGS
+
+FIELDS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "task_type": "CAUSAL_LM",
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        "exclude_modules": ["model.layers.2.self_attn.v_proj"],
+        "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 3},
+    },
+    "unet": {
+        "target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
+        "exclude_modules": ["mid_block.attentions.0.transformer_blocks.0.attn1.to_k"],
+        "rank_pattern": {"to_q": 2, "attn2.to_v": 3},
+    },
+}
+
+
+def llama() -> LlamaForCausalLM:
+    """Of the smallest widths that every server takes."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        max_position_embeddings=256,
+        initializer_range=0.15,
+        tie_word_embeddings=False,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def unet() -> UNet2DConditionModel:
+    """One block with attention each way, of weights that let attention matter."""
+    torch.manual_seed(0)
+    model = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        cross_attention_dim=32,
+        attention_head_dim=8,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    ).eval()
+    for name, parameter in model.named_parameters():
+        if ".attn" in name or name == "conv_out.weight":
+            parameter.data *= 4
+    return model
+
+
+def tokenizer(folder: Path) -> None:
+    """A sentencepiece model of 512 pieces, which llama.cpp's converter asks for; no test uses it."""
+    text = (CACHE.parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
+    with (folder / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text),
+            model_writer=file,
+            vocab_size=512,
+            model_type="bpe",
+            byte_fallback=True,
+            minloglevel=2,
+        )
+
+
+@torch.no_grad()
+def adapted(base: nn.Module, method: str, fields: dict[str, Any]) -> nn.Module:
+    """The base with an adapter as after training: no tensor at its start."""
+    torch.manual_seed(1)
+    config = CONFIGS[method](r=4, lora_alpha=8, init_weights=False, **CASES[method].alone, **fields)
+    model = get_peft_model(base, config).eval()
+    for p in model.parameters():
+        if p.requires_grad:
+            p.copy_(0.3 * torch.randn_like(p) / p.shape[-1] ** 0.5)
+    return model
+
+
+def for_diffusers(folder: Path) -> None:
+    """The same adapter in diffusers' form beside PEFT's, the config in the file's header."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    header = {"format": "pt", "lora_adapter_metadata": json.dumps({f"unet.{key}": config[key] for key in config})}
+    renamed = {key.replace("base_model.model.", "unet.", 1): tensor for key, tensor in tensors.items()}
+    save_file(renamed, folder / "pytorch_lora_weights.safetensors", header)
+
+
+@torch.no_grad()
+def main(base: str, methods: list[str]) -> None:
+    """Everything for one base, `llama` or `unet`."""
+    make, answer = {"llama": (llama, next_token), "unet": (unet, denoised)}[base]
+    answers = {}
+    make().save_pretrained(WORK / base)
+    if base == "llama":
+        tokenizer(WORK / base)
+    for method in methods:
+        model = adapted(make(), method, FIELDS[base])
+        for layout in LAYOUTS:
+            folder = adapter(base, f"{layout}/{method}")
+            rankwise.export_lora(model, folder, layout=layout, overwrite=True)
+            if base == "unet":
+                for_diffusers(folder)
+            answers[f"{layout}/{method}"] = answer(model).tolist()
+    hand_over(f"rankwise-{base}", answers)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2:])
