@@ -3,13 +3,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-peft lint format clean
+.PHONY: demo test test-slow test-peft test-servers lint format clean
 
 demo: .venv/ready
 	$(BIN)/rankwise demo
 
 test: .venv/ready lint
-	$(BIN)/python -m pytest -m "not slow and not data"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not data"
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
@@ -17,6 +17,10 @@ test-slow: .venv/ready
 # PEFT's own suite for custom models over every config class; fetches PEFT's source distribution.
 test-peft: .venv/ready
 	$(BIN)/python tests/peft_suite/run.py
+
+# Exports loaded by llama.cpp, vLLM and diffusers, in environments of their own under .cache (5 GB, half an hour).
+test-servers: .venv/ready
+	$(BIN)/python tests/servers/run.py
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -10,8 +10,6 @@ Columns: C − b after a quarter, a half and the whole of the falling phase, the
 the standard deviation of log θ at its end, the share of the parameters kept by the decision; the test loss right after
 the decision, and with the same values of log θ dealt to other ranks at random (the difference is what the allocation
 knows of the task); at the end of training the mean loss of the last ten batches and the test accuracy.
-
-TABLE
 """
 
 from __future__ import annotations

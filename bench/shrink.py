@@ -3,9 +3,9 @@
     OMP_NUM_THREADS=1 python bench/shrink.py --json bench/results/shrink.json
 
 One module 4096 wide with r = 64 and singular values falling as i^-½, as float32 factors that are not orthogonal. Each
-way starts from the factors and ends with the 16 leading directions; the dense ones form ΔW first. "σ off" is the largest
-difference of the 64 singular values, "ΔW₁₆ off" the Frobenius norm of that of the truncated updates, both relative, from
-those of the float64 decomposition. Aimed at: a hundred times faster, and the same to 1e-6.
+way starts from the factors and ends with the 64 directions; the dense ones form ΔW first. "σ off" is the largest
+relative difference of a singular value, "ΔW₁₆ off" that of the update truncated to 16 directions, in the Frobenius
+norm, both from the float64 decomposition. Aimed at: a hundred times faster, and the same to 1e-6.
 """
 
 from __future__ import annotations

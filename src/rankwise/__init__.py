@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from rankwise.adapters.lookup import factors, ranks
     from rankwise.export.importing import import_lora
     from rankwise.export.lora import export_lora
+    from rankwise.export.merge import merge_adapters
+    from rankwise.export.servers import check_export
+    from rankwise.export.shrink import shrink_adapter
     from rankwise.training.status import Status, finalize, status
     from rankwise.update import Factors
 
@@ -28,14 +31,29 @@ __version__ = "0.1.0"
 _HOMES = {
     "Factors": "rankwise.update",
     "Status": "rankwise.training.status",
+    "check_export": "rankwise.export.servers",
     "export_lora": "rankwise.export.lora",
     "factors": "rankwise.adapters.lookup",
     "finalize": "rankwise.training.status",
     "import_lora": "rankwise.export.importing",
+    "merge_adapters": "rankwise.export.merge",
     "ranks": "rankwise.adapters.lookup",
+    "shrink_adapter": "rankwise.export.shrink",
     "status": "rankwise.training.status",
 }
-__all__ = ["Factors", "Status", "export_lora", "factors", "finalize", "import_lora", "ranks", "status"]
+__all__ = [
+    "Factors",
+    "Status",
+    "check_export",
+    "export_lora",
+    "factors",
+    "finalize",
+    "import_lora",
+    "merge_adapters",
+    "ranks",
+    "shrink_adapter",
+    "status",
+]
 
 
 def __getattr__(name: str) -> Any:

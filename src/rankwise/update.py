@@ -64,7 +64,7 @@ class Factors(NamedTuple):
 
     def rounding(self) -> float:
         """How far the update of one layer can be off by cancellation in float64: 1e-14 of its uncancelled size."""
-        B, s, A = (exact(t) for t in self)
+        B, s, A = (exact(t.detach()) for t in self)
         return 1e-14 * float((B.norm(dim=0) * s.abs() * A.norm(dim=1)).sum())
 
     def singular_values(self) -> Tensor:

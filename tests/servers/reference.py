@@ -5,19 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-sys.modules["rankwise"] = None  # type: ignore[assignment]
-
 import torch
+from common import WORK, adapter, denoised, greedy, hand_over, next_token
 from diffusers import UNet2DConditionModel
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
-from common import WORK, adapter, denoised, hand_over, next_token
-
-
 KINDS: dict[str, tuple[type, Callable[[nn.Module], Tensor]]] = {
     "llama": (LlamaForCausalLM, next_token),
+    "smollm2": (LlamaForCausalLM, greedy),
     "unet": (UNet2DConditionModel, denoised),
 }
 
@@ -25,6 +22,8 @@ KINDS: dict[str, tuple[type, Callable[[nn.Module], Tensor]]] = {
 @torch.no_grad()
 def main(base: str, names: list[str]) -> None:
     """The answers of one base, alone and with each adapter."""
+    assert "rankwise" not in sys.modules
+    sys.modules["rankwise"] = None  # type: ignore[assignment]
     kind, answer = KINDS[base]
     answers = {"base": answer(kind.from_pretrained(WORK / base).eval()).tolist()}
     for name in names:

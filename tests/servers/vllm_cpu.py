@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 
-os.environ |= {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "OMP_NUM_THREADS": "1",
-}
-
-from common import PROMPTS, WORK, adapter, hand_over  # before vLLM: no hub
-
+from common import PROMPTS, WORK, adapter, hand_over
 from vllm import LLM, SamplingParams
 from vllm.lora.request import LoRARequest
 

@@ -93,8 +93,8 @@ def _moments(adapter: Path, base: str, calibration: Path) -> dict[str, Any]:
     from rankwise.cli.compare import quiet_libraries
     from rankwise.compare.models import open_tokenizer
     from rankwise.errors import AdapterFileError
+    from rankwise.export.moments import WIDEST, second_moments_of
     from rankwise.export.plain import read_plain
-    from rankwise.export.shrink import WIDEST, second_moments_of
 
     quiet_libraries()
     texts, plain = _texts(calibration), read_plain(adapter)

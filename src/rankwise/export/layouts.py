@@ -53,15 +53,15 @@ class Adapter(Protocol):
 
 
 def uniform(
-    source: Adapter, updates: Mapping[str, Factors], rank: int | None
+    source: Adapter, updates: Mapping[str, Factors], rank: int | None, beside: Sequence[str] = ()
 ) -> tuple[peft.LoraConfig, dict[str, Factors]]:
-    """One rank for all, and zero factors wherever a target name matches a module that has no update."""
+    """One rank for all, and zero factors wherever a target name, or one of `beside`, matches a module it lacks."""
     r = rank or max(1, *(f.r for f in updates.values()))
     if isinstance(source.config, peft.LoraConfig):
         return _same_modules(source.config, r), {
             name: _padded(f, source.forms[name].shape, r) for name, f in updates.items()
         }
-    plain = sorted({name.rpartition(".")[2] for name in updates})
+    plain = sorted({name.rpartition(".")[2] for name in updates} | set(beside))
     matched = [name for name in source.names if name.rpartition(".")[2] in plain]
     usable = all(_can_be_padded(source, name) for name in matched)
     modules = matched if usable else list(updates)

@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
+import peft
 from torch import nn
 
 from rankwise.adapters.configs import AdapterConfig
@@ -14,13 +15,18 @@ from rankwise.adapters.progress import unfinished
 from rankwise.checks import require_choice, require_int
 from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.layouts import compact, leading, relative_error, uniform, write
+from rankwise.export.logits import logits_error
 from rankwise.export.plain import read_plain
+from rankwise.export.servers import SERVERS, lora_rank, missing_beside, problems_of
+from rankwise.export.shipped import read_shipped, rename_for_diffusers
 from rankwise.export.source import Source, finite, from_folder, from_model
 from rankwise.files import whole_folder
 from rankwise.update import Factors
 
 TOLERANCE = 1e-6
 """Largest relative error of the whole update an export may have beyond a truncation that was asked for."""
+LOGITS = 1e-4
+"""Largest relative difference of logits, in float32, of an export without truncation."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,10 @@ class ExportReport:
     """Numbers in the adapter's tensors as written, padding included."""
     relative_error: float
     """‖ΔW_exported − ΔW‖_F / ‖ΔW‖_F over all modules, read back from the file."""
+    max_lora_rank: int | None = None
+    """What the server it was written for must be started with."""
+    logits_error: float | None = None
+    """The largest difference of a logit from the adapter's, relative to the largest logit, where it was asked for."""
 
 
 def export_lora(
@@ -47,6 +57,8 @@ def export_lora(
     layout: str = "uniform",
     rank: int | None = None,
     base: str | Path | nn.Module | None = None,
+    server: str | None = None,
+    logits_of: str | Path | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write a trained adapter as a plain LoRA that stock PEFT and servers load without rankwise.
@@ -62,12 +74,16 @@ def export_lora(
         rank: the rank to write, by default the largest a module holds. Below it, each update is truncated optimally
             and the report states the error.
         base: for a folder, the base model or where it is, if not where the adapter's config says.
+        server: "vllm", "sglang", "llama.cpp", "diffusers" or "peft": write what it takes, under its names, with zero
+            factors where it needs them, and check the result by `check_export`'s rules.
+        logits_of: for a folder, where the base model's weights are: compare the whole model's logits too.
         overwrite: replace an existing folder.
 
     Raises:
         ArgumentError: the folder exists, or an argument breaks its rule.
         AdapterFileError: the source folder holds no whole rankwise adapter.
-        RankwiseError: the adapter cannot be a plain LoRA, or what was written does not read back as it is.
+        RankwiseError: the adapter cannot be a plain LoRA, the server cannot take it, or what was written does not read
+            back as it is.
 
     Example:
         >>> import tempfile, torch, rankwise
@@ -81,6 +97,8 @@ def export_lora(
     require_choice("layout", layout, ("uniform", "compact"))
     if rank is not None:
         require_int("rank", rank, least=1)
+    if server is not None:
+        require_choice("server", server, SERVERS)
     if folder.exists() and not overwrite:
         raise ArgumentError("folder", "not exist yet, or be replaced with overwrite", str(folder))
     live = isinstance(model_or_folder, nn.Module)
@@ -90,17 +108,22 @@ def export_lora(
     if left:
         warnings.warn(left, stacklevel=2)
     written = _truncated(source, rank)
-    config, factors = (uniform if layout == "uniform" else compact)(source, written, rank)
+    config, factors = _laid_out(source, written, layout, rank, server)
+    if isinstance(base, str | Path):
+        config.base_model_name_or_path = str(base)
     with whole_folder(folder) as beside:
         write(beside, source, config, factors)
         error = relative_error(source.updates, read_plain(beside).updates)
         allowed = TOLERANCE + relative_error(source.updates, written)
         if error > allowed:
             raise RankwiseError(f"the export would differ from the adapter by {error:.1e}, more than {allowed:.1e}")
+        logits = None if logits_of is None else _checked_logits(logits_of, model_or_folder, beside, written, source)
+        if server is not None:
+            _for_server(beside, server, source, model_or_folder if live else base)
     ranks = {name: written[name].r if name in written else 0 for name in factors}
-    return ExportReport(
-        folder, layout, config.r, ranks, sum(f.B.numel() + f.A.numel() for f in factors.values()), error
-    )
+    limit = None if server is None else lora_rank(server, config.r)
+    parameters = sum(f.B.numel() + f.A.numel() for f in factors.values())
+    return ExportReport(folder, layout, config.r, ranks, parameters, error, limit, logits)
 
 
 def check_exportable(config: AdapterConfig) -> None:
@@ -120,6 +143,39 @@ def _check(source: Source) -> None:
     broken = finite(source.updates)
     if broken:
         raise RankwiseError(f"the update of module {broken!r} holds NaN or infinity")
+
+
+def _laid_out(
+    source: Source, written: dict[str, Factors], layout: str, rank: int | None, server: str | None
+) -> tuple[peft.LoraConfig, dict[str, Factors]]:
+    if layout == "compact":
+        return compact(source, written, rank)
+    own = {name.rpartition(".")[2] for name in written}
+    return uniform(source, written, rank, missing_beside(own) if server == "sglang" else ())
+
+
+def _checked_logits(
+    model: str | Path, adapter: nn.Module | str | Path, folder: Path, written: dict[str, Factors], source: Source
+) -> float:
+    if isinstance(adapter, nn.Module):
+        raise ArgumentError("logits_of", "come with a saved adapter", model)
+    error = logits_error(model, Path(adapter), folder)
+    if error > LOGITS and relative_error(source.updates, written) <= TOLERANCE:
+        raise RankwiseError(
+            f"the export's logits would differ from the adapter's by {error:.1e}, more than {LOGITS:.0e}"
+        )
+    return error
+
+
+def _for_server(folder: Path, server: str, source: Source, base: object) -> None:
+    """Give a written adapter the server's names, and make sure that the server takes it."""
+    if server == "diffusers":
+        rename_for_diffusers(folder, base)
+    shipped = read_shipped(folder)
+    shipped.base = {name: form.shape for name, form in source.forms.items()}
+    problems = problems_of(shipped, server)
+    if problems:
+        raise RankwiseError(f"{server} would not serve this adapter as it is: {problems[0].sentence}")
 
 
 def _truncated(source: Source, rank: int | None) -> dict[str, Factors]:

@@ -18,12 +18,12 @@ from torch import nn
 
 from rankwise.checks import require_choice, require_int, require_number
 from rankwise.errors import ArgumentError, RankwiseError
+from rankwise.export.combine import FROZEN, Merged, combined, given_weights, opened, read_adapters
 from rankwise.export.layouts import Adapter, compact, leading, relative_error, uniform, write
 from rankwise.export.lora import TOLERANCE
-from rankwise.export.merge_base import FROZEN, Merged, combined, given_weights, opened, read_adapters
 from rankwise.export.plain import read_plain
 from rankwise.export.privacy import Guarantee, private_sum
-from rankwise.export.source import _forms as base_forms
+from rankwise.export.source import forms_of
 from rankwise.files import whole_folder
 from rankwise.update import Factors
 
@@ -155,7 +155,7 @@ def _private(
         head = next((key for key in adapter.others if FROZEN not in key), None)
         if head:
             raise RankwiseError(f"a private merge holds updates of bounded norm, and {head!r} is trained in full")
-    forms, names = base_forms(model)
+    forms, names = forms_of(model)
     found, guarantee, truncation = private_sum(adapters, weights, model, forms, privacy, clip, rank, seed)
     if guarantee.noise_to_signal > 1:
         warnings.warn(

@@ -21,6 +21,11 @@ from rankwise.update import Factors
 
 PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
 
+BEYOND_UPDATES = ("trainable_token_indices", "target_parameters", "layer_replication")
+"""Fields of PEFT's LoraConfig that make an adapter more than updates of modules."""
+STARTS = (True, False, "gaussian", "eva", "orthogonal")
+"""Starts of PEFT's that leave the base weight as it is; after others (PiSSA), B·A is no update of the base model."""
+
 
 @dataclass(frozen=True)
 class PlainLora:
@@ -79,6 +84,13 @@ def _plain_config(folder: Path) -> peft.LoraConfig:
         raise AdapterFileError(f"{folder} holds no LoRA adapter")
     if config.use_dora:
         raise AdapterFileError(f"{folder} holds a DoRA adapter, whose magnitudes no plain update can hold")
+    for field in BEYOND_UPDATES:
+        if getattr(config, field, None):
+            raise AdapterFileError(f"{folder} holds more than updates of modules: its config has `{field}`")
+    if config.init_lora_weights not in STARTS:
+        raise AdapterFileError(
+            f"{folder} started from {config.init_lora_weights!r}, which changes the base model: convert it first"
+        )
     return config
 
 

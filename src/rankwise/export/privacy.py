@@ -7,8 +7,7 @@ Mechanism for Differential Privacy", 2018) adds N(0, σ²) to every entry, with 
     Φ(Δ/2σ − εσ/Δ) − e^ε·Φ(−Δ/2σ − εσ/Δ) ≤ δ.
 
 The noise is dense: noise within the span of the merged factors would leave that span, which is data, in the open.
-Truncation comes after, and what is computed from a private result is as private. Nothing here protects against
-attacks on floating-point samplers (Mironov, 2012).
+Truncation comes after and costs nothing. Attacks on floating-point samplers (Mironov, 2012) are not warded off.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ from torch import Tensor, nn
 
 from rankwise.checks import require_number
 from rankwise.errors import ArgumentError, RankwiseError
+from rankwise.export.combine import common, public_modules
 from rankwise.export.layouts import Adapter
-from rankwise.export.merge_base import common, public_modules
 from rankwise.export.source import Form
 from rankwise.linalg.norms import EXPONENTS, schatten
 from rankwise.linalg.svd import leading_triplets, leading_triplets_full
@@ -60,13 +59,13 @@ class Guarantee:
     noise: dict[str, float]
     """√(out·in)·σ of each module, which the norm of its noise is close to."""
     signal: float
-    """‖Σ w_i ΔW_i‖_F before the noise. For whoever merges: publishing it is not covered by the guarantee."""
+    """‖Σ w_i ΔW_i‖_F before the noise. For whoever merges: publishing it is not covered, nor is `noise_to_signal`."""
     seeded: bool
     """Whether the noise came from a given seed, so that nothing is guaranteed."""
 
     @property
     def noise_to_signal(self) -> float:
-        """The norm of all noise over `signal`, and as little to be published."""
+        """The norm of all noise over `signal`."""
         return math.hypot(*self.noise.values()) / self.signal if self.signal else math.inf
 
 
@@ -86,16 +85,17 @@ def gaussian_sigma(epsilon: float, delta: float, sensitivity: float = 1.0) -> fl
     def excess(log_x: float) -> float:
         return _log_delta(epsilon, math.exp(log_x)) - math.log(delta)
 
-    low = high = 0.0
-    while excess(high) > 0:
-        high += 1
-    while excess(low) <= 0:
-        low -= 1
-    return sensitivity * math.exp(float(brentq(excess, low, high, xtol=1e-13, rtol=1e-14))) * (1 + 1e-9)  # type: ignore[arg-type]
+    ends = [0.0, 0.0]
+    while excess(ends[1]) > 0:
+        ends[1] += 1
+    while excess(ends[0]) <= 0:
+        ends[0] -= 1
+    root: Any = brentq(excess, *ends, xtol=1e-13)
+    return sensitivity * math.exp(root) * (1 + 1e-9)
 
 
 def _log_delta(epsilon: float, x: float) -> float:
-    """The logarithm of the left side for σ = x·Δ; where its terms are too close to tell apart, of the first alone."""
+    """The logarithm of the left side for σ = x·Δ; of its first term alone where they are too close to tell apart."""
     first = float(log_ndtr(0.5 / x - epsilon * x))
     second = epsilon + float(log_ndtr(-0.5 / x - epsilon * x))
     return first + math.log(-math.expm1(second - first)) if second < first else first
@@ -110,8 +110,7 @@ def frobenius_bound(config: NbLora, name: str, shape: tuple[int, int], weight: T
     """What ‖ΔW‖_F of a module cannot exceed, by the construction of NB-LoRA.
 
     ‖σ‖_p ≤ d gives ‖σ‖_2 ≤ d·r^max(0, 1/2 − 1/p): √r·d for the spectral norm, d for Frobenius and nuclear. Bounds of
-    every singular value give their 2-norm.
-    `weight` is the base layer's, (out, in) or transposed, where the bound is relative to it.
+    every singular value give their 2-norm. `weight` is the base layer's, where the bound is relative to it.
     """
     whole: Any = config
     r = whole.size_of(name, *shape).r
@@ -134,8 +133,8 @@ def private_sum(
 ) -> tuple[dict[str, Factors], Guarantee, float]:
     """Σ w_i ΔW_i + N, privacy = (ε, δ), on every module that the common config adapts, each truncated to `rank`.
 
-    `forms` are of every module of the base `model`, which needs weights only where bounds are relative to them.
-    Third is the share of the noisy sum's norm that truncation left out.
+    `forms` are of the base `model`, which needs weights only where bounds are relative to them. The third result is the
+    share of the noisy sum's norm that truncation left out.
 
     Raises:
         RankwiseError: the adapters differ in what they adapt, or have no common bound that is proven.
@@ -164,9 +163,7 @@ def private_sum(
         found[name] = lead(W, min(rank, *shape)).factors
         whole, captured = whole + float(W.square().sum()), captured + float(found[name].s.square().sum())
     noise = {name: math.prod(shape) ** 0.5 * sigma for name, shape in modules.items()}
-    promise = Guarantee(
-        *privacy, tuple(weights), bound, origin, moved, sigma, noise, signal**0.5, seeded=seed is not None
-    )
+    promise = Guarantee(*privacy, tuple(weights), bound, origin, moved, sigma, noise, signal**0.5, seed is not None)
     return found, promise, max(0.0, 1 - captured / whole) ** 0.5
 
 
@@ -176,33 +173,24 @@ def gaussian(shape: tuple[int, int], sigma: float, draw: Callable[[int], bytes] 
     return torch.special.ndtri((bits.double() + 0.5) * 2.0**-52).reshape(shape) * sigma
 
 
-def _proven_bounds(
-    adapters: Sequence[Adapter], modules: Mapping[str, tuple[int, int]], model: nn.Module
-) -> dict[str, float]:
+def _proven_bounds(adapters: Sequence[Adapter], modules: Mapping[str, tuple[int, int]], model: Any) -> dict[str, float]:
     """δ_l of every module, the same for every adapter."""
     if not all(isinstance(adapter.config, NbLora) for adapter in adapters):
-        raise ArgumentError(
-            "clip", "be given unless every adapter is of NB-LoRA, whose norm is bounded by its construction", None
-        )
-    config = common(adapters, BOUNDS)
-    layers: dict[str, Any] = {}
-    if config.starts_from_weight:
-        if any(t.is_meta for t in model.parameters()):
-            whole: Any = model
-            model = type(whole).from_pretrained(whole.name_or_path)
-        layers = dict(model.named_modules())
-    return {
-        name: frobenius_bound(config, name, shape, layers[name].weight.detach() if layers else None)
-        for name, shape in modules.items()
-    }
+        raise ArgumentError("clip", "be given unless all adapters are of NB-LoRA, bounded by construction", None)
+    config, whole = common(adapters, BOUNDS), model
+    if not config.starts_from_weight:
+        return {name: frobenius_bound(config, name, shape, None) for name, shape in modules.items()}
+    if any(t.is_meta for t in whole.parameters()):
+        whole = type(whole).from_pretrained(whole.name_or_path)
+    layers = dict(whole.named_modules())
+    return {name: frobenius_bound(config, name, shape, layers[name].weight.detach()) for name, shape in modules.items()}
 
 
 def _limited(f: Factors, bound: float, name: str) -> Factors:
     norm = float(f.singular_values().norm())
     if norm > bound * (1 + ROUNDING):
         raise RankwiseError(
-            f"the update of module {name!r} has norm {norm:.6g}, above the {bound:.6g} that its config promises: "
-            "is it the base model it was trained on? `clip` needs no promise"
+            f"{name!r} has an update of norm {norm:.6g}, above the {bound:.6g} that its config promises: another base?"
         )
     return f if norm <= bound else Factors(f.B, f.s.double() * (bound / norm), f.A)
 

@@ -9,16 +9,13 @@ those of B·diag(s)·L for any L with L·Lᵀ = A·C·Aᵀ, which is r × r.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankwise.checks import require_choice, require_int, require_number
 from rankwise.errors import ArgumentError, RankwiseError
@@ -27,11 +24,10 @@ from rankwise.export.lora import TOLERANCE
 from rankwise.export.plain import read_plain
 from rankwise.export.source import finite
 from rankwise.files import whole_folder
+from rankwise.linalg.budget import best_ranks
 from rankwise.precision import exact
 from rankwise.update import Factors
 
-WIDEST = 4096
-"""Inputs up to which second moments are taken in full where asked: 128 MiB a module."""
 ROUNDING = 1e-15
 """Share of a module's energy that counts as nothing: what float64 makes of a share like 0.9."""
 LAYOUT_FIELDS = ("r", "lora_alpha", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "use_rslora")
@@ -136,133 +132,6 @@ def shrink_adapter(
     return ShrinkReport(out, before, ranks, _size(updates), _size(factors), errors, error)
 
 
-def best_ranks(values: Sequence[Tensor], costs: Sequence[int], budget: int) -> list[int]:
-    """How many leading values to take of each module, so that their sum is largest at Σ rᵢ·costᵢ ≤ budget.
-
-    Exact. Modules of one cost are one pool, whose best k values are simply its k largest; V(k), their sum, is concave.
-    At the price per unit of cost where the budget runs out, the best Σ V(k) − price·(Σ cost·k − budget) bounds every
-    choice from above. A choice is below it by what each pool loses at that price, plus the price of what is unspent.
-    All choices that lose at most a small gap in total are searched pool by pool, dropping those that a cheaper one
-    equals; the gap widens until it holds a choice, which then is the best one. Milliseconds for hundreds of modules.
-
-    Args:
-        values: of each module, positive and falling.
-        costs: of one value of each module, whole numbers ≥ 1.
-        budget: a whole number ≥ 0.
-
-    Example:
-        >>> best_ranks([torch.tensor([9.0, 1.0]), torch.tensor([8.0, 7.0])], [5, 3], 8)
-        [1, 1]
-    """
-    spent = np.repeat(costs, [len(v) for v in values])
-    if spent.sum() <= budget:
-        return [len(v) for v in values]
-    every, owner = torch.cat(list(values)).double().numpy(), np.repeat(np.arange(len(values)), [len(v) for v in values])
-    dearest = np.argsort(-every / spent, kind="stable")
-    first_left_out = dearest[np.cumsum(spent[dearest]) > budget][0]
-    price = float(every[first_left_out] / spent[first_left_out])
-    falling = np.argsort(-every, kind="stable")
-    units = np.unique(spent)[::-1]
-    pools = [falling[spent[falling] == cost] for cost in units]
-    curves = [np.concatenate([[0.0], np.cumsum(every[pool])]) for pool in pools]
-    best = [(V - price * c * np.arange(len(V))).max() for V, c in zip(curves, units, strict=True)]
-    bound = float(price * budget + sum(best))
-    gap, counts = 1e-9 * bound, None
-    while counts is None:
-        counts = _search(curves, units, budget, price, bound, gap)
-        gap *= 4
-    taken = np.concatenate([owner[pool[:k]] for pool, k in zip(pools, counts, strict=True)])
-    return np.bincount(taken, minlength=len(values)).tolist()
-
-
-def _search(curves: Any, units: Any, budget: int, price: float, bound: float, gap: float) -> list[int] | None:
-    """How many of each pool the best choice takes; None if it is below the bound by more than the gap."""
-    gains = [V - price * c * np.arange(len(V)) for V, c in zip(curves, units, strict=True)]
-    windows = [np.flatnonzero(g >= g.max() - gap) for g in gains]
-    least, most = (sum(c * k[end] for c, k in zip(units, windows, strict=True)) for end in (0, -1))
-    spent, value, best, trail = np.zeros(1, np.int64), np.zeros(1), 0.0, []
-    for V, c, g, k in zip(curves, units, gains, windows, strict=True):
-        least, most, best = least - c * k[0], most - c * k[-1], best + g.max()
-        w, v = (spent[:, None] + c * k).ravel(), (value[:, None] + V[k]).ravel()
-        fits = (w + least <= budget) & (price * (budget - w - most) <= gap) & (best - (v - price * w) <= gap)
-        left = np.flatnonzero(fits)
-        left = left[np.lexsort((-v[left], w[left]))]
-        highest = np.maximum.accumulate(np.concatenate([[-1.0], v[left]]))
-        left = left[v[left] > highest[:-1]]
-        spent, value = w[left], v[left]
-        trail.append((left // len(k), k[left % len(k)]))
-    # a little less than the gap, so that rounding at its edge cannot have hidden a better choice
-    if not len(value) or bound - value[-1] > 0.99 * gap:
-        return None
-    at, counts = len(value) - 1, []
-    for parent, taken in reversed(trail):
-        counts.insert(0, int(taken[at]))
-        at = parent[at]
-    return counts
-
-
-@torch.no_grad()
-def second_moments_of(
-    model: nn.Module, batches: Iterable[Mapping[str, Tensor] | Tensor], modules: Iterable[str], *, full: bool = False
-) -> dict[str, Tensor]:
-    """The second moments of what a model's layers read, by module name, in float64.
-
-    E[x xᵀ] (in, in) where `full` is asked and in ≤ 4096, else its diagonal E[x²] (in,). x is a convolution's patch, an
-    embedding's one-hot id (diagonal anyway); positions that a batch's attention_mask hides are left out.
-
-    Args:
-        model: the base model, on the device of its batches.
-        batches: each is passed as keywords, or as the one argument if it is a tensor.
-        modules: names of linear layers, convolutions and embeddings.
-        full: whole moments, not diagonals.
-
-    Raises:
-        ArgumentError: the model has no such module, or no batch reaches it.
-
-    Example:
-        >>> net, x = nn.Sequential(nn.Linear(2, 1)), torch.tensor([[1.0, 2.0], [3.0, 0.0]])
-        >>> second_moments_of(net, [x], ["0"])["0"].tolist()
-        [5.0, 2.0]
-    """
-    layers, names = dict(model.named_modules()), list(modules)
-    unknown = [name for name in names if name not in layers]
-    if unknown:
-        raise ArgumentError("modules", "name modules of the model", unknown[0])
-    sums: dict[str, Tensor] = {}
-    seen = dict.fromkeys(names, 0)
-    mask: Tensor | None = None
-
-    def add(name: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        total, count = _summed(layer, inputs[0], mask, full)
-        sums[name], seen[name] = sums[name] + total if name in sums else total, seen[name] + count
-
-    hooks = [layers[name].register_forward_pre_hook(partial(add, name)) for name in names]
-    try:
-        for batch in batches:
-            mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-            model(**batch) if isinstance(batch, Mapping) else model(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    silent = [name for name in names if not seen[name]]
-    if silent:
-        raise ArgumentError("batches", "reach every module", silent[0])
-    return {name: (sums[name] / seen[name]).cpu() for name in names}
-
-
-def _summed(layer: Any, x: Tensor, mask: Tensor | None, full: bool) -> tuple[Tensor, int]:
-    """Σ x xᵀ or its diagonal over the inputs of one call, and how many they are."""
-    if isinstance(layer, nn.Conv2d):
-        padded = F.pad(x, layer._reversed_padding_repeated_twice)
-        x = F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride).mT
-    elif mask is not None and x.shape[:2] == mask.shape:
-        x = x[mask.bool()]
-    if isinstance(layer, nn.Embedding):
-        return exact(torch.bincount(x.flatten(), minlength=layer.num_embeddings)), x.numel()
-    rows = exact(x.flatten(0, -2))
-    return rows.mT @ rows if full and rows.shape[1] <= WIDEST else rows.square().sum(0), len(rows)
-
-
 def _directions(f: Factors, C: Tensor | None) -> tuple[Tensor, Factors]:
     """Singular values σ of ΔW·C^½, falling and above rounding, and the part of ΔW of each, balanced, in float32."""
     B, s, A = (exact(t) for t in f)
@@ -321,6 +190,7 @@ def _checked(moments: Mapping[str, Tensor], updates: Mapping[str, Factors]) -> d
         C, width = moments[name], f.A.shape[1]
         if C.shape not in ((width,), (width, width)):
             raise ArgumentError("second_moments", f"be ({width},) or ({width}, {width}) for {name}", tuple(C.shape))
-        if not C.isfinite().all() or (C if C.dim() == 1 else C.diagonal()).lt(0).any():
-            raise ArgumentError("second_moments", f"be finite, with no negative square, for {name}", C)
+        least = float((C if C.dim() == 1 else C.diagonal()).min())
+        if not C.isfinite().all() or least < 0:
+            raise ArgumentError("second_moments", f"be finite, with no negative square, for {name}", least)
     return {name: exact(moments[name].cpu()) for name in updates}

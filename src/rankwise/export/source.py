@@ -101,7 +101,7 @@ def from_model(model: nn.Module, adapter: str) -> Source:
     others = {key: t for key, t in state.items() if f".{PREFIX}" not in key}
     progress = Progress.of(first.started(adapter).progress)
     kept = list(ranks(model, adapter).values())
-    return Source(first.methods[adapter], factors(model, adapter), others, progress, kept, *_forms(model))  # type: ignore[arg-type]
+    return Source(first.methods[adapter], factors(model, adapter), others, progress, kept, *forms_of(model))  # type: ignore[arg-type]
 
 
 def from_folder(folder: Path, base: str | Path | nn.Module | None) -> Source:
@@ -123,9 +123,7 @@ def from_folder(folder: Path, base: str | Path | nn.Module | None) -> Source:
             by_module.setdefault(module, {})[name] = tensor
     if not by_module:
         raise AdapterFileError(f"{folder / TENSORS} holds no tensor of a rankwise adapter")
-    forms, names = _forms(
-        base if isinstance(base, nn.Module) else skeleton(base or config.base_model_name_or_path, folder)
-    )
+    forms, names = base_forms(base, config.base_model_name_or_path, folder)
     for name in by_module.keys() & forms.keys():
         _check_whole(config, name, by_module[name], forms[name].shape, folder / TENSORS)
     updates = {
@@ -142,6 +140,17 @@ def from_folder(folder: Path, base: str | Path | nn.Module | None) -> Source:
     progress = Progress.of(next(iter(by_module.values()))["progress"])
     kept = [int(config.kept(by_module[name]).sum()) for name in updates]
     return Source(config, updates, others, progress, kept, forms, names)
+
+
+def base_forms(
+    base: str | Path | nn.Module | None, named: str | None, folder: Path
+) -> tuple[dict[str, Form], tuple[str, ...]]:
+    """`forms` and `names` of the base model: `base`, or where it is, or as the adapter in `folder` has it `named`.
+
+    Raises:
+        AdapterFileError: no base model is named, or it does not open.
+    """
+    return forms_of(base if isinstance(base, nn.Module) else skeleton(base or named, folder))
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -209,7 +218,7 @@ def _saved_update(config: AdapterConfig, name: str, tensors: dict[str, Tensor], 
     return without_padding(Factors(*(t.detach() for t in found)), padding)
 
 
-def _forms(model: nn.Module) -> tuple[dict[str, Form], tuple[str, ...]]:
+def forms_of(model: nn.Module) -> tuple[dict[str, Form], tuple[str, ...]]:
     """`forms` and `names` of a Source."""
     forms: dict[str, Form] = {}
     names: list[str] = []

@@ -1,0 +1,60 @@
+"""`rankwise export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from rankwise.export.lora import ExportReport
+
+START = {
+    "vllm": "vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules NAME={folder}",
+    "sglang": "python -m sglang.launch_server --model-path BASE --max-lora-rank {rank} --lora-paths NAME={folder}",
+    "llama.cpp": "python convert_lora_to_gguf.py {folder}",
+    "diffusers": 'pipeline.load_lora_weights("{folder}")',
+    "peft": 'PeftModel.from_pretrained(base, "{folder}")',
+}
+
+
+def export(
+    adapter: Path = typer.Argument(..., help="A folder written by a rankwise adapter's `save_pretrained`."),
+    out: Path = typer.Option(..., "--out", help="Folder to write."),
+    server: str | None = typer.Option(
+        None, "--for", metavar="SERVER", help="vllm, sglang, llama.cpp, diffusers or peft: what it takes, checked."
+    ),
+    layout: str = typer.Option("uniform", "--layout", help="uniform: one rank, padded; compact: each module its own."),
+    rank: int | None = typer.Option(None, "--rank", help="The most ranks of a module; above them, truncated."),
+    base: str | None = typer.Option(None, "--base", help="The base model, if not where the adapter says."),
+    check: str | None = typer.Option(
+        None, "--check", metavar="MODEL", help="Compare logits too, of this base model with either adapter."
+    ),
+    force: bool = typer.Option(False, "--force", help="Replace an existing folder."),
+) -> None:
+    """Write a trained adapter as a plain LoRA, verified before success is reported.
+
+    Example: `rankwise export runs/mine/adapters/sora --for vllm --out runs/lora`
+    """
+    from rankwise.cli.compare import quiet_libraries
+    from rankwise.export.lora import export_lora
+
+    quiet_libraries()
+    report = export_lora(
+        adapter, out, layout=layout, rank=rank, base=base, server=server, logits_of=check, overwrite=force
+    )
+    _show(report, server)
+
+
+def _show(report: ExportReport, server: str | None) -> None:
+    ranks = sorted(report.ranks.values())
+    typer.echo(f"adapter  {report.folder} ({report.layout}, r = {report.rank}, {report.parameters:,} numbers)")
+    typer.echo(
+        f"ranks    {ranks[0]} to {ranks[-1]}, {sum(ranks) / len(ranks):.1f} on average over {len(ranks)} modules"
+    )
+    typer.echo(f"error    {report.relative_error:.1e} of ‖ΔW‖_F, read back from the file")
+    if report.logits_error is not None:
+        typer.echo(f"logits   {report.logits_error:.1e} of their largest, against the adapter")
+    if server is not None:
+        typer.echo(f"load     {START[server].format(rank=report.max_lora_rank, folder=report.folder)}")

@@ -1,0 +1,45 @@
+"""Whether an export computes what its adapter computes: the logits of the whole model, side by side."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from transformers import AutoConfig, AutoModel
+
+from rankwise.errors import AdapterFileError
+
+SAMPLES, TOKENS = 2, 16
+
+
+@torch.no_grad()
+def logits_error(model: str | Path, adapter: Path, export: Path) -> float:
+    """max |logits of the export − logits of the adapter| / max |logits of the adapter|, in float32.
+
+    On random tokens, the same at each call. Both adapters are loaded by PEFT, one after the other.
+
+    Raises:
+        AdapterFileError: the base model does not open.
+    """
+    found = []
+    for folder in (adapter, export):
+        whole = PeftModel.from_pretrained(_opened(model, adapter), str(folder)).eval()
+        tokens = torch.randint(
+            0, whole.config.vocab_size, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(0)
+        )
+        output: Any = whole(tokens)
+        found.append(output[0].float())
+    return float((found[1] - found[0]).abs().max() / found[0].abs().max())
+
+
+def _opened(model: str | Path, adapter: Path) -> Any:
+    """The base model in float32, as the class its own config names."""
+    try:
+        config = AutoConfig.from_pretrained(model)
+        named = [getattr(transformers, name, None) for name in config.architectures or ()]
+        return next((cls for cls in named if cls), AutoModel).from_pretrained(model, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(f"the base model {str(model)!r} of {adapter} does not open") from error

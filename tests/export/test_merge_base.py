@@ -1,0 +1,183 @@
+"""Merging into the base's files gives what PEFT's merge_and_unload gives, with one weight in memory."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import typer
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+import rankwise
+from conftest import tiny_bert, tiny_gpt2
+from rankwise.cli.merge import merge
+from rankwise.errors import ArgumentError, RankwiseError
+from rankwise.export.merge_base import merge_into_base
+
+
+def llama(**fields: Any) -> LlamaForCausalLM:
+    torch.manual_seed(1)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 30, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes | fields)).eval()
+
+
+def saved(folder: Path, model: Any, seed: int = 0, **fields: Any) -> Path:
+    torch.manual_seed(seed)
+    shared: Any = {"r": 2, "lora_alpha": 3, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False}
+    get_peft_model(model, peft.LoraConfig(**shared | fields)).save_pretrained(str(folder))
+    return folder
+
+
+def files(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir()}
+
+
+@pytest.mark.parametrize("shard", ["5GB", "8KB"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_merge_and_unload(shard: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    llama().to(dtype).save_pretrained(tmp_path / "base", max_shard_size=shard)  # type: ignore[arg-type]
+    (tmp_path / "base/tokenizer.json").write_text("{}")
+    (tmp_path / "base/pytorch_model.bin").write_text("stale")
+    adapter = saved(tmp_path / "lora", llama().to(dtype))  # type: ignore[arg-type]
+    merge_into_base([adapter], tmp_path / "base", tmp_path / "out")
+    assert files(tmp_path / "out") == files(tmp_path / "base") - {"pytorch_model.bin"}
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > (1 if shard == "8KB" else 0)
+    theirs: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), str(adapter))
+    theirs, ours = theirs.merge_and_unload(), AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").state_dict()
+    for (key, ours_), theirs_ in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        assert ours_.dtype == dtype
+        rough = 1e-6 if dtype == torch.float32 else 2e-2  # PEFT rounds the update itself too
+        torch.testing.assert_close(ours_, theirs_, rtol=rough, atol=rough)
+        assert torch.equal(ours_, base[key]) == ("q_proj" not in key and "down_proj" not in key)
+
+
+def test_a_weighted_merge_of_rankwise_and_plain_adapters_of_conv1d(tmp_path: Path) -> None:
+    tiny_gpt2().save_pretrained(tmp_path / "base")
+    fields: Any = {"target_modules": ["c_proj", "c_attn"], "fan_in_fan_out": True}  # attn.c_proj is square
+    plain = saved(tmp_path / "lora", tiny_gpt2(), **fields)
+    config = rankwise.SoraConfig(r=2, target_modules=["c_proj"], init_weights=False)
+    get_peft_model(tiny_gpt2(), config).save_pretrained(str(tmp_path / "ours"))
+    rankwise.export_lora(tmp_path / "ours", tmp_path / "exported", base=tmp_path / "base")
+    merge_into_base([plain, tmp_path / "ours"], tmp_path / "base", tmp_path / "out", weights=[0.3, 2])
+    model: Any = tiny_gpt2()
+    expected = {key: t.clone() for key, t in model.state_dict().items()}
+    for folder, weight in ((plain, 0.3), (tmp_path / "exported", 2)):
+        merged: Any = PeftModel.from_pretrained(tiny_gpt2(), str(folder))
+        for key, t in merged.merge_and_unload().state_dict().items():
+            expected[key] += weight * (t - model.state_dict()[key])
+    for key, t in AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict().items():
+        torch.testing.assert_close(t, expected[key], rtol=1e-5, atol=1e-5)
+
+
+def test_files_of_a_bare_encoder_lack_the_first_part_of_names(tmp_path: Path) -> None:
+    tiny_gpt2().transformer.save_pretrained(tmp_path / "base")
+    adapter = saved(tmp_path / "lora", tiny_gpt2(), target_modules=["c_attn"], fan_in_fan_out=True)
+    merge_into_base([adapter], tmp_path / "base", tmp_path / "out")
+    merged: Any = PeftModel.from_pretrained(tiny_gpt2(), str(adapter))
+    expected = merged.merge_and_unload().transformer.state_dict()
+    for key, t in load_file(tmp_path / "out/model.safetensors").items():
+        torch.testing.assert_close(t, expected[key], rtol=1e-5, atol=1e-5)
+
+
+def test_embeddings_and_heads(tmp_path: Path) -> None:
+    tiny_bert().save_pretrained(tmp_path / "base")
+    base = tiny_bert()
+    nn.init.ones_(base.classifier.weight)
+    fields: Any = {"target_modules": ["word_embeddings"], "task_type": "SEQ_CLS"}
+    adapter = saved(tmp_path / "lora", base, **fields)
+    with pytest.warns(UserWarning, match="is an embedding"):
+        merge_into_base([adapter], tmp_path / "base", tmp_path / "out")
+    merged: Any = PeftModel.from_pretrained(tiny_bert(), str(adapter))
+    expected = merged.merge_and_unload().state_dict()
+    for key, t in load_file(tmp_path / "out/model.safetensors").items():
+        torch.testing.assert_close(t, expected[key], rtol=1e-5, atol=1e-5)
+
+
+def test_what_cannot_be_merged_in_is_named(tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    llama().save_pretrained(base)
+    adapter = saved(tmp_path / "lora", llama())
+    with pytest.raises(RankwiseError, match=r"hold no 'transformer.h.0.*the nearest names are"):
+        merge_into_base([saved(tmp_path / "gpt", tiny_gpt2(), target_modules=["c_attn"])], base, out)
+    with pytest.raises(RankwiseError, match=r"has shape \(24, 16\)|has shape \(16, 24\)|has shape \(16, 16\)"):
+        merge_into_base([saved(tmp_path / "wide", llama(hidden_size=32))], base, out)
+    with pytest.raises(RankwiseError, match="trains biases"):
+        merge_into_base([saved(tmp_path / "bias", llama(), bias="all")], base, out)
+    with pytest.raises(ArgumentError, match="`out` must be another folder"):
+        merge_into_base([adapter], base, base, overwrite=True)
+    with pytest.raises(ArgumentError, match="`base` must be given"):
+        merge_into_base([adapter], None, out)
+    file = base / "model.safetensors"
+    state = load_file(file)
+    save_file({key: t.to(torch.int8) for key, t in state.items()}, file)
+    with pytest.raises(RankwiseError, match="is quantised or no weight: its dtype is I8"):
+        merge_into_base([adapter], base, out)
+    save_file({key: t.fill_(6e4).half() for key, t in state.items()}, file)
+    with pytest.raises(RankwiseError, match="NaN or infinity"):
+        merge_into_base([adapter], base, out, weights=[1e5])
+    config = base / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "x"}}))
+    with pytest.raises(RankwiseError, match="holds quantised weights"):
+        merge_into_base([adapter], base, out)
+    assert files(tmp_path) == {"base", "lora", "gpt", "wide", "bias"}
+
+
+# VmHWM, since ru_maxrss of a child starts from its parent's; the file's own pages, mapped, are counted too
+MEASURE = """
+import pathlib, sys, torch
+torch.set_num_threads(1)
+from rankwise.export.merge_base import merge_into_base
+def peak():
+    status = pathlib.Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
+lora, base, out = sys.argv[1:]
+before = peak()
+merge_into_base([lora], base, out)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    small, large = (peak(tmp_path / str(shards), shards) for shards in (3, 12))
+    print(f"peak above the start: {small:.1f} MiB for a model of 48, {large:.1f} for one of 192")
+    assert large < small + 16  # of 144 more
+
+
+def peak(at: Path, shards: int) -> float:
+    """MiB that a merge into shards of 16, of four weights each, needs above its start."""
+    base = at / "base"
+    base.mkdir(parents=True)
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    (base / "config.json").write_text(json.dumps(config))
+    names = [f"layers.{i}.q_proj" for i in range(4 * shards)]
+    where = {f"{name}.weight": f"model-{i // 4}.safetensors" for i, name in enumerate(names)}
+    for file in set(where.values()):
+        save_file({key: torch.ones(1024, 1024) for key, its in where.items() if its == file}, base / file)
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    layers = nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(1024, 1024)}) for _ in names)
+    adapter = saved(at / "lora", nn.ModuleDict({"layers": layers}), target_modules=["q_proj"])
+    asked = [sys.executable, "-c", MEASURE, str(adapter), str(base), str(at / "out")]
+    return float(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
+
+
+def test_the_command(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    adapter, app = saved(tmp_path / "lora", llama()), typer.Typer()
+    app.command()(merge)
+    out = tmp_path / "out"
+    asked = [str(adapter), "--out", str(out), "--base", str(tmp_path / "base"), "--into-base", "--weights", "0.5"]
+    shown = CliRunner().invoke(app, asked)
+    assert shown.exit_code == 0, shown.output
+    assert (out / "model.safetensors").is_file()
