@@ -8,7 +8,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing here needs a hub; a slip
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where cores are shared
 
@@ -33,6 +40,22 @@ def tiny_bert(labels: int = 3) -> BertForSequenceClassification:
         initializer_range=0.2,
     )
     return BertForSequenceClassification(config).eval()
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=100,
+        pad_token_id=0,
+        eos_token_id=1,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config)
 
 
 def tiny_gpt2() -> GPT2LMHeadModel:

@@ -37,7 +37,7 @@ def answer(name: str) -> None:
     parameters.n_ctx, parameters.warmup, parameters.fit_params = 256, False, False
     parameters.cpuparams.n_threads = parameters.cpuparams_batch.n_threads = 1
     server = xllamacpp.Server(parameters)
-    rows = []
+    rows = []  # of log-probabilities before the bias, which picks a whole character: others come without any
     for ids in PROMPTS:
         asked = {"prompt": ids, "max_tokens": 1, "logprobs": 512, "logit_bias": [[400, 100.0]], "cache_prompt": False}
         given = server.handle_completions(asked)["choices"][0]["logprobs"]["content"][0]["top_logprobs"]

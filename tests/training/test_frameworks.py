@@ -14,8 +14,6 @@ from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
@@ -26,27 +24,11 @@ from trl import SFTConfig, SFTTrainer
 
 import rankwise
 from cases import CASES, Case
-from conftest import tiny_bert, tiny_gpt2
+from conftest import tiny_bert, tiny_gpt2, tiny_llama
 from rankwise.adapters.configs import CONFIGS
 from rankwise.adapters.lookup import adapted_layers
 
 ROWS = pytest.mark.parametrize(("name", "case"), CASES.items(), ids=list(CASES))
-
-
-def tiny_llama() -> LlamaForCausalLM:
-    torch.manual_seed(1)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=100,
-        pad_token_id=0,
-        eos_token_id=1,
-        initializer_range=0.2,
-    )
-    return LlamaForCausalLM(config)
 
 
 def tiny_t5() -> T5ForConditionalGeneration:

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 from peft import get_peft_model
-from test_frameworks import tiny_llama, tiny_t5
+from test_frameworks import tiny_t5
 from torch import Tensor, nn
 
 import rankwise
-from conftest import tiny_bert, tiny_gpt2
+from conftest import tiny_bert, tiny_gpt2, tiny_llama
 from rankwise.adapters.lookup import adapted_layers
 from rankwise.training import scoring
 from rankwise.training.aside import evaluation, loss_of

@@ -75,7 +75,7 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
     scores = {name: _score(trainer, getattr(plan.splits, name), plan) for name in ("validation", "test")}
     with whole_folder(output / "adapters" / run.key) as folder:
         model.save_pretrained(str(folder))
-    exported = export_lora(model, output / "exports" / run.key, overwrite=True)
+    exported = export_lora(model, output / "exports" / run.key, command=command, overwrite=True)
     now = status(model)
     metric, *extra = scores["test"]
     return Result(

@@ -64,7 +64,7 @@ def saved_config(folder: str | Path) -> dict[str, Any]:
     """The config in a folder as it lies there; empty where there is none."""
     try:
         return dict(json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # the reader of the adapter says what is wrong with it
+    except (OSError, ValueError, TypeError, RecursionError):  # the reader of the adapter says what is wrong with it
         return {}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from rankwise.adapters.lookup import reduced
 from rankwise.adapters.progress import unfinished
 from rankwise.checks import require_choice, require_int
 from rankwise.errors import ArgumentError, RankwiseError
+from rankwise.export.card import DIFFUSERS_LOAD, spread, write_card
 from rankwise.export.layouts import compact, leading, relative_error, uniform, write
 from rankwise.export.logits import logits_error
 from rankwise.export.plain import read_plain
@@ -21,6 +23,7 @@ from rankwise.export.servers import SERVERS, lora_rank, missing_beside, problems
 from rankwise.export.shipped import read_shipped, rename_for_diffusers
 from rankwise.export.source import Source, finite, from_folder, from_model
 from rankwise.files import whole_folder
+from rankwise.methods import METHODS
 from rankwise.update import Factors
 
 TOLERANCE = 1e-6
@@ -59,6 +62,7 @@ def export_lora(
     base: str | Path | nn.Module | None = None,
     server: str | None = None,
     logits_of: str | Path | None = None,
+    command: str | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
     """Write a trained adapter as a plain LoRA that stock PEFT and servers load without rankwise.
@@ -76,6 +80,7 @@ def export_lora(
         base: for a folder, the base model or where it is, if not where the adapter's config says.
         server: "vllm", "sglang", "llama.cpp", "diffusers" or "peft": write what it takes, under its names, with zero
             factors where it needs them, and check the result by `check_export`'s rules.
+        command: what trained it, for the model card.
         logits_of: for a folder, where the base model's weights are: compare the whole model's logits too.
         overwrite: replace an existing folder.
 
@@ -120,10 +125,12 @@ def export_lora(
         logits = None if logits_of is None else _checked_logits(logits_of, model_or_folder, beside, written, source)
         if server is not None:
             _for_server(beside, server, source, model_or_folder if live else base)
-    ranks = {name: written[name].r if name in written else 0 for name in factors}
-    limit = None if server is None else lora_rank(server, config.r)
-    parameters = sum(f.B.numel() + f.A.numel() for f in factors.values())
-    return ExportReport(folder, layout, config.r, ranks, parameters, error, limit, logits)
+        ranks = {name: written[name].r if name in written else 0 for name in factors}
+        limit = None if server is None else lora_rank(server, config.r)
+        parameters = sum(f.B.numel() + f.A.numel() for f in factors.values())
+        report = ExportReport(folder, layout, config.r, ranks, parameters, error, limit, logits)
+        _card(beside, folder, source, config, report, server, command)
+    return report
 
 
 def check_exportable(config: AdapterConfig) -> None:
@@ -165,6 +172,32 @@ def _checked_logits(
             f"the export's logits would differ from the adapter's by {error:.1e}, more than {LOGITS:.0e}"
         )
     return error
+
+
+def _card(
+    beside: Path,
+    folder: Path,
+    source: Source,
+    config: peft.LoraConfig,
+    report: ExportReport,
+    server: str | None,
+    command: str | None,
+) -> None:
+    method = METHODS[source.config.method]
+    settings = {f.name: getattr(source.config, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]  all are
+    facts = {
+        "Method": f"{source.config.method}: {method.summary}",
+        "Settings": ", ".join(f"{k}={v!r}" for k, v in settings.items() if isinstance(v, str | int | float)),
+        "Trained with": None if command is None else f"`{command}`",
+        "Optimiser steps": str(source.progress.step) if source.progress.step else None,
+        "Ranks": spread(report.ranks),
+        "Parameters": f"{report.parameters:,} in the {report.layout} layout",
+        "Rank to allow when serving": str(report.max_lora_rank or report.rank),
+        "Error of the export": f"{report.relative_error:.1e} of ‖ΔW‖_F, read back from the file",
+        "Made for": server,
+    }
+    load = {"load": DIFFUSERS_LOAD, "library": "diffusers"} if server == "diffusers" else {}
+    write_card(beside, folder.name, config.base_model_name_or_path, "A LoRA trained by rankwise", facts, **load)
 
 
 def _for_server(folder: Path, server: str, source: Source, base: object) -> None:

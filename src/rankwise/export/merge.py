@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import peft
 from peft import PeftConfig
 from torch import nn
 
 from rankwise.checks import require_choice, require_int, require_number
 from rankwise.errors import ArgumentError, RankwiseError
+from rankwise.export.card import spread, write_card
 from rankwise.export.combine import FROZEN, Merged, combined, given_weights, opened, read_adapters
 from rankwise.export.layouts import Adapter, compact, leading, relative_error, uniform, write
 from rankwise.export.lora import TOLERANCE
@@ -112,14 +114,27 @@ def merge_adapters(
     config, factors = (uniform if layout == "uniform" else compact)(merged, written, rank)
     with whole_folder(out) as beside:
         write(beside, merged, config, factors)
-        if guarantee is not None:
-            (beside / "README.md").write_text(guarantee_text(guarantee), encoding="utf-8")
         error = relative_error(merged.updates, read_plain(beside).updates)
         allowed = TOLERANCE + relative_error(merged.updates, written)
         if error > allowed:
             raise RankwiseError(f"what was written would differ from the merge by {error:.1e}, above {allowed:.1e}")
-    ranks = {name: written[name].r if name in written else 0 for name in factors}
-    return MergeReport(out, layout, config.r, ranks, given, max(error, truncation), guarantee)
+        ranks = {name: written[name].r if name in written else 0 for name in factors}
+        report = MergeReport(out, layout, config.r, ranks, given, max(error, truncation), guarantee)
+        _card(beside, config, report, folders)
+    return report
+
+
+def _card(beside: Path, config: peft.LoraConfig, report: MergeReport, folders: Sequence[str | Path]) -> None:
+    """Of a private merge in public figures only: ranks and errors are of the noisy sum, and so are public."""
+    names = [Path(folder).name for folder in folders] if report.guarantee is None else [f"{len(folders)} adapters"]
+    facts = {
+        "Merged from": ", ".join(f"`{name}`" for name in names),
+        "Weights": ", ".join(f"{w:g}" for w in report.weights),
+        "Ranks": spread(report.ranks),
+        "Error": f"{report.relative_error:.1e} of the sum's norm",
+    }
+    more = "" if report.guarantee is None else guarantee_text(report.guarantee)
+    write_card(beside, report.folder.name, config.base_model_name_or_path, "LoRAs merged by rankwise", facts, more=more)
 
 
 def _check_privacy(privacy: tuple[float, float] | None, clip: float | None, rank: int | None, seed: int | None) -> None:
@@ -180,7 +195,7 @@ def guarantee_text(promise: Guarantee) -> str:
             f"e^{promise.epsilon:g} and {promise.delta:g}."
         )
     useless = "\nThe noise exceeds whatever the merge can hold: it is of no use.\n" if noise > largest else ""
-    return f"""# A private merge of {n} adapters
+    return f"""## A private merge of {n} adapters
 
 {holds}
 

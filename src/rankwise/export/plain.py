@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import peft
 import torch
-from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
 
@@ -16,11 +16,13 @@ from rankwise.adapters.convolution import AdapterConv2d
 from rankwise.adapters.embedding import AdapterEmbedding
 from rankwise.adapters.layer import AdapterLinear
 from rankwise.errors import AdapterFileError
-from rankwise.export.source import CONFIG, PEFT_PREFIX, TENSORS, Form, read_tensors
+from rankwise.export.source import CONFIG, PEFT_PREFIX, TENSORS, Form, opened_config, read_tensors
 from rankwise.update import Factors
 
 PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
 
+NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
+"""A module's name: no path, nothing empty."""
 BEYOND_UPDATES = ("trainable_token_indices", "target_parameters", "layer_replication")
 """Fields of PEFT's LoraConfig that make an adapter more than updates of modules."""
 STARTS = (True, False, "gaussian", "eva", "orthogonal")
@@ -49,7 +51,8 @@ def read_plain(folder: Path) -> PlainLora:
     """The plain LoRA adapter in a folder.
 
     Raises:
-        AdapterFileError: it is missing, truncated, of another kind, or has parts that a plain update cannot hold.
+        AdapterFileError: it is missing, truncated, of another kind, not finite, or has parts that a plain update cannot
+            hold.
     """
     config = _plain_config(folder)
     found: dict[str, dict[str, Tensor]] = {}
@@ -74,10 +77,7 @@ def read_plain(folder: Path) -> PlainLora:
 
 
 def _plain_config(folder: Path) -> peft.LoraConfig:
-    try:
-        config = PeftConfig.from_pretrained(str(folder)) if (folder / CONFIG).is_file() else None
-    except (ValueError, KeyError, TypeError) as error:
-        raise AdapterFileError(f"{folder / CONFIG} is not a whole adapter config ({type(error).__name__})") from error
+    config = opened_config(folder)
     if isinstance(config, AdapterConfig):
         raise AdapterFileError(f"{folder} holds a {config.method} adapter of rankwise: export it first")
     if type(config) is not peft.LoraConfig:
@@ -108,6 +108,14 @@ def _form(parts: dict[str, Tensor], embedding: bool, transposed: bool) -> Form:
 def _update(config: peft.LoraConfig, name: str, parts: dict[str, Tensor], folder: Path) -> Factors:
     if parts.keys() != {"A", "B"}:
         raise AdapterFileError(f"{folder / TENSORS} lacks half of the update of {name!r}")
+    if not NAME.fullmatch(name):
+        raise AdapterFileError(f"{folder / TENSORS} holds an update of {name!r}, which is no name of a module")
+    for part, tensor in parts.items():
+        if tensor.dim() not in (2, 4) or not tensor.is_floating_point() or not tensor.isfinite().all():
+            raise AdapterFileError(
+                f"{folder / TENSORS} must hold {part} of {name!r} as a matrix of finite numbers; found "
+                f"{tuple(tensor.shape)} of {tensor.dtype}"
+            )
     A, B = parts["A"].flatten(1), parts["B"].flatten(1)
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     r = ranks.get(get_pattern_key(list(ranks), name), config.r)

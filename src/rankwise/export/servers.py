@@ -6,7 +6,6 @@ rules were found by loading such adapters into vLLM 0.32, llama.cpp, SGLang 0.5.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 
 from rankwise.checks import require_choice
 from rankwise.errors import AdapterFileError
+from rankwise.export.plain import NAME
 from rankwise.export.shipped import Shipped, read_shipped
 from rankwise.export.source import base_forms
 
@@ -129,7 +129,7 @@ def _(shipped: Shipped) -> Iterator[str]:
 
 @rule("type")
 def _(shipped: Shipped) -> Iterator[str]:
-    kind = shipped.config.get("peft_type", "LORA")
+    kind = shipped.config.get("peft_type", "LORA" if shipped.is_diffusers else None)
     if kind != "LORA":
         yield f"peft_type is {kind!r}: it would be read as a plain LoRA (export it, or convert it first)"
 
@@ -149,6 +149,14 @@ def _(shipped: Shipped) -> Iterator[str]:
     for name, rank in (shipped.config.get("rank_pattern") or {}).items():
         if not isinstance(rank, int) or rank < 1:
             yield f"rank_pattern gives {name!r} rank {rank!r}"
+
+
+@rule("shape")
+def _(shipped: Shipped) -> Iterator[str]:
+    for name, parts in shipped.modules.items():
+        for part, tensor in parts.items():
+            if tensor.dim() not in (2, 4):
+                yield f"{part} of {name!r} is no matrix: its shape is {tuple(tensor.shape)}"
 
 
 @rule("rank of the config")
@@ -181,7 +189,7 @@ def _(shipped: Shipped) -> Iterator[str]:
 @rule("target modules", "vllm", "sglang", "llama.cpp", "peft")
 def _(shipped: Shipped) -> Iterator[str]:
     config = shipped.lora_config
-    if config is None:
+    if config is None or not config.target_modules:
         yield "the config is none that PEFT's LoRA can read"
         return
     for name in shipped.modules:
@@ -347,5 +355,5 @@ def _(shipped: Shipped) -> Iterator[str]:
 @rule("odd names")
 def _(shipped: Shipped) -> Iterator[str]:
     for name in shipped.modules:
-        if not re.fullmatch(r"[\w.\-]+", name) or ".." in name:
+        if not NAME.fullmatch(name):
             yield f"{name!r} is no name of a module"

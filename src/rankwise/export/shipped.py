@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rankwise.errors import AdapterFileError
 from rankwise.export.plain import PARTS
-from rankwise.export.source import CONFIG, PEFT_PREFIX, TENSORS, read_tensors
+from rankwise.export.source import CONFIG, PEFT_PREFIX, TENSORS, read_tensors, wrong_scale
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
@@ -135,8 +135,9 @@ def _json(text: str, file: Path) -> dict[str, Any]:
         raise AdapterFileError(f"{file} is not a whole adapter config ({type(error).__name__})") from error
     if not isinstance(found, dict):
         raise AdapterFileError(f"{file} is not a whole adapter config (it holds a {type(found).__name__})")
-    if not isinstance(found.get("r", 8), int) or not isinstance(found.get("rank_pattern") or {}, dict):
-        raise AdapterFileError(f"{file} must give r as a whole number and rank_pattern as a table")
+    wrong = wrong_scale(found)
+    if wrong:
+        raise AdapterFileError(f"{file} {wrong}")
     return found
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rankwise.checks import require_choice, require_int, require_number
 from rankwise.errors import ArgumentError, RankwiseError
+from rankwise.export.card import spread, write_card
 from rankwise.export.layouts import compact, relative_error, uniform, write
 from rankwise.export.lora import TOLERANCE
 from rankwise.export.plain import read_plain
@@ -128,8 +129,18 @@ def shrink_adapter(
             raise RankwiseError(f"what was written differs by {wrong:.1e} from the best update of its ranks")
         errors = {name: relative_error({name: f}, read) for name, f in updates.items()}
         error = relative_error(updates, read)
-    before = {name: f.r for name, f in updates.items()}
-    return ShrinkReport(out, before, ranks, _size(updates), _size(factors), errors, error)
+        before = {name: f.r for name, f in updates.items()}
+        report = ShrinkReport(out, before, ranks, _size(updates), _size(factors), errors, error)
+        how = {"energy": energy, "budget": budget, "rank": rank, "weighted": "yes" if moments else None}
+        facts = {
+            "Shrunk by": ", ".join(f"{name} {value}" for name, value in how.items() if value is not None),
+            "Ranks before": spread(before),
+            "Ranks": spread(ranks),
+            "Parameters": f"{report.parameters:,} of {report.parameters_before:,}",
+            "Error": f"{error:.2%} of ‖ΔW‖_F, read back from the file",
+        }
+        write_card(beside, out.name, plain.config.base_model_name_or_path, "A LoRA shrunk by rankwise", facts)
+    return report
 
 
 def _directions(f: Factors, C: Tensor | None) -> tuple[Tensor, Factors]:

@@ -5,7 +5,8 @@ A live model and a saved folder give the same `Source`; everything after it know
 
 from __future__ import annotations
 
-import json
+import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.lookup import adapted_layers, base_name, factors, ranks
 from rankwise.adapters.progress import LENGTH, Progress
 from rankwise.adapters.tuner import PREFIX, kind_of
-from rankwise.errors import AdapterFileError
+from rankwise.errors import AdapterFileError, RankwiseError
 from rankwise.update import Factors
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -159,15 +160,58 @@ def read_config(folder: Path) -> AdapterConfig:
     Raises:
         AdapterFileError: it is missing, broken, or of another kind.
     """
-    try:
-        config = PeftConfig.from_pretrained(str(folder)) if (folder / CONFIG).is_file() else None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise AdapterFileError(f"{folder / CONFIG} is not a whole adapter config ({type(error).__name__})") from error
+    config = opened_config(folder)
     if not isinstance(config, AdapterConfig):
         raise AdapterFileError(
             f"{folder} holds no rankwise adapter: {CONFIG} is {'missing' if config is None else 'of PEFT'}"
         )
     return config
+
+
+def opened_config(folder: Path) -> PeftConfig | None:
+    """The config in a folder as PEFT reads it; None where there is none.
+
+    Raises:
+        AdapterFileError: it is broken, of an unknown kind, or has patterns that no loader can apply.
+    """
+    file = folder / CONFIG
+    try:
+        config = PeftConfig.from_pretrained(str(folder)) if file.is_file() else None
+    except RankwiseError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise AdapterFileError(f"{file} is not a whole adapter config ({type(error).__name__})") from error
+    wrong = wrong_scale(vars(config)) if config is not None else None
+    if wrong:
+        raise AdapterFileError(f"{file} {wrong}")
+    return config
+
+
+def wrong_scale(config: Mapping[str, Any]) -> str | None:
+    """What is wrong with the entries of a config that give ranks and scales."""
+    wrong = [key for key, least in (("r", 1), ("lora_alpha", None)) if not _number(config.get(key, 8), least)]
+    for key, least in (("rank_pattern", 0), ("alpha_pattern", None)):
+        pattern = config.get(key) or {}
+        if not isinstance(pattern, dict) or not all(
+            _expression(name) and _number(value, least) for name, value in pattern.items()
+        ):
+            wrong.append(key)
+    return f"gives {wrong[0]} as {config[wrong[0]]!r:.60}, which no loader can apply" if wrong else None
+
+
+def _number(value: Any, least: int | None) -> bool:
+    """Whether a value is a finite number or missing; where `least` is asked for, whole and at least that."""
+    if least is None:
+        return value is None or (isinstance(value, int | float) and math.isfinite(value))
+    return isinstance(value, int) and value >= least
+
+
+def _expression(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -206,11 +250,15 @@ def _check_whole(
 ) -> None:
     """Raise `AdapterFileError` for a module that lacks a tensor of its method, or has one of another shape."""
     size = config.size_of(name, *shape)
-    expected = {key: slot.shape for key, slot in config.slots(size).items()} | {"progress": (LENGTH,)}
+    slots = config.slots(size)
+    expected = {key: slot.shape for key, slot in slots.items()} | {"progress": (LENGTH,)}
     for key, wanted in expected.items():
         seen = tuple(tensors[key].shape) if key in tensors else None
         if seen != wanted:
             raise AdapterFileError(f"{file} must hold {key} of {name!r} with shape {wanted}; found {seen}")
+        real = key in slots and slots[key].dtype.is_floating_point
+        if real and not tensors[key].is_floating_point():
+            raise AdapterFileError(f"{file} must hold {key} of {name!r} as real numbers; found {tensors[key].dtype}")
 
 
 def _saved_update(config: AdapterConfig, name: str, tensors: dict[str, Tensor], padding: int | None) -> Factors:
