@@ -74,7 +74,8 @@ def test_type_strings_are_namespaced_and_look_like_an_enum() -> None:
 
 
 def test_public_names() -> None:
-    names = {"Factors", "Status", "export_lora", "factors", "finalize", "import_lora", "ranks", "status"}
+    names = {"Factors", "Status", "factors", "finalize", "ranks", "status"}
+    names |= {"check_export", "export_lora", "import_lora", "merge_adapters", "shrink_adapter"}
     assert set(rankwise.__all__) == names
     assert set(dir(rankwise)) == names | {config.__name__ for config in CONFIGS.values()} | {
         "__version__",

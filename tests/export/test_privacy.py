@@ -27,7 +27,7 @@ from rankwise.cli.merge import merge
 from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.merge import merge_adapters
 from rankwise.export.plain import read_plain
-from rankwise.export.privacy import _clipped, frobenius_bound, gaussian, gaussian_sigma, sensitivity
+from rankwise.export.privacy import _clipped, gaussian, gaussian_sigma, sensitivity
 from rankwise.linalg.norms import EXPONENTS, schatten
 from rankwise.update import Factors
 
@@ -83,7 +83,7 @@ def test_no_nb_lora_exceeds_its_frobenius_bound(norm: Any, relative: bool, split
     shared: Any = {"target_modules": ["0"], "bound": 0.3, "norm": norm, "bound_relative_to_weight": relative}
     config = rankwise.NbLoraConfig(r=3, init_weights=False, learn_split=split, **shared)
     weight = nn.Linear(7, 5).weight.detach()
-    bound = frobenius_bound(config, "0", (5, 7), weight if relative else None)
+    bound = config.norm_bound(config.size_of("0", 5, 7), lambda: weight)
     largest = 0.0
     for seed in range(20):
         torch.manual_seed(seed)
@@ -98,10 +98,14 @@ def test_no_nb_lora_exceeds_its_frobenius_bound(norm: Any, relative: bool, split
     assert bound == pytest.approx(reached)
 
 
+def bound_of(config: Any, out: int, into: int) -> float:
+    return config.norm_bound(config.size_of("0", out, into), lambda: torch.ones(out, into))
+
+
 def test_bounds_of_singular_values_give_their_2_norm() -> None:
     config = rankwise.NbLoraConfig(r=3, target_modules=["0"], singular_value_bounds=[1, 3, 4])
-    assert frobenius_bound(config, "0", (9, 9), None) == pytest.approx(26**0.5)
-    assert frobenius_bound(config, "0", (2, 9), None) == pytest.approx(5)  # the rank is clamped: the largest two
+    assert bound_of(config, 9, 9) == pytest.approx(26**0.5)
+    assert bound_of(config, 2, 9) == pytest.approx(5)  # the rank is clamped: the largest two
 
 
 def test_no_replaced_adapter_moves_a_clipped_sum_further_than_the_sensitivity() -> None:
@@ -196,7 +200,7 @@ def test_bounds_that_are_not_common_proven_or_kept_are_refused(base: Path, tmp_p
     plain = tmp_path / "plain"
     config = peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     get_peft_model(LlamaForCausalLM.from_pretrained(base), config).save_pretrained(str(plain))
-    with pytest.raises(ArgumentError, match="`clip` must be given unless all adapters are of NB-LoRA"):
+    with pytest.raises(ArgumentError, match="`clip` must be given unless all adapters are of one method"):
         merge_adapters([plain], tmp_path / "out", **ask)
     with pytest.raises(ArgumentError, match="`rank` must be given"):
         merge_adapters([plain], tmp_path / "out", privacy=(1, 1e-5), clip=1)

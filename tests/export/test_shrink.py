@@ -276,7 +276,7 @@ def test_adapters_that_cannot_be_shrunk(tmp_path: Path) -> None:
     tensors = load_file(source / "adapter_model.safetensors")
     tensors["base_model.model.mid.lora_A.weight"][0, 0] = torch.nan
     save_file(tensors, source / "adapter_model.safetensors", {"format": "pt"})
-    with pytest.raises(RankwiseError, match="the update of module 'mid' holds NaN or infinity"):
+    with pytest.raises(RankwiseError, match="holds NaN or infinity in 'mid'"):
         shrink_adapter(source, tmp_path / "small", rank=2)
 
 

@@ -111,11 +111,11 @@ def _update(config: peft.LoraConfig, name: str, parts: dict[str, Tensor], folder
     if not NAME.fullmatch(name):
         raise AdapterFileError(f"{folder / TENSORS} holds an update of {name!r}, which is no name of a module")
     for part, tensor in parts.items():
-        if tensor.dim() not in (2, 4) or not tensor.is_floating_point() or not tensor.isfinite().all():
-            raise AdapterFileError(
-                f"{folder / TENSORS} must hold {part} of {name!r} as a matrix of finite numbers; found "
-                f"{tuple(tensor.shape)} of {tensor.dtype}"
-            )
+        if tensor.dim() not in (2, 4) or not tensor.is_floating_point():
+            seen = f"{tuple(tensor.shape)} of {tensor.dtype}"
+            raise AdapterFileError(f"{folder / TENSORS} must hold {part} of {name!r} as a real matrix; found {seen}")
+        if not tensor.isfinite().all():
+            raise AdapterFileError(f"{folder / TENSORS} holds NaN or infinity in {name!r}")
     A, B = parts["A"].flatten(1), parts["B"].flatten(1)
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
     r = ranks.get(get_pattern_key(list(ranks), name), config.r)

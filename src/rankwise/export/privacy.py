@@ -16,7 +16,7 @@ import math
 import os
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -24,18 +24,17 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr
 from torch import Tensor, nn
 
+from rankwise.adapters.configs import AdapterConfig
 from rankwise.checks import require_number
 from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.combine import common, public_modules
 from rankwise.export.layouts import Adapter
 from rankwise.export.source import Form
-from rankwise.linalg.norms import EXPONENTS, schatten
 from rankwise.linalg.svd import leading_triplets, leading_triplets_full
-from rankwise.methods.nblora import NbLora
+from rankwise.methods import METHODS
 from rankwise.update import Factors
 
-BOUNDS = ("r", "rank_pattern", "norm", "bound", "bound_relative_to_weight", "singular_value_bounds")
-"""Config fields that NB-LoRA's bounds follow from."""
+UNBOUNDED = "be given unless all adapters are of one method that bounds their norms by construction (NB-LoRA)"
 ROUNDING = 1e-6
 """By how much a bounded update may exceed its bound in float32; it is scaled back by that."""
 FULL = 1024
@@ -106,21 +105,6 @@ def sensitivity(weights: Sequence[float], bound: float) -> float:
     return 2 * max(abs(w) for w in weights) * bound
 
 
-def frobenius_bound(config: NbLora, name: str, shape: tuple[int, int], weight: Tensor | None) -> float:
-    """What ‖ΔW‖_F of a module cannot exceed, by the construction of NB-LoRA.
-
-    ‖σ‖_p ≤ d gives ‖σ‖_2 ≤ d·r^max(0, 1/2 − 1/p): √r·d for the spectral norm, d for Frobenius and nuclear. Bounds of
-    every singular value give their 2-norm. `weight` is the base layer's, where the bound is relative to it.
-    """
-    whole: Any = config
-    r = whole.size_of(name, *shape).r
-    if config.singular_value_bounds is not None:
-        return math.hypot(*sorted(config.singular_value_bounds)[-r:])
-    p = float(EXPONENTS[config.norm] if isinstance(config.norm, str) else config.norm)
-    share = 1.0 if weight is None else float(schatten(weight, p))
-    return config.bound * share * r ** max(0.0, 0.5 - 1 / p)
-
-
 def private_sum(
     adapters: Sequence[Adapter],
     weights: Sequence[float],
@@ -142,7 +126,7 @@ def private_sum(
     modules = public_modules(adapters, forms)
     if clip is None:
         bounds = _proven_bounds(adapters, modules, model)
-        bound, origin = math.hypot(*bounds.values()), "the construction of NB-LoRA, from the config all adapters share"
+        bound, origin = math.hypot(*bounds.values()), "construction, from the config all adapters share"
         limited = [{name: _limited(f, bounds[name], name) for name, f in a.updates.items()} for a in adapters]
     else:
         bound, origin = clip, "clipping: each adapter's whole update was scaled down to that norm"
@@ -174,16 +158,21 @@ def gaussian(shape: tuple[int, int], sigma: float, draw: Callable[[int], bytes] 
 
 
 def _proven_bounds(adapters: Sequence[Adapter], modules: Mapping[str, tuple[int, int]], model: Any) -> dict[str, float]:
-    """δ_l of every module, the same for every adapter."""
-    if not all(isinstance(adapter.config, NbLora) for adapter in adapters):
-        raise ArgumentError("clip", "be given unless all adapters are of NB-LoRA, bounded by construction", None)
-    config, whole = common(adapters, BOUNDS), model
-    if not config.starts_from_weight:
-        return {name: frobenius_bound(config, name, shape, None) for name, shape in modules.items()}
-    if any(t.is_meta for t in whole.parameters()):
+    """δ_l of every module, the same for every adapter, by the construction of the method they share."""
+    first, whole = adapters[0].config, model
+    if not isinstance(first, AdapterConfig):
+        raise ArgumentError("clip", UNBOUNDED, None)
+    config = common(adapters, ("method", "r", "rank_pattern", *(f.name for f in fields(METHODS[first.method]))))
+    if config.starts_from_weight and any(t.is_meta for t in whole.parameters()):
         whole = type(whole).from_pretrained(whole.name_or_path)
     layers = dict(whole.named_modules())
-    return {name: frobenius_bound(config, name, shape, layers[name].weight.detach()) for name, shape in modules.items()}
+    found = {
+        name: config.norm_bound(config.size_of(name, *shape), lambda name=name: layers[name].weight.detach().float())
+        for name, shape in modules.items()
+    }
+    if None in found.values():
+        raise ArgumentError("clip", UNBOUNDED, None)
+    return found
 
 
 def _limited(f: Factors, bound: float, name: str) -> Factors:

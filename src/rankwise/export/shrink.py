@@ -23,7 +23,6 @@ from rankwise.export.card import spread, write_card
 from rankwise.export.layouts import compact, relative_error, uniform, write
 from rankwise.export.lora import TOLERANCE
 from rankwise.export.plain import read_plain
-from rankwise.export.source import finite
 from rankwise.files import whole_folder
 from rankwise.linalg.budget import best_ranks
 from rankwise.precision import exact
@@ -106,9 +105,6 @@ def shrink_adapter(
         raise ArgumentError("out", "not exist yet, or be replaced with overwrite", str(out))
     plain = read_plain(folder)
     updates = plain.updates
-    broken = finite(updates)
-    if broken:
-        raise RankwiseError(f"the update of module {broken!r} holds NaN or infinity")
     moments = {} if second_moments is None else _checked(second_moments, updates)
     found = {name: _directions(f, moments.get(name)) for name, f in updates.items()}
     energies = {name: S.square() for name, (S, _) in found.items()}

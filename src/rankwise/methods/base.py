@@ -134,6 +134,10 @@ class Method:
         rows = t["A"]
         return torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
 
+    def norm_bound(self, size: Size, weight: Callable[[], Tensor]) -> float | None:
+        """What ‖ΔW‖_F cannot exceed, however it is trained; None if nothing in its construction bounds it."""
+        return None
+
     def needs(self, step: Step) -> tuple[str, str] | None:
         """An argument the method cannot run without and was not given, as ("name=example", "its meaning")."""
         return None

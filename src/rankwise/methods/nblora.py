@@ -143,6 +143,11 @@ class NbLora(Method):
             )
         return (self.bound * whole).float().unsqueeze(0)
 
+    def norm_bound(self, size: Size, weight: Callable[[], Tensor]) -> float | None:
+        """‖σ‖_2 ≤ δ·r^max(0, 1/2 − 1/p) where ‖σ‖_p ≤ δ; the 2-norm of a vector of bounds."""
+        share = 1.0 if self.singular_value_bounds is not None else size.r ** max(0.0, 0.5 - 1 / self._p)
+        return share * float(exact(self._absolute(size, weight)).norm())
+
     def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
         """2·Bᵀ diag(s) A or U diag(s ∘ sin v) Vᵀ, with s divided by what rounding may have added to the factors."""
         if self.parameterization == "joint":
