@@ -62,6 +62,12 @@ class Factors(NamedTuple):
         U, S, Vh = torch.linalg.svd(RB @ RA.mT, full_matrices=False)
         return Factors(QB @ U, S, Vh @ QA.mT)
 
+    def norm(self) -> float:
+        """‖ΔW‖_F of one layer in float64, by two QR decompositions: right even where large factors cancel."""
+        B, s, A = (exact(t.detach()) for t in self)
+        RB, RA = torch.linalg.qr(B * s, mode="r").R, torch.linalg.qr(A.mT, mode="r").R
+        return float((RB @ RA.mT).norm())
+
     def rounding(self) -> float:
         """How far the update of one layer can be off by cancellation in float64: 1e-14 of its uncancelled size."""
         B, s, A = (exact(t.detach()) for t in self)

@@ -382,3 +382,14 @@ def test_relative_error_is_that_of_the_dense_updates() -> None:
     assert relative_error(one, other) == pytest.approx(float(dense), rel=1e-5)
     assert relative_error(one, one) <= 1e-15
     assert relative_error(one, {}) == pytest.approx(1.0)
+
+
+def test_a_folder_names_modules_as_its_task_does(tmp_path: Path) -> None:
+    """A bare encoder's checkpoint under a classifier: the config's own class would name the modules otherwise."""
+    tiny_bert().bert.save_pretrained(tmp_path / "base")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    config = rankwise.SoraConfig(r=3, target_modules=["query"], task_type="SEQ_CLS", init_weights=False)
+    adapted = get_peft_model(model, config).eval()
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    report = rankwise.export_lora(tmp_path / "adapter", tmp_path / "out")
+    assert set(report.ranks) == set(rankwise.ranks(adapted))

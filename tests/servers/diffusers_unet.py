@@ -19,7 +19,7 @@ def main(names: list[str]) -> None:
         pipeline = StableDiffusionPipeline(
             unet=unet, scheduler=DDIMScheduler(), requires_safety_checker=False, **others
         )
-        pipeline.load_lora_weights(adapter("unet", name), weight_name="pytorch_lora_weights.safetensors")
+        pipeline.load_lora_weights(adapter("unet-diffusers", name))
         answers[name] = denoised(pipeline.unet).tolist()
     hand_over("diffusers", answers)
 

@@ -8,7 +8,6 @@ an adapter that is left out, or scaled wrongly, changes log-probabilities by who
 
 from __future__ import annotations
 
-import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +21,6 @@ import sentencepiece
 import torch
 from diffusers import UNet2DConditionModel
 from peft import get_peft_model
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -145,15 +143,6 @@ def trained(base: nn.Module, method: str, fields: dict[str, Any]) -> nn.Module:
     return model.eval()
 
 
-def for_diffusers(folder: Path) -> None:
-    """The same adapter in diffusers' form beside PEFT's, the config in the file's header."""
-    tensors = load_file(folder / "adapter_model.safetensors")
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    header = {"format": "pt", "lora_adapter_metadata": json.dumps({f"unet.{key}": config[key] for key in config})}
-    renamed = {key.replace("base_model.model.", "unet.", 1): tensor for key, tensor in tensors.items()}
-    save_file(renamed, folder / "pytorch_lora_weights.safetensors", header)
-
-
 KINDS = {
     "llama": (llama, adapted, next_token),
     "smollm2": (smollm2, trained, greedy),
@@ -174,7 +163,8 @@ def main(base: str, methods: list[str]) -> None:
             folder = adapter(base, f"{layout}/{method}")
             rankwise.export_lora(model, folder, layout=layout, overwrite=True)
             if base == "unet":
-                for_diffusers(folder)
+                renamed = adapter("unet-diffusers", f"{layout}/{method}")
+                rankwise.export_lora(model, renamed, layout=layout, server="diffusers", overwrite=True)
             answers[f"{layout}/{method}"] = answer(model).tolist()
     hand_over(f"rankwise-{base}", answers)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Column, Table
 
     from rankwise.export.shrink import ShrinkReport
 
@@ -65,12 +65,12 @@ def shrink(
 
 def _table(report: ShrinkReport, every: bool) -> Table:
     """A row for each name that differs only in layer numbers, or for every module."""
-    from rich.table import Table
+    from rich.table import Column, Table
 
     groups: dict[str, list[str]] = defaultdict(list)
     for name in report.ranks:
         groups[name if every else re.sub(r"(?<![^.])\d+(?![^.])", "*", name)].append(name)
-    table = Table("module", "modules", "rank", "→ kept", "mean", "largest error")
+    table = Table(Column("module", overflow="fold"), "modules", "rank", "→ kept", "mean", "largest error")
     for column in table.columns[1:]:
         column.justify = "right"
     for group, names in groups.items():
@@ -121,24 +121,15 @@ def _moments(adapter: Path, base: str, calibration: Path) -> dict[str, Any]:
 
 def _open(base: str, task: str | None) -> Any:
     """The base model, as the class that the adapter's task names its modules by."""
-    import transformers
+    from transformers import AutoConfig
 
     from rankwise.compare.models import locate
     from rankwise.errors import ArgumentError
+    from rankwise.export.source import model_class
 
-    kinds = {
-        "SEQ_CLS": "SequenceClassification",
-        "TOKEN_CLS": "TokenClassification",
-        "QUESTION_ANS": "QuestionAnswering",
-    }
-    kinds |= {"CAUSAL_LM": "CausalLM", "SEQ_2_SEQ_LM": "Seq2SeqLM"}
     place = locate(base)
     try:
-        config = transformers.AutoConfig.from_pretrained(place)
-        named = [getattr(transformers, name, None) for name in config.architectures or ()]
-        own = next((cls for cls in named if cls), transformers.AutoModel)
-        cls = getattr(transformers, f"AutoModelFor{kinds[task]}") if task in kinds else own
-        return cls.from_pretrained(place, dtype="auto")
+        return model_class(AutoConfig.from_pretrained(place), task).from_pretrained(place, dtype="auto")
     except (OSError, ValueError) as error:
         raise ArgumentError("--base", "be a folder, hub id or embedded model that opens", base) from error
 

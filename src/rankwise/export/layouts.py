@@ -178,12 +178,12 @@ def relative_error(updates: Mapping[str, Factors], others: Mapping[str, Factors]
     difference = size = rounding = 0.0
     for name, f in updates.items():
         both = Factors(*(t.cpu().double() for t in f))
-        size += float(both.singular_values().square().sum())
+        size += both.norm() ** 2
         rounding += both.rounding() ** 2
         if name in others:
             B, s, A = (t.cpu().double() for t in others[name])
             both = Factors(torch.cat([both.B, B], 1), torch.cat([both.s, -s]), torch.cat([both.A, A]))
-        difference += float(both.singular_values().square().sum())
+        difference += both.norm() ** 2
     if difference <= rounding:
         return 0.0
     return (difference / max(size, rounding)) ** 0.5

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import PeftModel
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig
 
 from rankwise.errors import AdapterFileError
+from rankwise.export.source import model_class, task_of
 
 SAMPLES, TOKENS = 2, 16
 
@@ -36,10 +36,9 @@ def logits_error(model: str | Path, adapter: Path, export: Path) -> float:
 
 
 def _opened(model: str | Path, adapter: Path) -> Any:
-    """The base model in float32, as the class its own config names."""
+    """The base model in float32, as the class whose modules the adapter names."""
     try:
-        config = AutoConfig.from_pretrained(model)
-        named = [getattr(transformers, name, None) for name in config.architectures or ()]
-        return next((cls for cls in named if cls), AutoModel).from_pretrained(model, dtype=torch.float32)
+        cls = model_class(AutoConfig.from_pretrained(model), task_of(adapter))
+        return cls.from_pretrained(model, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise AdapterFileError(f"the base model {str(model)!r} of {adapter} does not open") from error

@@ -5,6 +5,7 @@ A live model and a saved folder give the same `Source`; everything after it know
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -19,7 +20,7 @@ from peft import PeftConfig, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.adapters.configs import AdapterConfig
@@ -34,6 +35,14 @@ from rankwise.update import Factors
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PEFT_PREFIX = "base_model.model."
+TASKS = {
+    "SEQ_CLS": "SequenceClassification",
+    "TOKEN_CLS": "TokenClassification",
+    "QUESTION_ANS": "QuestionAnswering",
+    "CAUSAL_LM": "CausalLM",
+    "SEQ_2_SEQ_LM": "Seq2SeqLM",
+}
+"""What transformers calls the models of PEFT's tasks."""
 BOUNDED = "max_norm bounds the columns of A wherever they are looked up, and an export may hold another A"
 
 
@@ -238,11 +247,28 @@ def skeleton(base: str | Path | None, adapter: Path) -> nn.Module:
         raise AdapterFileError(f"{adapter} does not say its base model; pass `base`")
     try:
         config = AutoConfig.from_pretrained(base)
-        named = [getattr(transformers, name, None) for name in config.architectures or ()]
         with init_empty_weights():
-            return next((cls(config) for cls in named if cls), None) or AutoModel.from_config(config)
+            cls = model_class(config, task_of(adapter))
+            return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
     except (OSError, ValueError) as error:
         raise AdapterFileError(f"the base model {str(base)!r} of {adapter} does not open; pass `base`") from error
+
+
+def task_of(adapter: Path) -> str | None:
+    """The task an adapter was made for, which its modules' names go with."""
+    try:
+        return json.loads((adapter / CONFIG).read_text(encoding="utf-8")).get("task_type")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+
+
+def model_class(config: PretrainedConfig, task: str | None) -> Any:
+    """The class whose modules an adapter names: the config's own, unless the adapter's task wants another head."""
+    named = next((cls for name in config.architectures or () if (cls := getattr(transformers, name, None))), None)
+    kind = TASKS.get(task or "")
+    if named is not None and (kind is None or named.__name__.endswith(kind)):
+        return named
+    return getattr(transformers, f"AutoModelFor{kind}") if kind else AutoModel
 
 
 def _check_whole(
