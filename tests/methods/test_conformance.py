@@ -234,6 +234,28 @@ def test_two_adapters_train_apart(name: str, case: Case, batch: Batch) -> None:
 
 
 @ROWS
+def test_two_adapters_at_once_add_up_and_unmerge_to_the_bit(name: str, case: Case) -> None:
+    x = torch.arange(24).view(2, 12) % 90
+    torch.manual_seed(2)
+    fields = {"task_type": "CAUSAL_LM", "init_weights": False}
+    model = get_peft_model(tiny_gpt2(), config_of(name, case, **fields)).eval()
+    model.add_adapter("other", config_of(name, case, **fields))
+    model.base_model.set_adapter(["default", "other"])
+    plain, before = tiny_gpt2().eval(), {key: t.clone() for key, t in model.state_dict().items()}
+    with torch.no_grad():
+        for adapter in ("default", "other"):
+            for key, f in rankwise.factors(model, adapter).items():
+                plain.get_submodule(key).weight += f.delta().T  # a Conv1D's weight is (in, out)
+        both, expected = model(x).logits, plain(x).logits
+        scale = float(expected.abs().max())
+        assert float((both - expected).abs().max()) <= 1e-4 * scale
+        model.merge_adapter()
+        assert float((model(x).logits - both).abs().max()) <= 1e-4 * scale
+        model.unmerge_adapter()
+    assert all(torch.equal(before[key], t) for key, t in model.state_dict().items())
+
+
+@ROWS
 def test_copied_model_trains_like_the_first(name: str, case: Case, batch: Batch) -> None:
     model = adapted(name, case)
     optimizer = optimizer_of(model)

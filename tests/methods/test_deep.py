@@ -140,6 +140,13 @@ def test_a_batch_of_its_own_gives_the_start_and_leaves_no_trace(form: str, batch
     assert (rankwise.status(model).step, rankwise.status(model).steps_skipped) == (2, 0)
 
 
+def test_a_batch_without_labels_is_named(batch: Batch) -> None:
+    model = adapted(init_batch={"input_ids": batch["input_ids"]})
+    model(**batch).loss.backward()
+    with pytest.raises(ArgumentError, match=r"`init_batch` must give a model output with \.loss"):
+        optimizer_of(model).step()
+
+
 def test_saved_before_and_after_the_start(batch: Batch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whenever it was saved, a run goes on bit for bit; what has its start never gets another."""
     first, other = halves(batch)

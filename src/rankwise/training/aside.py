@@ -19,15 +19,15 @@ Development = Batch | Callable[[nn.Module], Any]
 """A mapping of model inputs whose output has `.loss`, or a function of the model."""
 
 
-def loss_of(model: nn.Module, batch: Batch) -> Tensor:
-    """The model's own loss on a batch.
+def loss_of(model: nn.Module, batch: Batch, argument: str = "score_batch") -> Tensor:
+    """The model's own loss on a batch, which the user gave as `argument`.
 
     Raises:
         ArgumentError: the output has no loss.
     """
     loss = getattr(model(**batch), "loss", None)
     if loss is None:
-        raise ArgumentError("score_batch", "give a model output with .loss (does it hold labels?)", sorted(batch))
+        raise ArgumentError(argument, "give a model output with .loss (does it hold labels?)", sorted(batch))
     return loss
 
 
@@ -94,7 +94,7 @@ def backward_through(roster: Roster) -> None:
         p.grad = None
     try:
         with torch.enable_grad(), random_states():
-            loss: Any = batch(model) if callable(batch) else loss_of(model, on_device_of(model, batch))
+            loss: Any = batch(model) if callable(batch) else loss_of(model, on_device_of(model, batch), "init_batch")
             loss.backward()  # not autograd.grad, which passes by the blocks that reentrant checkpointing recomputes
     finally:
         for p, gradient in held:

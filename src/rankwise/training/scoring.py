@@ -1,8 +1,8 @@
 """Scores of a model with single ranks left out, and with single ranks alone, for far less than two forwards each.
 
-Leaving a rank out changes nothing before its own block, and neither does adding one rank to the base model. So the
-outputs of all blocks are kept from one run of each, every scored run starts at its rank's block, and many ranks share
-one forward pass: the batch is repeated, and gates differ from sample to sample.
+Leaving a rank out changes nothing before its own layer, and neither does adding one rank to the base model. So the
+outputs of modules are kept from one run of each, every scored run starts at its rank's layer, and many ranks share one
+forward pass: the batch is repeated, and gates differ from sample to sample.
 
 Models whose blocks cannot be told, or are called more than once, are scored run by run: slower, and the same numbers.
 """
