@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from rankwise.errors import ArgumentError
 
@@ -40,6 +41,18 @@ def require_batch(argument: str, value: object) -> None:
     """Raise unless `value` is None, a mapping of model inputs, or a function of the model."""
     if value is not None and not callable(value) and not isinstance(value, Mapping):
         raise ArgumentError(argument, "be a mapping of model inputs or a function of the model", value)
+
+
+def require_room(argument: str, out: Path, *, overwrite: bool, reads: Iterable[str | Path] = ()) -> None:
+    """`out` must be free, or a folder to be replaced, and hold nothing that is read."""
+    for read in reads:
+        at = Path(read).resolve()
+        if out.resolve() in (at, *at.parents):
+            raise ArgumentError(argument, f"be another folder than {str(read)!r}, and not one around it", str(out))
+    if (out.exists() or out.is_symlink()) and not overwrite:
+        raise ArgumentError(argument, "not exist yet, or be replaced with overwrite", str(out))
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise ArgumentError(argument, "be a folder", str(out))
 
 
 @functools.cache

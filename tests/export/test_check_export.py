@@ -119,6 +119,11 @@ TRAPS: dict[str, tuple[str, set[str], Callable[[Config, Tensors], Any]]] = {
     "rsLoRA": ("rsLoRA", {"sglang", "llama.cpp"}, set_to(use_rslora=True)),
     "alpha_pattern": ("alpha per module", {"sglang", "llama.cpp"}, set_to(alpha_pattern={"q_proj": 8})),
     "rank_pattern": ("rank per module", {"sglang"}, set_to(rank_pattern={"nothing": 4})),
+    "a convolution": (
+        "convolution",
+        PLAIN,
+        lambda _, t: t.update({key: value[..., None, None] for key, value in t.items() if Q in key}),
+    ),
     "an expression": ("regular expression", {"sglang"}, set_to(target_modules=r".*\.(\w+_proj)")),
     "q without v": ("modules kept together", {"sglang"}, dropped("v_proj")),
     "k and v without q": ("modules kept together", {"sglang"}, dropped("q_proj")),
@@ -136,6 +141,13 @@ def test_a_trap_is_found_by_its_rule_and_for_its_servers_only(trap: str, base: P
         assert (rule in found) == (server in servers), (server, found)
 
 
+def test_tokens_of_its_own(base: Path, tmp_path: Path) -> None:
+    written(tmp_path / "lora", base)
+    (tmp_path / "lora" / "added_tokens.json").write_text("{}")
+    assert [p.rule for p in rankwise.check_export(tmp_path / "lora", "sglang", base=base).problems] == ["added tokens"]
+    assert rankwise.check_export(tmp_path / "lora", "vllm", base=base).problems == []
+
+
 def test_a_rank_that_vllm_cannot_be_started_with(base: Path, tmp_path: Path) -> None:
     written(tmp_path / "lora", base)
     edited(tmp_path / "lora", set_to(rank_pattern={"nothing": 513}))
@@ -145,6 +157,7 @@ def test_a_rank_that_vllm_cannot_be_started_with(base: Path, tmp_path: Path) -> 
 
 def test_every_rule_has_a_trap() -> None:
     tested = {rule for rule, _, _ in TRAPS.values()} | {"rank limit", "diffusers' names", "diffusers' scale"}
+    tested |= {"diffusers' file", "added tokens"}
     assert {rule.name for rule in RULES} == tested
 
 
@@ -214,9 +227,12 @@ def test_diffusers_gets_one_file_under_its_names_with_the_config_in_its_header(t
     rankwise.export_lora(model, tmp_path / "plain")
     rules = {problem.rule for problem in rankwise.check_export(tmp_path / "plain", "diffusers").problems}
     assert rules == {"diffusers' names"}
-    save_file(tensors | {"to_q.alpha": torch.tensor(8.0)}, tmp_path / "lora" / DIFFUSERS)
-    rules = {problem.rule for problem in rankwise.check_export(tmp_path / "lora", "diffusers").problems}
-    assert "diffusers' scale" in rules
+    for alpha, broken in ((4.0, set()), (8.0, {"diffusers' scale"})):
+        save_file(tensors | {"unet.to_q.alpha": torch.tensor(alpha)}, tmp_path / "lora" / DIFFUSERS)
+        assert {p.rule for p in rankwise.check_export(tmp_path / "lora", "diffusers").problems} == broken
+    save_file({key.replace("unet.", ""): t for key, t in tensors.items()}, tmp_path / "lora" / DIFFUSERS)
+    assert {p.rule for p in rankwise.check_export(tmp_path / "lora", "diffusers").problems} == {"prefix"}
+    assert "diffusers' file" in {p.rule for p in rankwise.check_export(tmp_path / "lora", "vllm").problems}
 
 
 def test_the_commands(base: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def saved(folder: Path, model: Any, seed: int = 0, **fields: Any) -> Path:
 
 
 def files(folder: Path) -> set[str]:
-    return {file.name for file in folder.iterdir()}
+    return {file.name for file in folder.iterdir()} - {"README.md"}
 
 
 @pytest.mark.parametrize("shard", ["5GB", "8KB"])
@@ -149,6 +149,39 @@ print(peak() - before)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
+def test_a_shard_outside_its_folder_is_refused(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    llama().save_pretrained(base)
+    adapter = saved(tmp_path / "lora", llama())
+    (tmp_path / "evil.safetensors").write_bytes((base / "model.safetensors").read_bytes())
+    kept = (tmp_path / "evil.safetensors").read_bytes()
+    index = {"weight_map": {"lm_head.weight": "../evil.safetensors"}}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(RankwiseError, match="names a file outside its folder"):
+        merge_into_base([adapter], base, tmp_path / "out")
+    assert (tmp_path / "evil.safetensors").read_bytes() == kept
+
+
+@pytest.mark.parametrize("broken", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("data", [b"", b'{"half', b"\xff" * 16])
+def test_a_broken_base_is_one_sentence(broken: str, data: bytes, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    adapter = saved(tmp_path / "lora", llama())
+    (tmp_path / "base" / broken).write_bytes(data)
+    with pytest.raises(RankwiseError):
+        merge_into_base([adapter], tmp_path / "base", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", [".", "base", "lora"])
+def test_what_is_read_is_never_replaced(out: str, tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    adapter = saved(tmp_path / "lora", llama())
+    with pytest.raises(ArgumentError, match="`out` must be another folder than"):
+        merge_into_base([adapter], tmp_path / "base", tmp_path / out, overwrite=True)
+    assert (tmp_path / "base" / "model.safetensors").is_file()
+
+
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     small, large = (peak(tmp_path / str(shards), shards) for shards in (3, 12))
     print(f"peak above the start: {small:.1f} MiB for a model of 48, {large:.1f} for one of 192")

@@ -49,9 +49,7 @@ CHILD = """
 
 
 @pytest.fixture(scope="module")
-def whole(
-    batch: dict[str, Tensor], tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, dict[str, Tensor]]]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dict[str, Tensor]]]:
     """What nine steps come to without a break; saved after six of them, and gone on with in a new process."""
     folder = tmp_path_factory.mktemp("processes")
     tokens = torch.arange(48).view(4, 12) % 90

@@ -36,6 +36,7 @@ from rankwise.compare.models import open_model, open_tokenizer
 from rankwise.compare.plan import Plan, Run, make_config
 from rankwise.compare.results import Result
 from rankwise.export.lora import export_lora
+from rankwise.export.source import COMMAND
 from rankwise.files import whole_folder
 from rankwise.methods import METHODS
 from rankwise.training.status import status
@@ -75,6 +76,7 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
     scores = {name: _score(trainer, getattr(plan.splits, name), plan) for name in ("validation", "test")}
     with whole_folder(output / "adapters" / run.key) as folder:
         model.save_pretrained(str(folder))
+        (folder / COMMAND).write_text(command + "\n", encoding="utf-8")
     exported = export_lora(model, output / "exports" / run.key, command=command, overwrite=True)
     now = status(model)
     metric, *extra = scores["test"]

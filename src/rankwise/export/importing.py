@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rankwise.adapters.configs import AdapterConfig
 from rankwise.adapters.lookup import adapted_layers
-from rankwise.errors import ArgumentError
+from rankwise.errors import AdapterFileError, ArgumentError
 from rankwise.export.plain import PlainLora, read_plain
 
 
@@ -81,4 +81,9 @@ def _completed(config: AdapterConfig, plain: PlainLora) -> AdapterConfig:
 def _load_others(model: nn.Module, others: dict[str, Tensor], adapter: str) -> None:
     if others:
         state = get_peft_model_state_dict(model, adapter_name=adapter)
-        set_peft_model_state_dict(model, state | others, adapter_name=adapter)
+        try:
+            set_peft_model_state_dict(model, state | others, adapter_name=adapter)
+        except RuntimeError as error:
+            raise AdapterFileError(
+                f"modules trained in full do not fit the model: {str(error).splitlines()[-1]}"
+            ) from error

@@ -13,7 +13,7 @@ from torch import nn
 from rankwise.adapters.configs import AdapterConfig
 from rankwise.adapters.lookup import reduced
 from rankwise.adapters.progress import unfinished
-from rankwise.checks import require_choice, require_int
+from rankwise.checks import require_choice, require_int, require_room
 from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.card import DIFFUSERS_LOAD, spread, write_card
 from rankwise.export.layouts import compact, leading, relative_error, uniform, write
@@ -21,7 +21,7 @@ from rankwise.export.logits import logits_error
 from rankwise.export.plain import read_plain
 from rankwise.export.servers import SERVERS, lora_rank, missing_beside, problems_of
 from rankwise.export.shipped import read_shipped, rename_for_diffusers
-from rankwise.export.source import Source, finite, from_folder, from_model
+from rankwise.export.source import Source, finite, from_folder, from_model, not_finite, recorded
 from rankwise.files import whole_folder
 from rankwise.methods import METHODS
 from rankwise.update import Factors
@@ -104,9 +104,9 @@ def export_lora(
         require_int("rank", rank, least=1)
     if server is not None:
         require_choice("server", server, SERVERS)
-    if folder.exists() and not overwrite:
-        raise ArgumentError("folder", "not exist yet, or be replaced with overwrite", str(folder))
     live = isinstance(model_or_folder, nn.Module)
+    read = [at for at in (model_or_folder, base, logits_of) if isinstance(at, str | Path)]
+    require_room("folder", folder, overwrite=overwrite, reads=read)
     source = from_model(model_or_folder, adapter) if live else from_folder(Path(model_or_folder), base)
     _check(source)
     left = None if live else unfinished(source.config, source.progress, source.ranks)  # a live model's state has warned
@@ -125,12 +125,12 @@ def export_lora(
                 raise RankwiseError(f"the export would differ from the adapter by {error:.1e}, more than {allowed:.1e}")
         logits = None if logits_of is None else _checked_logits(logits_of, model_or_folder, beside, written, source)
         if server is not None:
-            _for_server(beside, server, source, model_or_folder if live else base)
+            _for_server(beside, server, source)
         ranks = {name: written[name].r if name in written else 0 for name in factors}
         limit = None if server is None else lora_rank(server, config.r)
         parameters = sum(f.B.numel() + f.A.numel() for f in factors.values())
         report = ExportReport(folder, layout, config.r, ranks, parameters, error, limit, logits)
-        _card(beside, folder, source, config, report, server, command)
+        _card(beside, folder, source, config, report, server, command or (None if live else recorded(model_or_folder)))
     return report
 
 
@@ -151,6 +151,9 @@ def _check(source: Source) -> None:
     broken = finite(source.updates)
     if broken:
         raise RankwiseError(f"the update of module {broken!r} holds NaN or infinity")
+    broken = not_finite(source.others)
+    if broken:
+        raise RankwiseError(f"{broken!r}, trained in full, holds NaN or infinity")
 
 
 def _laid_out(
@@ -201,10 +204,10 @@ def _card(
     write_card(beside, folder.name, config.base_model_name_or_path, "A LoRA trained by rankwise", facts, **load)
 
 
-def _for_server(folder: Path, server: str, source: Source, base: object) -> None:
+def _for_server(folder: Path, server: str, source: Source) -> None:
     """Give a written adapter the server's names, and make sure that the server takes it."""
     if server == "diffusers":
-        rename_for_diffusers(folder, base)
+        rename_for_diffusers(folder, source.base_class)
     shipped = read_shipped(folder)
     shipped.base = {name: form.shape for name, form in source.forms.items()}
     problems = problems_of(shipped, server)

@@ -17,7 +17,7 @@ import peft
 from peft import PeftConfig
 from torch import nn
 
-from rankwise.checks import require_choice, require_int, require_number
+from rankwise.checks import require_choice, require_int, require_number, require_room
 from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.card import spread, write_card
 from rankwise.export.combine import FROZEN, Merged, combined, given_weights, opened, read_adapters
@@ -100,8 +100,7 @@ def merge_adapters(
     if rank is not None:
         require_int("rank", rank, least=1)
     _check_privacy(privacy, clip, rank, seed)
-    if out.exists() and not overwrite:
-        raise ArgumentError("out", "not exist yet, or be replaced with overwrite", str(out))
+    require_room("out", out, overwrite=overwrite, reads=[*folders, *([base] if isinstance(base, str | Path) else [])])
     given = given_weights(weights, len(folders))
     adapters = read_adapters(folders, base)
     if privacy is None:

@@ -19,9 +19,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rankwise.adapters.embedding import AdapterEmbedding
+from rankwise.checks import require_room
 from rankwise.errors import ArgumentError, RankwiseError, nearest
+from rankwise.export.card import MODEL_LOAD, write_card
 from rankwise.export.combine import FROZEN, Merged, combined, given_weights, read_adapters, saved_config
-from rankwise.export.source import PEFT_PREFIX, Form
+from rankwise.export.source import PEFT_PREFIX, Form, read_tensors
 from rankwise.files import whole_folder
 from rankwise.update import Factors
 
@@ -84,12 +86,9 @@ def merge_into_base(
         'merged'
     """
     out = Path(out)
-    if out.exists() and not overwrite:
-        raise ArgumentError("out", "not exist yet, or be replaced with overwrite", str(out))
     given = given_weights(weights, len(folders))
     model = _model_folder(base or saved_config(folders[0]).get("base_model_name_or_path"))
-    if out.resolve() == model.resolve():
-        raise ArgumentError("out", "be another folder than the base model's", str(out))
+    require_room("out", out, overwrite=overwrite, reads=[*folders, model])
     entries = _entries(model)
     merged = combined(read_adapters(folders, model), given)
     targets = {_key(f"{name}.weight", entries): name for name in merged.updates}
@@ -108,6 +107,11 @@ def merge_into_base(
                     new = values[key] if key in values else _added(before.get_tensor(key), targets[key], merged)
                     after.seek(entry.at)
                     after.write(_bytes(new.to(DTYPES[entry.dtype]), key))
+        source = str(base or saved_config(folders[0]).get("base_model_name_or_path"))
+        facts = {"Merged from": ", ".join(f"`{Path(f).name}`" for f in folders), "Weights": ", ".join(map(str, given))}
+        write_card(
+            beside, out.name, source, "A model with LoRAs merged in", facts, load=MODEL_LOAD, library="transformers"
+        )
     return out
 
 
@@ -154,6 +158,15 @@ def _model_folder(base: str | Path | None) -> Path:
 
 def _entries(model: Path) -> dict[str, Entry]:
     """Every tensor of a model's safetensors files, by its name."""
+    try:
+        return _read_entries(model)
+    except RankwiseError:
+        raise
+    except (ValueError, KeyError, TypeError, IndexError, OverflowError, AttributeError, RecursionError) as error:
+        raise RankwiseError(f"{model} holds no whole model in safetensors files ({type(error).__name__})") from error
+
+
+def _read_entries(model: Path) -> dict[str, Entry]:
     files = [SINGLE]
     if (model / INDEX).is_file():
         files = sorted(set(json.loads((model / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
@@ -162,8 +175,11 @@ def _entries(model: Path) -> dict[str, Entry]:
         raise RankwiseError(f"{model} holds quantised weights, to which nothing can be added: merge into what it was")
     entries: dict[str, Entry] = {}
     for name in files:
+        if Path(name).name != name:
+            raise RankwiseError(f"{model / INDEX} names a file outside its folder: {name!r}")
         if not (model / name).is_file():
             raise RankwiseError(f"{model} holds no {name}: a merge reads safetensors files")
+        read_tensors(model / name, only_header=True)
         with (model / name).open("rb") as file:
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size))

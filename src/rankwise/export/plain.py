@@ -16,14 +16,15 @@ from rankwise.adapters.convolution import AdapterConv2d
 from rankwise.adapters.embedding import AdapterEmbedding
 from rankwise.adapters.layer import AdapterLinear
 from rankwise.errors import AdapterFileError
-from rankwise.export.source import CONFIG, PEFT_PREFIX, TENSORS, Form, opened_config, read_tensors
+from rankwise.export.source import CONFIG, PEFT_PREFIX, TENSORS, Form, not_finite, opened_config, read_tensors
 from rankwise.update import Factors
 
 PARTS = {".lora_A.weight": "A", ".lora_B.weight": "B", ".lora_embedding_A": "A", ".lora_embedding_B": "B"}
 
 NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
 """A module's name: no path, nothing empty."""
-BEYOND_UPDATES = ("trainable_token_indices", "target_parameters", "layer_replication")
+BEYOND_UPDATES = ("trainable_token_indices", "target_parameters", "layer_replication", "alora_invocation_tokens")
+BEYOND_UPDATES += ("use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config")
 """Fields of PEFT's LoraConfig that make an adapter more than updates of modules."""
 STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Starts of PEFT's that leave the base weight as it is; after others (PiSSA), B·A is no update of the base model."""
@@ -69,6 +70,9 @@ def read_plain(folder: Path) -> PlainLora:
             raise AdapterFileError(f"{folder / TENSORS} holds {key!r}, which a plain LoRA does not have")
         else:
             others[key] = tensor
+    broken = not_finite(others)
+    if broken:
+        raise AdapterFileError(f"{folder / TENSORS} holds NaN or infinity in {broken!r}")
     if not found:
         raise AdapterFileError(f"{folder / TENSORS} holds no tensor of a LoRA adapter")
     updates = {name: _update(config, name, parts, folder) for name, parts in found.items()}
@@ -114,7 +118,7 @@ def _update(config: peft.LoraConfig, name: str, parts: dict[str, Tensor], folder
         if tensor.dim() not in (2, 4) or not tensor.is_floating_point():
             seen = f"{tuple(tensor.shape)} of {tensor.dtype}"
             raise AdapterFileError(f"{folder / TENSORS} must hold {part} of {name!r} as a real matrix; found {seen}")
-        if not tensor.isfinite().all():
+        if not tensor.float().isfinite().all():
             raise AdapterFileError(f"{folder / TENSORS} holds NaN or infinity in {name!r}")
     A, B = parts["A"].flatten(1), parts["B"].flatten(1)
     ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}

@@ -18,7 +18,7 @@ from rankwise.checks import require_choice
 from rankwise.errors import AdapterFileError
 from rankwise.export.plain import NAME
 from rankwise.export.shipped import Shipped, read_shipped
-from rankwise.export.source import base_forms
+from rankwise.export.source import forms_of, opened_base
 
 SERVERS = ("vllm", "sglang", "llama.cpp", "diffusers", "peft")
 EVERY = frozenset(SERVERS)
@@ -101,7 +101,7 @@ def lora_rank(server: str, rank: int) -> int:
 
 def _base(shipped: Shipped, base: str | Path | nn.Module | None) -> dict[str, tuple[int, int]] | None:
     try:
-        forms, _ = base_forms(base, shipped.config.get("base_model_name_or_path"), shipped.folder)
+        forms, _ = forms_of(opened_base(base, shipped.config.get("base_model_name_or_path"), shipped.folder))
     except AdapterFileError:
         if base is not None:
             raise
@@ -180,10 +180,17 @@ def _(shipped: Shipped) -> Iterator[str]:
             yield f"{key!r} is of {tensor.dtype}"
 
 
-@rule("prefix", "vllm", "sglang", "llama.cpp", "peft")
+@rule("prefix")
 def _(shipped: Shipped) -> Iterator[str]:
+    prefix = "unet. or transformer." if shipped.is_diffusers else "base_model.model."
     if shipped.without_prefix:
-        yield f"{shipped.without_prefix[0]!r} lacks the prefix base_model.model., so it would match nothing"
+        yield f"{shipped.without_prefix[0]!r} lacks the prefix {prefix}, so it would match nothing"
+
+
+@rule("diffusers' file", "vllm", "sglang", "llama.cpp", "peft")
+def _(shipped: Shipped) -> Iterator[str]:
+    if shipped.is_diffusers:
+        yield "it is in diffusers' form, without a config of its own"
 
 
 @rule("target modules", "vllm", "sglang", "llama.cpp", "peft")
@@ -270,7 +277,8 @@ def _(shipped: Shipped) -> Iterator[str]:
 def _(shipped: Shipped) -> Iterator[str]:
     in_full = tuple(shipped.config.get("modules_to_save") or ())
     for key in shipped.others:
-        if not any(f".{name}." in f".{key}" for name in in_full):
+        frozen = ".base_layer." in key  # PEFT saves it beside an adapted embedding; servers pass it by
+        if not frozen and not any(f".{name}." in f".{key}" for name in in_full):
             yield f"{key!r} is no tensor of a LoRA adapter"
 
 
@@ -302,6 +310,19 @@ def _(shipped: Shipped) -> Iterator[str]:
 
 
 # --- SGLang's buffers -----------------------------------------------------------------------------------------------
+
+
+@rule("convolution", "vllm", "sglang", "llama.cpp")
+def _(shipped: Shipped) -> Iterator[str]:
+    for name, parts in shipped.whole.items():
+        if parts["A"].dim() == 4:
+            yield f"{name!r} is a convolution, which it does not adapt"
+
+
+@rule("added tokens", "sglang")
+def _(shipped: Shipped) -> Iterator[str]:
+    if (shipped.folder / "added_tokens.json").exists():
+        yield "added_tokens.json lies beside it, and adapters with tokens of their own are refused"
 
 
 @rule("regular expression", "sglang")

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rankwise.errors import AdapterFileError
+from rankwise.errors import AdapterFileError, RankwiseError
 from rankwise.export.plain import PARTS
-from rankwise.export.source import CONFIG, PEFT_PREFIX, TENSORS, read_tensors, wrong_scale
+from rankwise.export.source import CONFIG, PEFT_PREFIX, TENSORS, read_tensors, wrong_entry
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
@@ -41,16 +41,22 @@ class Shipped:
     others: list[str] = field(default_factory=list)
     """Keys of tensors that are no A or B."""
     without_prefix: list[str] = field(default_factory=list)
+    """Keys that lack the prefix their kind of file needs."""
+    alphas: dict[str, float] = field(default_factory=dict)
+    """Scales beside the tensors, as diffusers and others before it write them, by module name."""
 
     def __post_init__(self) -> None:
         for key, tensor in self.tensors.items():
             ending = next((ending for ending in PARTS if key.endswith(ending)), None)
             prefix = next((p for p in (*COMPONENTS, PEFT_PREFIX) if key.startswith(p)), "")
+            if key.endswith(".alpha") and tensor.numel() == 1:
+                self.alphas[key.removeprefix(prefix).removesuffix(".alpha")] = float(tensor)
+                continue
             if ending is None:
                 self.others.append(key.removeprefix(prefix))
                 continue
             self.modules.setdefault(key.removeprefix(prefix).removesuffix(ending), {})[PARTS[ending]] = tensor
-            if prefix != PEFT_PREFIX and not self.is_diffusers:
+            if prefix not in (COMPONENTS if self.is_diffusers else (PEFT_PREFIX,)):
                 self.without_prefix.append(key)
 
     @property
@@ -83,8 +89,8 @@ class Shipped:
 
     def scale(self, name: str) -> float:
         """What a reader that knows only tensors and their alphas would have to multiply the update by, against rank."""
-        alpha = self.tensors.get(f"{name}.alpha")
-        return 1.0 if alpha is None else float(alpha) / self.whole[name]["A"].shape[0]
+        rank = self.whole[name]["A"].shape[0]
+        return self.alphas.get(name, rank) / rank
 
     def not_finite(self) -> Iterator[str]:
         """Keys of tensors with NaN or infinity."""
@@ -135,17 +141,26 @@ def _json(text: str, file: Path) -> dict[str, Any]:
         raise AdapterFileError(f"{file} is not a whole adapter config ({type(error).__name__})") from error
     if not isinstance(found, dict):
         raise AdapterFileError(f"{file} is not a whole adapter config (it holds a {type(found).__name__})")
-    wrong = wrong_scale(found)
+    wrong = wrong_entry(found)
     if wrong:
         raise AdapterFileError(f"{file} {wrong}")
     return found
 
 
-def rename_for_diffusers(folder: Path, base: object) -> None:
-    """A PEFT adapter in diffusers' one file: keys under the component's name, the config in the file's header."""
+def rename_for_diffusers(folder: Path, base_class: str) -> None:
+    """A PEFT adapter in diffusers' one file: keys under the component's name, the config in the file's header.
+
+    Raises:
+        RankwiseError: the base model is none of diffusers' UNets or transformers.
+    """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    root = base.get_base_model() if isinstance(base, peft.PeftModel) else base
-    component = "unet" if "UNet" in type(root).__name__ else "transformer"
+    component = next(
+        (name for part, name in (("UNet", "unet"), ("Transformer", "transformer")) if part in base_class), ""
+    )
+    if not component:
+        raise RankwiseError(
+            f"diffusers would not serve this adapter: {base_class} is none of its UNets or transformers"
+        )
     tensors = {f"{component}.{key.removeprefix(PEFT_PREFIX)}": t for key, t in read_tensors(folder / TENSORS).items()}
     header = {f"{component}.{key}": value for key, value in config.items()}
     save_file(tensors, folder / DIFFUSERS, {"format": "pt", METADATA: json.dumps(header, indent=2, sort_keys=True)})

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.checks import require_choice, require_int, require_number
+from rankwise.checks import require_choice, require_int, require_number, require_room
 from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.card import spread, write_card
 from rankwise.export.layouts import compact, relative_error, uniform, write
@@ -99,10 +99,7 @@ def shrink_adapter(
     folder, out = Path(folder), Path(out)
     _check_rule(energy=energy, budget=budget, rank=rank)
     require_choice("layout", layout, ("uniform", "compact"))
-    if out.resolve() in (folder.resolve(), *folder.resolve().parents):
-        raise ArgumentError("out", "be another folder than the adapter's, and not one around it", str(out))
-    if out.exists() and not overwrite:
-        raise ArgumentError("out", "not exist yet, or be replaced with overwrite", str(out))
+    require_room("out", out, overwrite=overwrite, reads=[folder])
     plain = read_plain(folder)
     updates = plain.updates
     moments = {} if second_moments is None else _checked(second_moments, updates)

@@ -5,10 +5,11 @@ A live model and a saved folder give the same `Source`; everything after it know
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +17,8 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 from accelerate import init_empty_weights
-from peft import PeftConfig, get_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
@@ -34,6 +34,7 @@ from rankwise.errors import AdapterFileError, RankwiseError
 from rankwise.update import Factors
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+COMMAND = "training_command.txt"
 PEFT_PREFIX = "base_model.model."
 TASKS = {
     "SEQ_CLS": "SequenceClassification",
@@ -97,6 +98,8 @@ class Source:
     """Every module of the base model that can be adapted."""
     names: tuple[str, ...]
     """Every module name of the base model."""
+    base_class: str
+    """What the base model is."""
 
 
 def from_model(model: nn.Module, adapter: str) -> Source:
@@ -111,7 +114,8 @@ def from_model(model: nn.Module, adapter: str) -> Source:
     others = {key: t for key, t in state.items() if f".{PREFIX}" not in key}
     progress = Progress.of(first.started(adapter).progress)
     kept = list(ranks(model, adapter).values())
-    return Source(first.methods[adapter], factors(model, adapter), others, progress, kept, *forms_of(model))  # type: ignore[arg-type]
+    config: Any = first.methods[adapter]
+    return Source(config, factors(model, adapter), others, progress, kept, *forms_of(model), base_class_of(model))
 
 
 def from_folder(folder: Path, base: str | Path | nn.Module | None) -> Source:
@@ -133,7 +137,8 @@ def from_folder(folder: Path, base: str | Path | nn.Module | None) -> Source:
             by_module.setdefault(module, {})[name] = tensor
     if not by_module:
         raise AdapterFileError(f"{folder / TENSORS} holds no tensor of a rankwise adapter")
-    forms, names = base_forms(base, config.base_model_name_or_path, folder)
+    whole = opened_base(base, config.base_model_name_or_path, folder)
+    forms, names = forms_of(whole)
     for name in by_module.keys() & forms.keys():
         _check_whole(config, name, by_module[name], forms[name].shape, folder / TENSORS)
     updates = {
@@ -149,18 +154,21 @@ def from_folder(folder: Path, base: str | Path | nn.Module | None) -> Source:
     others = {key: tensor for key, tensor in state.items() if f".{PREFIX}" not in key}
     progress = Progress.of(next(iter(by_module.values()))["progress"])
     kept = [int(config.kept(by_module[name]).sum()) for name in updates]
-    return Source(config, updates, others, progress, kept, forms, names)
+    return Source(config, updates, others, progress, kept, forms, names, base_class_of(whole))
 
 
-def base_forms(
-    base: str | Path | nn.Module | None, named: str | None, folder: Path
-) -> tuple[dict[str, Form], tuple[str, ...]]:
-    """`forms` and `names` of the base model: `base`, or where it is, or as the adapter in `folder` has it `named`.
+def opened_base(base: str | Path | nn.Module | None, named: str | None, folder: Path) -> nn.Module:
+    """The base model without its weights: `base`, or where it is, or as the adapter in `folder` has it `named`.
 
     Raises:
         AdapterFileError: no base model is named, or it does not open.
     """
-    return forms_of(base if isinstance(base, nn.Module) else skeleton(base or named, folder))
+    return base if isinstance(base, nn.Module) else skeleton(base or named, folder)
+
+
+def base_class_of(model: nn.Module) -> str:
+    """The name of the base model's class, whatever wraps it."""
+    return type(model.get_base_model() if isinstance(model, PeftModel) else model).__name__
 
 
 def read_config(folder: Path) -> AdapterConfig:
@@ -190,22 +198,30 @@ def opened_config(folder: Path) -> PeftConfig | None:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterFileError(f"{file} is not a whole adapter config ({type(error).__name__})") from error
-    wrong = wrong_scale(vars(config)) if config is not None else None
+    wrong = wrong_entry(vars(config)) if config is not None else None
     if wrong:
         raise AdapterFileError(f"{file} {wrong}")
     return config
 
 
-def wrong_scale(config: Mapping[str, Any]) -> str | None:
-    """What is wrong with the entries of a config that give ranks and scales."""
+def wrong_entry(config: Mapping[str, Any]) -> str | None:
+    """What is wrong with the entries of a config that choose modules and give ranks and scales."""
     wrong = [key for key, least in (("r", 1), ("lora_alpha", None)) if not _number(config.get(key, 8), least)]
     for key, least in (("rank_pattern", 0), ("alpha_pattern", None)):
         pattern = config.get(key) or {}
-        if not isinstance(pattern, dict) or not all(
-            _expression(name) and _number(value, least) for name, value in pattern.items()
-        ):
+        if not isinstance(pattern, dict) or not all(_expression(k) and _number(v, least) for k, v in pattern.items()):
             wrong.append(key)
+    for key in ("target_modules", "exclude_modules", "modules_to_save"):
+        names = config.get(key)
+        if not (names is None or _expression(names) or (isinstance(names, list | set | tuple) and _texts(names))):
+            wrong.append(key)
+    if not isinstance(config.get("base_model_name_or_path"), str | None):
+        wrong.append("base_model_name_or_path")
     return f"gives {wrong[0]} as {config[wrong[0]]!r:.60}, which no loader can apply" if wrong else None
+
+
+def _texts(names: Iterable[Any]) -> bool:
+    return all(isinstance(name, str) for name in names)
 
 
 def _number(value: Any, least: int | None) -> bool:
@@ -215,16 +231,16 @@ def _number(value: Any, least: int | None) -> bool:
     return isinstance(value, int) and value >= least
 
 
-def _expression(text: str) -> bool:
+def _expression(text: Any) -> bool:
     try:
         re.compile(text)
-    except re.error:
+    except (re.error, TypeError, RecursionError):
         return False
-    return True
+    return isinstance(text, str)
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
+def read_tensors(file: Path, *, only_header: bool = False) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or, `only_header`, none of them once the file is known to be whole.
 
     Raises:
         AdapterFileError: it is missing or truncated.
@@ -232,7 +248,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise AdapterFileError(f"{file} is missing")
     try:
-        return load_file(file)
+        with safe_open(file, "pt") as opened:
+            return {} if only_header else {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise AdapterFileError(f"{file} is truncated or not safetensors") from error
 
@@ -246,12 +263,23 @@ def skeleton(base: str | Path | None, adapter: Path) -> nn.Module:
     if not base:
         raise AdapterFileError(f"{adapter} does not say its base model; pass `base`")
     try:
-        config = AutoConfig.from_pretrained(base)
         with init_empty_weights():
-            cls = model_class(config, task_of(adapter))
-            return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+            return _empty(base, task_of(adapter))
     except (OSError, ValueError) as error:
         raise AdapterFileError(f"the base model {str(base)!r} of {adapter} does not open; pass `base`") from error
+    except ImportError as error:
+        raise AdapterFileError(f"the base model {str(base)!r} is one of diffusers', which is not installed") from error
+
+
+def _empty(base: str | Path, task: str | None) -> nn.Module:
+    """A model of transformers', or of diffusers', whose configs name their class."""
+    own = Path(base) / "config.json"
+    told = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
+    if "_class_name" in told:
+        return getattr(importlib.import_module("diffusers"), told["_class_name"]).from_config(told)
+    config = AutoConfig.from_pretrained(base)
+    cls = model_class(config, task)
+    return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
 
 
 def task_of(adapter: Path) -> str | None:
@@ -325,6 +353,17 @@ def _unlike_convolution(root: nn.Conv2d) -> str | None:
     if root.padding_mode != "zeros":
         return f"PEFT's LoRA pads a convolution's input with zeros, and the padding here is {root.padding_mode!r}"
     return None
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The key of the first tensor that holds NaN or infinity."""
+    return next((key for key, t in tensors.items() if t.is_floating_point() and not t.float().isfinite().all()), None)
+
+
+def recorded(folder: Path | Any) -> str | None:
+    """The command that trained a saved adapter, where `rankwise train` or `compare` left it."""
+    file = Path(folder) / COMMAND
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
 
 
 def finite(updates: dict[str, Factors]) -> str | None:
