@@ -66,7 +66,9 @@ def main() -> None:
             f"{name}: rankwise {row['ours_s']:.3f} s, error {row['ours_error']:.1e}; convert_to_lora "
             f"{row['pefts_s']:.2f} s, error {row['pefts_error']:.1e}; {row['faster']:.0f} × faster"
         )
-    print(f"aimed at: {FASTER:.0f} × faster and more exact")
+    for row in rows:
+        met = row["faster"] >= FASTER and row["ours_error"] < row["pefts_error"]
+        print(f"aimed at: {FASTER:.0f} × faster and more exact; {row['model']}: {'met' if met else 'MISSED'}")
     if options.json:
         setup = {"torch": torch.__version__, "peft": peft.__version__, "machine": platform.machine()}
         options.json.parent.mkdir(parents=True, exist_ok=True)
