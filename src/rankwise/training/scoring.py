@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rankwise.adapters.layer import AdapterLayer, NotPerSampleError
 from rankwise.adapters.roster import Roster
 from rankwise.training.aside import Batch, evaluation, loss_of, model_of, on_device_of
+from rankwise.training.nested import copy_of, repeat, repeat_batch, samples_of, tensors_of
 
 STACKED_ENTRIES = {"cpu": 1024, "cuda": 65536}
 """Tokens of a stacked forward pass, by device: enough to fill it. A CPU is full with a batch of 32 short sentences."""
@@ -106,11 +107,6 @@ def _ranks(kept: Sequence[Tensor]) -> list[tuple[int, int]]:
     return [(i, j) for i, mask in enumerate(kept) for j in mask.nonzero().flatten().tolist()]
 
 
-def samples_of(batch: Batch) -> int:
-    """How many samples a batch holds: the first dimension of its first tensor."""
-    return next(value.shape[0] for value in batch.values() if isinstance(value, Tensor) and value.dim())
-
-
 @contextmanager
 def gated(layers: Sequence[AdapterLayer], adapter: str, gates: Mapping[int, Tensor | None]) -> Iterator[None]:
     """Gates on some layers, by index: (r,) for all samples, (samples, r) for each, None for no update at all."""
@@ -163,7 +159,7 @@ class Replay:
 
         def ended(module: nn.Module, _: Any, output: Any) -> None:
             ends[module] = next(clock)
-            sizes[-1][module] = [t.shape[0] if t.dim() else 0 for t in _tensors_of(output)]
+            sizes[-1][module] = [t.shape[0] if t.dim() else 0 for t in tensors_of(output)]
 
         with ExitStack() as stack:
             for module in list(self.model.modules())[1:]:
@@ -173,7 +169,7 @@ class Replay:
             for copies in (2, 1):
                 starts.clear()
                 sizes.append({})
-                loss_of(self.model, _repeat_batch(self.batch, copies, self.samples))
+                loss_of(self.model, repeat_batch(self.batch, copies, self.samples))
         twice, once = sizes
         self.grows = {m: [a == 2 * b for a, b in zip(twice[m], found, strict=True)] for m, found in once.items()}
         self.unused = set(self.model.modules()) - starts.keys()
@@ -208,7 +204,7 @@ class Replay:
 
         def note(module: nn.Module, x: Any, y: Any) -> None:
             seen[module] = (x[0] if x else None, y)
-            versions.extend((t, t._version) for t in _tensors_of(y))
+            versions.extend((t, t._version) for t in tensors_of(y))
 
         with ExitStack() as stack:
             for module in modules:
@@ -261,11 +257,11 @@ class Replay:
         copies, layer = len(ranks), self.layers[i]
         kept = self.with_all if others else self.with_none
         known = self._known(self._finished(self.starts[layer]), others)
-        outputs = {module: _repeat(output, copies, self.grows[module]) for module, output in known.items()}
-        own = {module: _repeat(output, copies, self.grows[layer]) for module, output in self._own(i, others).items()}
-        twins = {id(t): r for m in known for t, r in zip(_tensors_of(known[m]), _tensors_of(outputs[m]), strict=True)}
+        outputs = {module: repeat(output, copies, self.grows[module]) for module, output in known.items()}
+        own = {module: repeat(output, copies, self.grows[layer]) for module, output in self._own(i, others).items()}
+        twins = {id(t): r for m in known for t, r in zip(tensors_of(known[m]), tensors_of(outputs[m]), strict=True)}
         seen: dict[nn.Module, tuple[Any, Any]] = {  # other layers of the same input: keys and values beside a query
-            other: (twins[id(kept[other][0])], _repeat(kept[other][1], copies, self.grows[other]))
+            other: (twins[id(kept[other][0])], repeat(kept[other][1], copies, self.grows[other]))
             for other in self.layers
             if other in kept and other is not layer and kept[other][0] is kept[layer][0] and id(kept[other][0]) in twins
         }
@@ -274,9 +270,9 @@ class Replay:
             if copies == 1:
                 return [-float(loss_of(self.model, self.batch))]
             with self._leaving(outputs), suppress(_LastBlock):
-                self.model(**_repeat_batch(self.batch, copies, self.samples))
+                self.model(**repeat_batch(self.batch, copies, self.samples))
         off = {} if others else dict.fromkeys(self.everything)
-        parts = ({m: _slice(o, k, copies, self.grows[m]) for m, o in outputs.items()} for k in range(copies))
+        parts = ({m: copy_of(o, k, copies, self.grows[m]) for m, o in outputs.items()} for k in range(copies))
         return [self._tail(part, off) for part in parts]
 
     def _tail(
@@ -365,43 +361,3 @@ def _forward(block: nn.Module, replacement: Callable[..., Any]) -> Iterator[None
             del block.forward
         else:
             block.forward = own  # type: ignore[method-assign]
-
-
-def _over_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """`change` applied to the tensors of nested tuples, lists and dicts."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return type(value)({key: _over_tensors(item, change) for key, item in value.items()})
-    if isinstance(value, tuple | list):
-        return type(value)(_over_tensors(item, change) for item in value)
-    return value
-
-
-def _tensors_of(value: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    _over_tensors(value, lambda t: found.append(t) or t)
-    return found
-
-
-def _repeat_batch(batch: Batch, copies: int, samples: int) -> dict[str, Any]:
-    """Copies behind one another of every input with one row per sample."""
-    found = dict(batch)
-    for key, value in batch.items():
-        if isinstance(value, Tensor) and value.dim() and value.shape[0] == samples:
-            found[key] = value.repeat(copies, *[1] * (value.dim() - 1))
-    return found
-
-
-def _repeat(value: Any, copies: int, grows: Sequence[bool]) -> Any:
-    """Copies behind one another of the tensors that grow with the batch; one copy is the recorded tensor itself."""
-    if copies == 1:
-        return value
-    flags = iter(grows)
-    return _over_tensors(value, lambda t: t.repeat(copies, *[1] * (t.dim() - 1)) if next(flags) else t)
-
-
-def _slice(value: Any, k: int, copies: int, grows: Sequence[bool]) -> Any:
-    """Copy k of what was repeated."""
-    flags = iter(grows)
-    return _over_tensors(value, lambda t: t.chunk(copies)[k] if next(flags) else t)
