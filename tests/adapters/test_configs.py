@@ -194,6 +194,15 @@ def test_adapter_named_like_part_of_a_module(tmp_path: Path) -> None:
     assert torch.equal(loaded(x).logits, model.eval()(x).logits)
 
 
+def test_a_batch_of_several_adapters_is_refused() -> None:
+    fields = {"r": 2, "target_modules": ["query"], "task_type": "SEQ_CLS"}
+    model = get_peft_model(tiny_bert(), rankwise.LoraConfig(**fields)).eval()
+    model.add_adapter("other", rankwise.LoraConfig(**fields))
+    tokens = torch.ones(2, 3, dtype=torch.long)
+    with pytest.raises(ArgumentError, match="`adapter_names` must be left out: batches of several adapters"):
+        model(input_ids=tokens, adapter_names=["default", "other"])
+
+
 def test_unknown_adapter_names_those_there_are() -> None:
     model = get_peft_model(tiny_bert(), rankwise.LoraConfig(target_modules=["query"]))
     with pytest.raises(ArgumentError, match=r"be a rankwise adapter of the model \(it has default\); found 'x'"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -47,6 +49,15 @@ class RankwiseTuner(BaseTuner):
                 f"{self._clamped[0]!r}",
                 stacklevel=2,
             )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT asks here before each forward pass, and takes `adapter_names` out of it afterwards."""
+        if kwargs.get("adapter_names") is not None:
+            raise ArgumentError(
+                "adapter_names", "be left out: batches of several adapters are not supported", kwargs["adapter_names"]
+            )
+        yield
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copied or unpickled model: its layers have made rosters of their own."""
