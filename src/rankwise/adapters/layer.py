@@ -4,8 +4,7 @@ PEFT's contract for a tuner layer is kept here and nowhere else. The base weight
 merge; a merge keeps the base weight, so that unmerging gives it back bit for bit.
 
 `AdapterLayer` holds everything but what a kind of base layer decides: how its weight is a matrix (out, in), and how an
-update of that matrix is added to an output. `AdapterLinear` is the linear kind; `convolution.py` and `embedding.py`
-hold the others.
+update of that matrix is added to an output. The kinds are in `linear.py`, `convolution.py` and `embedding.py`.
 """
 
 from __future__ import annotations
@@ -15,11 +14,9 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from rankwise.adapters.probe import GradientProbe
 from rankwise.adapters.roster import Roster
@@ -86,8 +83,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Result + the update of the input x, with the gates of `adapter` where it has some."""
         raise NotImplementedError
 
-    def _with_frozen_part(self, adapter: str, x: Tensor) -> Tensor | None:
-        """The base layer's output with a frozen part of the update folded in, if the method wants it so."""
+    def _at_once(self, adapter: str, x: Tensor) -> Tensor | None:
+        """Base layer and update as one, where there is a faster way than one after the other."""
         return None
 
     # --- adapters ---------------------------------------------------------------------------------------------------
@@ -207,27 +204,40 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         adapters = [name for name in self.active_adapters if name in self.rankwise_tensors]
         if self.disable_adapters or self.merged or not adapters:
             return self.base_layer(x, *args, **kwargs)
-        folded = self._with_frozen_part(adapters[0], x) if len(adapters) == 1 else None
-        result = self.base_layer(x, *args, **kwargs) if folded is None else folded
-        dtype = result.dtype
-        for adapter in adapters:
-            result = self._adapted(adapter, result, x, moving=folded is not None)
-        return result.to(dtype)
+        result = self._at_once(adapters[0], x) if len(adapters) == 1 and not args and not kwargs else None
+        if result is None:
+            result = self._one_by_one(adapters, x, *args, **kwargs)
+        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            for adapter in adapters:
+                result = self._watched(adapter, result, x)
+        return result
 
-    def _adapted(self, adapter: str, result: Tensor, x: Tensor, *, moving: bool) -> Tensor:
-        if self.gates.get(adapter, x) is None:
-            return result
-        tensors, method = self.started(adapter), self.methods[adapter]
+    def _one_by_one(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer, and the updates added to its output, in its dtype."""
+        result = base = self.base_layer(x, *args, **kwargs)
+        for adapter in adapters:
+            if self.gates.get(adapter, x) is not None:
+                result = self._add(adapter, self._update(adapter, self._ready(adapter)), result, x)
+        return result.to(base.dtype)
+
+    def _ready(self, adapter: str) -> dict[str, Tensor]:
+        """The tensors of `adapter` by name: started, of their right dtypes and known to be finite."""
+        tensors = self.started(adapter)
         tensors.restore_exact()
         if tensors.unchecked and not torch.compiler.is_compiling():
             tensors.check_finite(adapter)
-        part = method.moving_part if moving else method.training_factors if self.training else method.factors
-        factors = part(tensors.named(), self.scaling[adapter])
-        output = self._add(adapter, factors, result, x)
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            if tensors.awaits_gradient:
-                output = GradientProbe.apply(output, x, partial(self._start_from_gradient, adapter))
-            self.rosters[adapter].saw_forward(self, output)
+        return tensors.named()
+
+    def _update(self, adapter: str, tensors: dict[str, Tensor]) -> Factors:
+        """The update that this pass computes, in training with what is drawn at random."""
+        method = self.methods[adapter]
+        return (method.training_factors if self.training else method.factors)(tensors, self.scaling[adapter])
+
+    def _watched(self, adapter: str, output: Tensor, x: Tensor) -> Tensor:
+        """The output, seen by a start that waits for a gradient and by the roster."""
+        if self.tensors(adapter).awaits_gradient:
+            output = GradientProbe.apply(output, x, partial(self._start_from_gradient, adapter))
+        self.rosters[adapter].saw_forward(self, output)
         return output
 
     def _dropped(self, adapter: str, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -253,59 +263,6 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "rankwise." + super().__repr__()
-
-
-class AdapterLinear(AdapterLayer):
-    """A linear layer, or transformers' Conv1D, with low-rank updates added to it."""
-
-    wraps = (nn.Linear, Conv1D)
-
-    def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
-        super().__init__(base_layer, **quantization)
-        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
-
-    @staticmethod
-    def matrix_shape(root: Any) -> tuple[int, int]:
-        """(out, in); the weight of Conv1D is (in, out)."""
-        if isinstance(root, Conv1D):
-            return root.weight.shape[1], root.weight.shape[0]
-        return root.out_features, root.in_features
-
-    def as_matrix(self, weight: Tensor) -> Tensor:
-        """The weight itself, of Conv1D transposed."""
-        return weight.T if self.fan_in_fan_out else weight
-
-    def as_weight(self, matrix: Tensor) -> Tensor:
-        """The matrix itself, for Conv1D transposed."""
-        return matrix.T if self.fan_in_fan_out else matrix
-
-    def _add(self, adapter: str, factors: Factors, result: Tensor, x: Tensor) -> Tensor:
-        dropped, gates = self._dropped(adapter, x, factors.A.dtype), self.gates.get(adapter)
-        if gates is not None and gates.dim() > 1:
-            check_samples(gates, x)
-            gates = gates.view(len(gates), *[1] * (x.dim() - 2), gates.shape[1])
-        return factors.add_to(result, dropped, gates)
-
-    def _with_frozen_part(self, adapter: str, x: Tensor) -> Tensor | None:
-        weight = self._folded(adapter)
-        return None if weight is None else F.linear(x, weight, self.get_base_layer().bias)  # type: ignore[arg-type]
-
-    def _folded(self, adapter: str) -> Tensor | None:
-        """The base weight (out, in) with the frozen part of the update folded in, if the method wants it so."""
-        tensors = self.started(adapter)
-        tensors.restore_exact()
-        if tensors.folded is None or tensors.folded[0] != tensors.edits:
-            part = self.methods[adapter].frozen_part(tensors.named())
-            if part is None:
-                return None
-            _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-            with torch.no_grad():
-                tensors.folded = (tensors.edits, (self.base_weight() + part.delta().float()).to(dtype))
-        return tensors.folded[1]
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Every method's update is low-rank."""
-        return True
 
 
 class NotPerSampleError(RankwiseError):

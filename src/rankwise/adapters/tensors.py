@@ -41,11 +41,13 @@ class AdapterTensors(nn.Module):
                 self.register_parameter(name, nn.Parameter(value))
             else:
                 self.register_buffer(name, value)
+        self._exact = tuple(name for name, slot in self.slots.items() if slot.exact)
         self.register_buffer("progress", torch.zeros(LENGTH, dtype=torch.int64, device=device))
 
     def named(self) -> dict[str, Tensor]:
         """The method's tensors by name."""
-        return {name: getattr(self, name) for name in self.slots}
+        # not by getattr: every forward pass of every layer comes through here
+        return {name: (self._parameters if slot.trained else self._buffers)[name] for name, slot in self.slots.items()}  # type: ignore[misc]
 
     @torch.no_grad()
     def fill(self, values: Mapping[str, Tensor]) -> None:
@@ -62,9 +64,10 @@ class AdapterTensors(nn.Module):
 
     def restore_exact(self) -> None:
         """Put exact tensors that a trainer cast by hand back to float32."""
-        for name, slot in self.slots.items():
-            tensor, dtype = getattr(self, name), self.exact_dtype if slot.trained else torch.float32
-            if slot.exact and tensor.dtype != dtype:
+        for name in self._exact:
+            tensor, trained = getattr(self, name), self.slots[name].trained
+            dtype = self.exact_dtype if trained else torch.float32
+            if tensor.dtype != dtype:
                 self._round_start(name, tensor.dtype)
                 tensor.data = tensor.data.to(dtype)
                 self.edits += 1

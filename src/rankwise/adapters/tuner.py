@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from rankwise.adapters.configs import AdapterConfig
 from rankwise.adapters.convolution import AdapterConv2d
 from rankwise.adapters.embedding import AdapterEmbedding
-from rankwise.adapters.layer import AdapterLayer, AdapterLinear
+from rankwise.adapters.layer import AdapterLayer
+from rankwise.adapters.linear import AdapterLinear
 from rankwise.adapters.roster import Roster
 from rankwise.errors import ArgumentError, nearest
 from rankwise.methods.base import METHODS, Method

@@ -14,7 +14,7 @@ from torch import Tensor
 from rankwise.adapters.configs import AdapterConfig
 from rankwise.adapters.convolution import AdapterConv2d
 from rankwise.adapters.embedding import AdapterEmbedding
-from rankwise.adapters.layer import AdapterLinear
+from rankwise.adapters.linear import AdapterLinear
 from rankwise.errors import AdapterFileError
 from rankwise.export.source import CONFIG, PEFT_PREFIX, TENSORS, Form, not_finite, opened_config, read_tensors
 from rankwise.update import Factors

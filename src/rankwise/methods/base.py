@@ -51,6 +51,8 @@ class Method:
     """Whether the update is a small difference of large factors, which an export must take in float64."""
     negligible: ClassVar[float] = 0.0
     """Share of the whole adapter's ‖ΔW‖_F that an export may leave out to drop ranks that hold next to nothing."""
+    caches_frozen_part: ClassVar[bool] = False
+    """Whether layers shall keep a copy of their base weight with the frozen part added."""
     refuses_updates: ClassVar[str | None] = None
     """Why no given update can be its start, where that is so."""
     suggested_rate: ClassVar[float]
@@ -118,7 +120,7 @@ class Method:
         return self.factors(t, scale)
 
     def frozen_part(self, t: Mapping[str, Tensor]) -> Factors | None:
-        """A part of the update that never changes and that layers shall fold into a copy of their base weight."""
+        """A part of the update that never changes, which a layer may add to its weight rather than to its output."""
         return None
 
     def moving_part(self, t: Mapping[str, Tensor], scale: float) -> Factors:

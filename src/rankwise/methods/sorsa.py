@@ -95,8 +95,13 @@ class Sorsa(Method):
         return Factors(torch.cat([t["U"], U0], -1), torch.cat([t["S"], -S0], -1), torch.cat([t["Vh"], Vh0], -2))
 
     def frozen_part(self, t: Mapping[str, Tensor]) -> Factors | None:
-        """−U⁰S⁰V⁰ᵀ, which makes W0 the residual weight W_r, where that is to be cached."""
-        return Factors(t["U0"], -t["S0"], t["Vh0"]) if self.residual == "cached" else None
+        """−U⁰S⁰V⁰ᵀ, which makes W0 the residual weight W_r."""
+        return Factors(t["U0"], -t["S0"], t["Vh0"])
+
+    @property
+    def caches_frozen_part(self) -> bool:  # type: ignore[override]  a question of the fields here
+        """Whether W_r is kept."""
+        return self.residual == "cached"
 
     def moving_part(self, t: Mapping[str, Tensor], scale: float) -> Factors:
         """U S Vh: rank r."""

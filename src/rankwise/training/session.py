@@ -86,7 +86,7 @@ class Session:
     @torch.no_grad()
     def finite(self) -> bool:
         """Whether every gradient is finite; reads one number back from the device."""
-        norms = torch._foreach_norm(self._gradients(), torch.inf)
+        norms = torch._foreach_norm(self._gradients(), 2)
         return bool(torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all())  # layers may be apart
 
     @torch.no_grad()

@@ -1,0 +1,104 @@
+"""What the benchmarks share: the machine they ran on, ways that take turns, ratios with their spread, result files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import accelerate
+import peft
+import torch
+import transformers
+
+RESAMPLES = 2000
+"""Of the bootstrap."""
+
+
+class Ratio(NamedTuple):
+    """A ratio of medians, and where 95 % of its bootstrap resamples lie."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ({self.low:.2f}–{self.high:.2f})"
+
+
+def options(doc: str | None, *, repeats: int, threads: int = 2) -> argparse.ArgumentParser:
+    """A parser with what every benchmark takes."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
+    parser.add_argument("--repeats", type=int, default=repeats, help=f"rounds in which all take turns ({repeats})")
+    parser.add_argument("--threads", type=int, default=threads, help=f"of torch ({threads})")
+    return parser
+
+
+def in_turns(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each way in every round; the order is drawn anew for each, and the first round is not counted."""
+    order, draw = list(ways), random.Random(0)
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for i in range(repeats + 1):
+        draw.shuffle(order)
+        for name in order:
+            seconds = seconds_of(ways[name])
+            if i:
+                times[name].append(seconds)
+    return times
+
+
+def seconds_of(way: Callable[[], Any]) -> float:
+    """Seconds that a call takes; on a GPU between CUDA events."""
+    if not torch.cuda.is_available():
+        began = time.perf_counter()
+        way()
+        return time.perf_counter() - began
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    first.record()
+    way()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3
+
+
+def ratio(times: Sequence[float], reference: Sequence[float]) -> Ratio:
+    """median(times) / median(reference); whole rounds are resampled, as a machine's moods fall on all ways of one."""
+    draw, n = random.Random(0), len(times)
+    found = []
+    for _ in range(RESAMPLES):
+        rounds = draw.choices(range(n), k=n)
+        found.append(statistics.median(times[i] for i in rounds) / statistics.median(reference[i] for i in rounds))
+    found.sort()
+    low, high = found[int(0.025 * RESAMPLES)], found[int(0.975 * RESAMPLES)]
+    return Ratio(statistics.median(times) / statistics.median(reference), low, high)
+
+
+def machine() -> dict[str, Any]:
+    """Where and with what this was measured."""
+    cpus = Path("/proc/cpuinfo")
+    models = [line for line in cpus.read_text().splitlines() if "model name" in line] if cpus.exists() else []
+    found = {
+        "cpu": models[0].split(":")[1].strip() if models else platform.processor(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    libraries = (torch, transformers, peft, accelerate)
+    return found | {library.__name__: library.__version__ for library in libraries}
+
+
+def write(file: Path | None, results: Mapping[str, Any]) -> None:
+    """The results with the machine they are from, as JSON."""
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"machine": machine(), **results}, indent=1, ensure_ascii=False)
+        file.write_text(text + "\n", encoding="utf-8")

@@ -1,0 +1,121 @@
+"""The linear kind of adapted layer, and the fast way through it.
+
+Base layer and update are computed as one (`fused.py`) wherever that is what the plain way computes, to rounding: one
+adapter, one dtype, a plain frozen weight, nothing hooked in between. All else takes the plain way: quantised weights,
+several adapters, inputs of another dtype than the parameters, graphs being compiled or transformed, ranks being scored.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+from transformers.pytorch_utils import Conv1D
+
+from rankwise.adapters.fused import fused_linear
+from rankwise.adapters.layer import AdapterLayer, check_samples
+from rankwise.update import Factors
+
+
+class AdapterLinear(AdapterLayer):
+    """A linear layer, or transformers' Conv1D, with low-rank updates added to it."""
+
+    wraps = (nn.Linear, Conv1D)
+
+    def __init__(self, base_layer: nn.Module, **quantization: Any) -> None:
+        super().__init__(base_layer, **quantization)
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+
+    @staticmethod
+    def matrix_shape(root: Any) -> tuple[int, int]:
+        """(out, in); the weight of Conv1D is (in, out)."""
+        if isinstance(root, Conv1D):
+            return root.weight.shape[1], root.weight.shape[0]
+        return root.out_features, root.in_features
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """The weight itself, of Conv1D transposed."""
+        return weight.T if self.fan_in_fan_out else weight
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """The matrix itself, for Conv1D transposed."""
+        return matrix.T if self.fan_in_fan_out else matrix
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Every method's update is low-rank."""
+        return True
+
+    # --- forward ----------------------------------------------------------------------------------------------------
+
+    def _add(self, adapter: str, factors: Factors, result: Tensor, x: Tensor) -> Tensor:
+        dropped, gates = self._dropped(adapter, x, factors.A.dtype), self.gates.get(adapter)
+        if gates is not None and gates.dim() > 1:
+            check_samples(gates, x)
+            gates = gates.view(len(gates), *[1] * (x.dim() - 2), gates.shape[1])
+        return factors.add_to(result, dropped, gates)
+
+    def _at_once(self, adapter: str, x: Tensor) -> Tensor | None:
+        base: Any = self.base_layer
+        if adapter in self.gates or not is_plain(base) or is_transformed():
+            return None
+        tensors = self._ready(adapter)
+        dtype = common_dtype(x, base.weight, next(iter(tensors.values())))
+        if dtype is None:
+            return None
+        dropped = self.rankwise_dropout[adapter](x)
+        z = None if dropped is x else dropped.to(dtype)
+        W, frozen, (B, s, A) = self._parts(adapter, tensors, None if z is not None else x, dtype)
+        b = None if base.bias is None else base.bias.to(dtype)
+        return fused_linear(x.to(dtype), z, W.to(dtype), b, Factors(B.to(dtype), s, A.to(dtype)), frozen)
+
+    def _parts(
+        self, adapter: str, tensors: dict[str, Tensor], x: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Tensor, Factors | None, Factors]:
+        """The weight (out, in), what is frozen of the update if it is to be added to it, and the (other) update.
+
+        Adding r frozen ranks to the weight in every pass costs less than multiplying n inputs by them where
+        n·(in + out) > in·out; the weight must have the digits for it. No x: dropout, which the whole update sees.
+        """
+        method, W = self.methods[adapter], self.as_matrix(self.base_layer.weight)  # type: ignore[arg-type]
+        frozen = None if x is None else method.frozen_part(tensors)
+        if frozen is not None and x is not None:
+            if method.caches_frozen_part:
+                return self._folded(adapter, frozen), None, method.moving_part(tensors, self.scaling[adapter])
+            if dtype.itemsize >= 4 and x.numel() // x.shape[-1] * sum(W.shape) > W.numel():
+                return W, frozen, method.moving_part(tensors, self.scaling[adapter])
+        return W, None, self._update(adapter, tensors)
+
+    def _folded(self, adapter: str, frozen: Factors) -> Tensor:
+        """The base weight (out, in) with the frozen part of the update folded in, made once."""
+        tensors = self.tensors(adapter)
+        if tensors.folded is None or tensors.folded[0] != tensors.edits:
+            _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+            with torch.no_grad():
+                tensors.folded = (tensors.edits, (self.base_weight() + frozen.delta().float()).to(dtype))
+        return tensors.folded[1]
+
+
+def is_plain(base: Any) -> bool:
+    """Whether a base layer computes W x + b of frozen tensors, and nobody has hooked into it."""
+    if type(base) not in AdapterLinear.wraps or "forward" in vars(base) or _has_any_global_hook():
+        return False
+    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+        return False
+    tensors = (base.weight,) if base.bias is None else (base.weight, base.bias)
+    return all(type(t) in (Tensor, nn.Parameter) and not t.requires_grad for t in tensors)
+
+
+def is_transformed() -> bool:
+    """Whether the graph is being compiled, or transformed by torch.func, which fuse in their own way."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def common_dtype(x: Tensor, weight: Tensor, parameters: Tensor) -> torch.dtype | None:
+    """The dtype that the base layer and the update are both computed in, None where they are not."""
+    dtypes = {x.dtype, weight.dtype, parameters.dtype}
+    if torch.is_autocast_enabled(x.device.type):
+        narrow = dtypes <= {torch.float32, torch.float16, torch.bfloat16}
+        return torch.get_autocast_dtype(x.device.type) if narrow else None
+    return x.dtype if len(dtypes) == 1 and x.is_floating_point() else None

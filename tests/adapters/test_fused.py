@@ -1,0 +1,258 @@
+"""Base layer and update as one function: the plain way's numbers, and the plain way wherever it would not be them."""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import get_peft_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import rankwise
+from cases import CASES, Case
+from conftest import tiny_bert, tiny_gpt2, tiny_llama
+from rankwise.adapters import linear
+from rankwise.adapters.configs import CONFIGS
+from rankwise.adapters.fused import fused_linear
+from rankwise.adapters.lookup import adapted_layers
+from rankwise.update import Factors
+
+ROWS = pytest.mark.parametrize(("name", "case"), CASES.items(), ids=list(CASES))
+MODELS = {"bert": tiny_bert, "gpt2": tiny_gpt2, "llama": tiny_llama}
+
+
+def draw(*shape: int, gradient: bool = False) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, requires_grad=gradient)
+
+
+def written_out(
+    x: Tensor, z: Tensor | None, W: Tensor, b: Tensor | None, update: Factors, frozen: Factors | None = None
+) -> Tensor:
+    y = F.linear(x, W if frozen is None else W + frozen.delta(), b)
+    return y + F.linear((x if z is None else z), update.delta())
+
+
+@pytest.mark.parametrize("r", [3, 17], ids=["narrow", "wide"])
+@pytest.mark.parametrize("own_input", [False, True], ids=["x", "dropped"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize("shape", [(), (4,), (2, 3)], ids=str)
+def test_values_and_first_and_second_derivatives(r: int, own_input: bool, frozen: bool, shape: tuple[int, ...]) -> None:
+    x, z = draw(*shape, 6, gradient=True), draw(*shape, 6, gradient=True) if own_input else None
+    W, b = draw(5, 6), draw(5) if shape else None
+    B, s, A = draw(5, r, gradient=True), draw(r, gradient=True), draw(r, 6, gradient=True)
+    F0 = Factors(draw(5, 2), draw(2), draw(2, 6)) if frozen else None
+    args = [t for t in (x, z, B, s, A) if t is not None]
+
+    def fused(*args: Tensor) -> Tensor:
+        x, *rest = args
+        return fused_linear(x, rest[0] if own_input else None, W, b, Factors(*rest[own_input:]), F0)
+
+    torch.testing.assert_close(fused(*args), written_out(x, z, W, b, Factors(B, s, A), F0), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(fused, args)
+    assert torch.autograd.gradgradcheck(fused, args)
+
+
+def test_only_what_is_wanted_gets_a_gradient() -> None:
+    x, A = draw(3, 6), draw(2, 6, gradient=True)
+    fused_linear(x, None, draw(5, 6), None, Factors(draw(5, 2), draw(2), A)).sum().backward()
+    assert x.grad is None
+    assert A.grad is not None
+
+
+def ways(name: str, case: Case, model: str = "bert", **fields: Any) -> tuple[nn.Module, dict[str, Tensor]]:
+    """A model under a method's adapter that is not at its start, and a batch."""
+    torch.manual_seed(3)
+    base = MODELS[model]()
+    shared = {"r": 4, "target_modules": "all-linear", "init_weights": False} | case.alone
+    made = get_peft_model(base, CONFIGS[name](**shared | fields)).train()
+    ids = torch.randint(1, 100, (6, 10))
+    return made, {"input_ids": ids, "labels": ids[:, 0] % 3 if model == "bert" else ids}
+
+
+def outcome(model: nn.Module, batch: dict[str, Tensor], *, fast: bool) -> dict[str, Tensor]:
+    """Logits and gradients, with the fast way or without."""
+    model.zero_grad()
+    torch.manual_seed(5)
+    with mock.patch.object(linear, "is_plain", linear.is_plain if fast else lambda _: False):
+        output = model(**batch)
+        output.loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return found | {"logits": output.logits.detach()}
+
+
+def assert_same(fast: dict[str, Tensor], plain: dict[str, Tensor], tolerance: float) -> None:
+    assert fast.keys() == plain.keys()
+    for name, t in plain.items():
+        assert (fast[name] - t).double().norm() <= tolerance * t.double().norm() + tolerance * 1e-3, name
+
+
+@ROWS
+@pytest.mark.parametrize("model", MODELS)
+def test_every_method_in_double_precision(name: str, case: Case, model: str) -> None:
+    made, batch = ways(name, case, model)
+    made.double()
+    with mock.patch.object(linear, "fused_linear", wraps=fused_linear) as spy:
+        fast = outcome(made, batch, fast=True)
+        assert spy.call_count == len(adapted_layers(made))
+    exact = not any(
+        slot.exact for layer in adapted_layers(made).values() for slot in layer.tensors("default").slots.values()
+    )
+    assert_same(fast, outcome(made, batch, fast=False), 1e-12 if exact else 1e-5)  # gates and the like stay float32
+
+
+def of_layer(name: str, case: Case, *, fast: bool, autocast: bool = False, **fields: Any) -> dict[str, Tensor]:
+    """Output and gradients of one layer that is not at its start."""
+    torch.manual_seed(4)
+    shared = {"r": 4, "target_modules": ["0"], "init_weights": False} | case.alone
+    net = get_peft_model(nn.Sequential(nn.Linear(64, 48)), CONFIGS[name](**shared | fields)).train()
+    x = torch.randn(2, 128, 64, requires_grad=True)
+    weights = torch.randn(2, 128, 48)
+    patched = mock.patch.object(linear, "is_plain", linear.is_plain if fast else lambda _: False)
+    with patched, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = net(x)
+    (y.float() * weights).sum().backward()
+    found = {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
+    return found | {"x": x.grad, "y": y.detach()}  # type: ignore[dict-item]
+
+
+@ROWS
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_every_method_in_single_precision(name: str, case: Case, dropout: float) -> None:
+    fast, plain = (of_layer(name, case, fast=fast, lora_dropout=dropout) for fast in (True, False))
+    assert_same(fast, plain, 1e-5)
+
+
+@ROWS
+def test_every_method_under_autocast(name: str, case: Case) -> None:
+    fast, plain, exact = (
+        of_layer(name, case, fast=f, autocast=a) for f, a in ((True, True), (False, True), (False, False))
+    )
+    assert {name: t.dtype for name, t in fast.items()} == {name: t.dtype for name, t in plain.items()}
+    for key, t in exact.items():  # as near to single precision as the plain way
+        assert (fast[key] - t).norm() <= 1.5 * (plain[key] - t).norm() + 2e-3 * t.norm(), key
+
+
+@pytest.mark.parametrize("residual", ["offset", "cached"])
+@pytest.mark.parametrize("tokens", [1, 64], ids=["few", "many"])
+def test_sorsas_residual(residual: str, tokens: int) -> None:
+    torch.manual_seed(0)
+    net = get_peft_model(
+        nn.Sequential(nn.Linear(24, 16)), rankwise.SorsaConfig(r=4, residual=residual, target_modules=["0"])
+    ).train()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    x = torch.randn(tokens, 24, requires_grad=True)
+    found = []
+    for plain in (False, True):
+        with mock.patch.object(linear, "is_plain", (lambda _: False) if plain else linear.is_plain):
+            y = net(x)
+            found.append(
+                [y, *torch.autograd.grad(y.square().sum(), [x, *(p for p in net.parameters() if p.requires_grad)])]
+            )
+    for fast, slow in zip(*found, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-4)
+
+
+class Chain(nn.Module):
+    """One layer used twice, its output changed in place, recomputed if asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+        self.recompute = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        def block(x: Tensor) -> Tensor:
+            y = self.lin(x)
+            y += x
+            return self.lin(y.relu_())
+
+        return checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)  # type: ignore[return-value]
+
+
+def chain() -> tuple[Any, Chain]:
+    torch.manual_seed(0)
+    net = Chain()
+    return get_peft_model(net, rankwise.SoraConfig(r=2, target_modules=["lin"], init_weights=False)).train(), net
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_used_twice_changed_in_place_and_recomputed(recompute: bool) -> None:
+    model, net = chain()
+    net.recompute = recompute
+    x = torch.randn(4, 8, requires_grad=True)
+    found = []
+    for plain in (False, True):
+        with mock.patch.object(linear, "is_plain", (lambda _: False) if plain else linear.is_plain):
+            wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
+            found.append(torch.autograd.grad(model(x).square().sum(), wanted))
+    for fast, slow in zip(*found, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
+
+
+def test_torch_func_goes_the_plain_way() -> None:
+    model, _ = chain()
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    x = torch.randn(5, 8)
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x[None],)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i, one in enumerate(x):
+        single = torch.func.grad(loss)(parameters, one)
+        torch.testing.assert_close({name: g[i] for name, g in each.items()}, single)
+
+
+def hooked(layer: Any) -> None:
+    layer.base_layer.register_forward_hook(lambda module, args, output: output + 1)
+
+
+def patched(layer: Any) -> None:
+    own = layer.base_layer.forward
+    layer.base_layer.forward = lambda x: own(x) + 1
+
+
+class Shifted(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+def another_class(layer: Any) -> None:
+    layer.base_layer.__class__ = Shifted
+
+
+@pytest.mark.parametrize("meddle", [hooked, patched, another_class])
+def test_what_somebody_did_to_the_base_layer_still_happens(meddle: Any) -> None:
+    net = get_peft_model(nn.Sequential(nn.Linear(6, 4)), rankwise.LoraConfig(r=2, target_modules=["0"]))
+    x = torch.randn(3, 6)
+    before = net(x)
+    meddle(next(iter(adapted_layers(net).values())))
+    torch.testing.assert_close(net(x), before + 1)
+
+
+def test_a_base_weight_that_trains_gets_its_gradient() -> None:
+    net = get_peft_model(nn.Sequential(nn.Linear(6, 4)), rankwise.LoraConfig(r=2, target_modules=["0"]))
+    base: Any = next(iter(adapted_layers(net).values())).get_base_layer()
+    base.weight.requires_grad_(True)
+    net(torch.randn(3, 6)).sum().backward()
+    assert base.weight.grad.any()
+
+
+def test_inputs_of_another_dtype_than_the_parameters_are_added_in_the_wider_one() -> None:
+    net = get_peft_model(nn.Sequential(nn.Linear(6, 4)).bfloat16(), rankwise.LoraConfig(r=2, target_modules=["0"]))
+    with mock.patch.object(linear, "fused_linear") as spy:
+        assert net(torch.randn(3, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    spy.assert_not_called()
+
+
+def test_no_rows() -> None:
+    net = get_peft_model(nn.Sequential(nn.Linear(6, 4)), rankwise.LoraConfig(r=2, target_modules=["0"])).train()
+    y = net(torch.zeros(2, 0, 6))
+    assert y.shape == (2, 0, 4)
+    y.sum().backward()
