@@ -7,7 +7,7 @@ copied or unpickled model gets rosters of its own: a roster travels empty and it
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -62,6 +62,10 @@ class Roster:
         """The living layers that still carry this adapter, in model order."""
         found = (reference() for reference in self._layers)
         return [layer for layer in found if layer is not None and layer.rosters.get(self.adapter) is self]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What trains of the adapter, layer by layer."""
+        return (p for layer in self.layers for p in layer.tensors(self.adapter).trained())
 
     def saw_forward(self, layer: AdapterLayer, output: Tensor) -> None:
         """A layer ran forward in training; pass it on if it is the first of the model."""

@@ -49,6 +49,10 @@ class AdapterTensors(nn.Module):
         # not by getattr: every forward pass of every layer comes through here
         return {name: (self._parameters if slot.trained else self._buffers)[name] for name, slot in self.slots.items()}  # type: ignore[misc]
 
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters; torch's own `parameters()` searches modules, which steps of small models would feel."""
+        return list(self._parameters.values())  # type: ignore[arg-type]
+
     @torch.no_grad()
     def fill(self, values: Mapping[str, Tensor]) -> None:
         """Copy `values` in; tensors not named keep theirs."""

@@ -25,10 +25,12 @@ def polar(A: Tensor) -> tuple[Tensor, Tensor]:
     ([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], 7.0)
     """
     A64 = exact(A)
-    w, V = torch.linalg.eigh(A64 @ A64.mT)
+    gram = A64 @ A64.mT
+    w, V = torch.linalg.eigh(gram)
     floor = A.shape[-1] * torch.finfo(w.dtype).eps * w.amax(-1, keepdim=True)
     alive = w > floor
     sigma = torch.where(alive, w, 1).sqrt()
     inverse_root = (V * torch.where(alive, 1 / sigma, 0).unsqueeze(-2)) @ V.mT
-    Q = torch.where((A64 != 0).any(-1, keepdim=True), inverse_root @ A64, 0)
-    return Q.to(A.dtype), torch.where(alive, sigma, 0).sum(-1)
+    # Rounding leaves traces of the other rows in that of a zero row of A.
+    inverse_root *= (gram.diagonal(dim1=-2, dim2=-1) != 0).unsqueeze(-1)
+    return (inverse_root @ A64).to(A.dtype), torch.where(alive, sigma, 0).sum(-1)

@@ -9,8 +9,8 @@ from torch import Tensor
 from rankwise.linalg.orthonormality import orthonormality_gap, orthonormality_gap_squared
 from rankwise.methods.stack import Penalty, Stack
 
-Gap = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""‖PᵀP − I‖_F of a stack, or its square, with the gradient: see `linalg.orthonormality`."""
+Gap = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""w·‖PᵀP − I‖_F of a stack, or of its square, with the gradient: see `linalg.orthonormality`."""
 
 
 def orthonormality_penalty(
@@ -22,10 +22,10 @@ def orthonormality_penalty(
     """
     gradients, values = [], []
     for layers in stacks:
-        (in_left, d_left), (in_right, d_right) = gap(layers[left].float()), gap(layers[right].float().mT)
-        w_left, w_right = weight(layers, left), weight(layers, right)
-        gradients.append({left: w_left[:, None, None] * d_left, right: w_right[:, None, None] * d_right.mT})
-        values.append((w_left * in_left + w_right * in_right).sum())
+        in_left, d_left = gap(layers[left].float(), weight(layers, left))
+        in_right, d_right = gap(layers[right].float().mT, weight(layers, right))
+        gradients.append({left: d_left, right: d_right.mT})
+        values.append((in_left + in_right).sum())
     return Penalty(sum(value.to(values[0].device) for value in values), gradients)  # type: ignore[arg-type]
 
 

@@ -85,11 +85,7 @@ def _moved_by(optimizer: torch.optim.Optimizer, groups: Groups | None = None) ->
     if not rosters:
         return []
     groups = _groups(optimizer) if groups is None else groups
-    return [
-        roster
-        for roster in rosters
-        if any(id(p) in groups for layer in roster.layers for p in layer.rankwise_tensors[roster.adapter].parameters())
-    ]
+    return [roster for roster in rosters if any(id(p) in groups for p in roster.parameters())]
 
 
 def _groups(optimizer: torch.optim.Optimizer) -> Groups:

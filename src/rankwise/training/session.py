@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.utils import get_total_norm
 
 from rankwise.adapters.progress import CONFIG, TRAINER, Progress
 from rankwise.adapters.roster import Roster
@@ -86,8 +87,10 @@ class Session:
     @torch.no_grad()
     def finite(self) -> bool:
         """Whether every gradient is finite; reads one number back from the device."""
-        norms = torch._foreach_norm(self._gradients(), 2)
-        return bool(torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite().all())  # layers may be apart
+        gradients = self._gradients()
+        if bool(get_total_norm(gradients).isfinite()):
+            return True
+        return all(bool(g.isfinite().all()) for g in gradients)  # the norm of finite numbers may be infinite
 
     @torch.no_grad()
     def before(self, scale: Tensor | None) -> None:
@@ -99,8 +102,8 @@ class Session:
         step = self._step = self._next_step()
         self._check_runnable(step)
         self._find_starts()
-        self._add_penalty(step, scale)
         stacks = self.stacks(scale)
+        self._add_penalty(stacks, step, scale)
         self._write(stacks, self.roster.method.before_step(stacks, step))
         self._hold(step)
 
@@ -256,7 +259,7 @@ class Session:
         """One value per layer, grouped as stacks are: by shape, dtype and device."""
         by_kind: dict[Any, list[T]] = {}
         for tensors, value in zip(self._members, values, strict=True):
-            first = next(tensors.parameters())
+            first = tensors.trained()[0]
             by_kind.setdefault((tensors.size, first.dtype, first.device), []).append(value)
         return list(by_kind.values())
 
@@ -287,8 +290,7 @@ class Session:
             for name, value in update.items():
                 torch._foreach_copy_(stack.tensors(name), list(value.unbind(0)))
 
-    def _add_penalty(self, step: Step, scale: Tensor | None) -> None:
-        stacks = self.stacks()
+    def _add_penalty(self, stacks: Sequence[Stack], step: Step, scale: Tensor | None) -> None:
         penalty = self.roster.method.penalty(stacks, step)
         if penalty is None:
             return
@@ -353,7 +355,7 @@ class Session:
         self._held, self._step = [], None
 
     def _trained(self) -> list[Tensor]:
-        return [p for tensors in self._members for p in tensors.parameters()]
+        return [p for tensors in self._members for p in tensors.trained()]
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self._trained() if p.grad is not None]

@@ -41,7 +41,7 @@ class Watch:
 
         Nothing is read back from the device unless a backward pass has run since the last step.
         """
-        values = torch.stack([exact(p.detach()).sum() for p in tensors.parameters()])
+        values = torch.stack([exact(p.detach()).sum() for p in tensors.trained()])
         seen = self._compare(tensors, values) if self._backward and self._edits == tensors.edits else Seen.NOTHING
         if seen is not Seen.NOTHING or self._values is None or self._edits != tensors.edits:
             self._values, self._edits, self._backward = values, tensors.edits, False
@@ -52,7 +52,7 @@ class Watch:
     def _compare(self, tensors: AdapterTensors, values: Tensor) -> Seen:
         if self._values is not None and not torch.equal(self._values, values):
             return Seen.MOVED
-        gradients = [p.grad for p in tensors.parameters() if p.grad is not None]
+        gradients = [p.grad for p in tensors.trained() if p.grad is not None]
         # Tensors that wait for their start are 0, and so are all gradients.
         held = bool(gradients) if tensors.awaits_gradient else any(bool(g.any()) for g in gradients)
         return Seen.NOTHING if held else Seen.DROPPED
