@@ -68,11 +68,12 @@ def test_of_zero_is_the_identity_and_zero_rows_below_stay_exactly_zero() -> None
     assert torch.equal(cayley(torch.zeros(5, 2)), torch.eye(5, 2, dtype=torch.float64))
 
 
-def test_result_is_float64_and_differs_from_one_computed_in_float32() -> None:
+def test_float32_is_rounded_once_and_differs_from_one_computed_in_float32() -> None:
     G = torch.cat([random(3, 4), 50 * random(30, 1) @ random(1, 4) + 0.1 * random(30, 4, seed=3)]).float()
     Q = cayley(G)
-    assert Q.dtype == torch.float64
-    assert abs(stretch(Q)) < 1e-9
+    assert Q.dtype == torch.float32
+    torch.testing.assert_close(Q, cayley(G.double()).float(), rtol=0, atol=0)
+    assert abs(stretch(Q)) < 1e-6
     assert stretch(definition(G)) > 1e-4
 
 
@@ -124,6 +125,14 @@ def test_the_raised_diagonal_is_what_keeps_them_so() -> None:
 def test_gradient_is_that_of_finite_differences(shape: tuple[int, ...]) -> None:
     G = random(*shape).requires_grad_()
     assert torch.autograd.gradcheck(cayley, (G,), eps=1e-6, atol=1e-7)
+    assert torch.autograd.gradgradcheck(cayley, (G,), eps=1e-6, atol=1e-6)
+
+
+def test_gradient_by_hand_is_autograds_and_torch_func_gets_that() -> None:
+    G, C = random(2, 9, 4), random(2, 9, 4, seed=1)
+    leaf = G.clone().requires_grad_()
+    (cayley(leaf) * C).sum().backward()
+    torch.testing.assert_close(torch.func.grad(lambda G: (cayley(G) * C).sum())(G), leaf.grad, rtol=1e-10, atol=1e-12)
 
 
 def test_gradient_of_float32_parameters_is_that_of_float64_ones() -> None:

@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from rankwise.adapters.fused import fused_linear
 from rankwise.adapters.layer import AdapterLayer, check_samples
+from rankwise.derivatives import by_hand
 from rankwise.update import Factors
 
 
@@ -58,7 +59,7 @@ class AdapterLinear(AdapterLayer):
 
     def _at_once(self, adapter: str, x: Tensor) -> Tensor | None:
         base: Any = self.base_layer
-        if adapter in self.gates or not is_plain(base) or is_transformed():
+        if adapter in self.gates or not is_plain(base) or not by_hand():
             return None
         tensors = self._ready(adapter)
         dtype = common_dtype(x, base.weight, next(iter(tensors.values())))
@@ -105,11 +106,6 @@ def is_plain(base: Any) -> bool:
         return False
     tensors = (base.weight,) if base.bias is None else (base.weight, base.bias)
     return all(type(t) in (Tensor, nn.Parameter) and not t.requires_grad for t in tensors)
-
-
-def is_transformed() -> bool:
-    """Whether the graph is being compiled, or transformed by torch.func, which fuse in their own way."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def common_dtype(x: Tensor, weight: Tensor, parameters: Tensor) -> torch.dtype | None:

@@ -176,7 +176,7 @@ class NbLora(Method):
 
 def _orthonormal(free: Tensor) -> tuple[Tensor, Tensor]:
     """The Cayley transform of `free` (…, m, r) in its dtype, and a bound (…, 1) of λ_max(QᵀQ) of that rounded Q."""
-    Q = cayley(free).to(free.dtype)
+    Q = cayley(free)
     return Q, squared_norm_bound(Q).unsqueeze(-1)
 
 

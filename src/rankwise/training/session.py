@@ -38,17 +38,32 @@ Moments = Mapping[Any, dict[str, Any]]
 
 @dataclass
 class Held:
-    """A parameter whose move by the optimiser is rescaled, or kept free of weight decay."""
+    """Parameters whose move by the optimiser is rescaled, or kept free of weight decay."""
 
-    parameter: Tensor
-    old: Tensor
     ratio: float
     zeroed: bool
+    parameters: list[Tensor]
+    old: list[Tensor]
+
+    @classmethod
+    def of(cls, ratio: float, zeroed: bool, parameters: list[Tensor]) -> Held:
+        """Remember their values and, `zeroed`, show the optimiser zeros."""
+        found = cls(ratio, zeroed, parameters, list(torch._foreach_mul(parameters, 1.0)))  # type: ignore[arg-type]
+        if zeroed:
+            torch._foreach_zero_(parameters)
+        return found
 
     def settle(self) -> None:
         """p ← p_old + ratio · (the optimiser's move)."""
-        moved = self.parameter.data if self.zeroed else self.parameter.data - self.old
-        self.parameter.data.copy_(self.old + self.ratio * moved)
+        if self.zeroed:
+            torch._foreach_mul_(self.parameters, self.ratio)
+            torch._foreach_add_(self.parameters, self.old)
+        else:
+            torch._foreach_lerp_(self.parameters, self.old, 1 - self.ratio)
+
+    def give_back(self) -> None:
+        """p ← p_old."""
+        torch._foreach_copy_(self.parameters, self.old)
 
 
 class Session:
@@ -326,19 +341,18 @@ class Session:
         Weight decay is undone without knowing the optimiser's formula: it is shown a zero in the tensor's place, which
         no decay can shrink, and the tensor is then moved by what the optimiser made of the zero.
         """
+        kinds: dict[tuple[float, bool], list[Tensor]] = {}
         for tensors in self._members:
+            waits = tensors.awaits_gradient  # nothing of it moves before it has its start
             for name, slot in tensors.slots.items():
-                parameter = getattr(tensors, name)
-                if not slot.trained or id(parameter) not in self._groups:
+                group = self._groups.get(id(getattr(tensors, name))) if slot.trained else None
+                if group is None:
                     continue
-                group = self._groups[id(parameter)]
-                waits = tensors.awaits_gradient  # nothing of it moves before it has its start
                 ratio = 0.0 if waits else self.roster.method.ratio(name, peak_rate(group), step)
                 zeroed = (slot.exact or waits) and group.get("weight_decay", 0) != 0
                 if ratio != 1.0 or zeroed:
-                    self._held.append(Held(parameter, parameter.data.clone(), ratio, zeroed))
-                    if zeroed:
-                        parameter.data.zero_()
+                    kinds.setdefault((ratio, zeroed), []).append(getattr(tensors, name).data)
+        self._held = [Held.of(*kind, parameters) for kind, parameters in kinds.items()]
 
     def _settle(self) -> None:
         for held in self._held:
@@ -351,7 +365,7 @@ class Session:
     def _abandon(self) -> None:
         """Give back what an optimiser step that raised has left held."""
         for held in self._held:
-            held.parameter.data.copy_(held.old)
+            held.give_back()
         self._held, self._step = [], None
 
     def _trained(self) -> list[Tensor]:
