@@ -16,6 +16,7 @@ import accelerate
 import peft
 import torch
 import transformers
+from torch.profiler import ProfilerActivity, profile
 
 RESAMPLES = 2000
 """Of the bootstrap."""
@@ -67,6 +68,25 @@ def seconds_of(way: Callable[[], Any]) -> float:
     last.record()
     torch.cuda.synchronize()
     return first.elapsed_time(last) / 1e3
+
+
+def peak_of(step: Callable[[], Any]) -> int:
+    """The most bytes that a call allocates at a time, beyond what is there before it."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    now = peak = 0
+    results: Any = profiler.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
 
 
 def ratio(times: Sequence[float], reference: Sequence[float]) -> Ratio:

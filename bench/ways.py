@@ -24,6 +24,9 @@ from rankwise.adapters.configs import CONFIGS
 RUN = 100_000
 """Steps of the run that the measured ones are the middle of, as schedules are told."""
 REFERENCE, FLOOR = "PEFT LoRA", "floor: frozen"
+SORSAS = {f"sorsa, {residual}": residual for residual in ("offset", "cached")}
+OURS = [name for method in CONFIGS for name in (SORSAS if method == "sorsa" else [method])]
+"""Our ways, by name."""
 Step = Callable[[], None]
 
 
@@ -33,47 +36,41 @@ def shared_copy(base: nn.Module) -> nn.Module:
     return copy.deepcopy(base, {id(tensor): tensor for tensor in keep})
 
 
-def fields(name: str, r: int) -> dict[str, Any]:
-    """A method's fields beside r."""
-    if name == "adalora":
-        return {"init_r": r, "target_r": max(1, round(r / 1.5)), "total_step": RUN, "tinit": 1, "tfinal": 1}
-    if name == "salora":
-        return {"total_step": RUN, "tinit": 1, "tfinal": 1}
-    return {"rounds": 0} if name == "alora" else {"r": r}
-
-
 def ways(model: Model, r: int, device: str, only: list[str] | None = None) -> dict[str, tuple[nn.Module, Step]]:
     """Every way by name: its model and its training step."""
     torch.manual_seed(0)
     base, batch = model.make().to(device).train(), {k: v.to(device) for k, v in model.batch().items()}
-    for p in base.parameters():
-        p.requires_grad_(False)
+    base.requires_grad_(False)
     shared = {"target_modules": "all-linear", "task_type": model.task}
-    adalora = {"init_r": r, "target_r": max(1, round(r / 1.5)), "total_step": RUN, "tinit": 1, "tfinal": 1}
+    phases = {"total_step": RUN, "tinit": 1, "tfinal": 1}
+    falling = {"init_r": r, "target_r": max(1, round(r / 1.5))} | phases
+    lora = peft.LoraConfig(r=r, lora_alpha=r, **shared)
     made: dict[str, Callable[[nn.Module], tuple[nn.Module, Step]]] = {
         FLOOR: lambda m: frozen(m, batch),
-        REFERENCE: lambda m: plain(get_peft_model(m, peft.LoraConfig(r=r, lora_alpha=r, **shared)), batch),
-        "PEFT AdaLoRA": lambda m: pefts_adalora(m, peft.AdaLoraConfig(**adalora, **shared), batch),
-        "NNM by autograd": lambda m: naive_nnm(m, peft.LoraConfig(r=r, lora_alpha=r, **shared), batch),
-        "SORSA by autograd": lambda m: naive_sorsa(m, r, peft.LoraConfig(r=r, **shared), batch),
+        REFERENCE: lambda m: plain(get_peft_model(m, lora), batch),
+        "PEFT AdaLoRA": lambda m: pefts_adalora(m, peft.AdaLoraConfig(**falling, **shared), batch),
+        "NNM by autograd": lambda m: naive_nnm(m, lora, batch),
+        "SORSA by autograd": lambda m: naive_sorsa(m, r, lora, batch),
     }
-    for name, config in CONFIGS.items():
-        variants = {name: fields(name, r)}
-        if name == "sorsa":
-            variants = {f"sorsa, {form}": {"residual": form, "r": r} for form in ("offset", "cached")}
-        for title, own in variants.items():
-            given = own if name == "adalora" else {"r": r} | own
-            made[title] = lambda m, c=config, g=given: plain(get_peft_model(m, c(**g, **shared)), batch)
+    own: dict[str, dict[str, Any]] = {"adalora": falling, "salora": phases | {"r": r}, "alora": {"rounds": 0, "r": r}}
+    own |= {name: {"residual": residual, "r": r} for name, residual in SORSAS.items()}
+    for name in OURS:
+        config = CONFIGS[name.partition(",")[0]](**own.get(name, {"r": r}), **shared)
+        made[name] = lambda m, config=config: plain(get_peft_model(m, config), batch)
     return {name: make(shared_copy(base)) for name, make in made.items() if only is None or name in only}
+
+
+def optimizer_of(model: nn.Module) -> torch.optim.Optimizer:
+    """Trainer's default."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0, fused=True)
 
 
 def plain(
     model: nn.Module, batch: dict[str, Any], penalty: Callable[[], Tensor] | None = None
 ) -> tuple[nn.Module, Step]:
     """A Trainer's step: forward, backward, optimiser."""
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0, fused=True
-    )
+    optimizer = optimizer_of(model)
 
     def step() -> None:
         loss = model(**batch).loss
@@ -93,9 +90,7 @@ def frozen(model: nn.Module, batch: dict[str, Any]) -> tuple[nn.Module, Step]:
 def pefts_adalora(model: nn.Module, config: peft.AdaLoraConfig, batch: dict[str, Any]) -> tuple[nn.Module, Step]:
     """With the call after each step that PEFT's documentation asks for."""
     adapted: Any = get_peft_model(model, config)
-    optimizer = torch.optim.AdamW(
-        [p for p in adapted.parameters() if p.requires_grad], lr=1e-5, weight_decay=0.0, fused=True
-    )
+    optimizer = optimizer_of(adapted)
     taken = 1
 
     def step() -> None:

@@ -8,6 +8,8 @@ as G is stored, with M = I + Zᵀ and V = M⁻¹, Qᵀ = [2V − I, −2V Yᵀ] 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -40,41 +42,48 @@ def cayley(G: Tensor) -> Tensor:
     >>> torch.allclose(Q.mT @ Q, torch.eye(2, dtype=Q.dtype))
     True
     """
-    rows = G.mT
-    return (_Cayley.apply(rows) if by_hand() else _transform(rows)[0]).mT  # type: ignore[union-attr]
+    return cayley_of_blocks(G.mT)[0].mT
+
+
+def cayley_of_blocks(*rows: Tensor) -> tuple[Tensor, ...]:
+    """Qᵀ in blocks, from Gᵀ in blocks (…, r, m_1), (…, r, m_2), …, m_1 ≥ r: as `cayley`, without a copy of all."""
+    return _Cayley.apply(*rows) if by_hand() else _transform(rows)[0]  # type: ignore[return-value]
 
 
 class _Cayley(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor) -> Tensor:
-        """Qᵀ."""
+    def forward(ctx: Any, *rows: Tensor) -> tuple[Tensor, ...]:
+        """The blocks of Qᵀ."""
         Q, V = _transform(rows)
-        ctx.save_for_backward(rows, V)
+        ctx.save_for_backward(V, *rows)
         return Q
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        """The gradient of Gᵀ."""
-        (P,), (rows, V) = gradients, ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        """The gradients of the blocks of Gᵀ."""
+        V, *rows = ctx.saved_tensors
         if torch.is_grad_enabled():  # second derivatives go through V, too
             V = _transform(rows)[1]
-        r = rows.shape[-2]
-        Y, P1, P2 = rows[..., r:], P[..., :r], P[..., r:]
-        dV = 2 * (P1 - P2 @ Y.mT).to(V.dtype)
+        r = V.shape[-1]
+        P1, P2 = gradients[0][..., :r], [gradients[0][..., r:], *gradients[1:]]
+        Y = [rows[0][..., r:], *rows[1:]]
+        dV = 2 * reduce(torch.sub, (P @ y.mT for P, y in zip(P2, Y, strict=True)), P1).to(V.dtype)
         dM = -(V.mT @ dV @ V.mT)
-        dY = (dM + dM.mT).to(Y.dtype) @ Y - (2 * V.mT).to(P.dtype) @ P2
-        return torch.cat([(dM - dM.mT).to(rows.dtype), dY], -1)
+        both, twice = (dM + dM.mT).to(P1.dtype), (2 * V.mT).to(P1.dtype)
+        dY = [both @ y - twice @ P for P, y in zip(P2, Y, strict=True)]
+        return torch.cat([(dM - dM.mT).to(P1.dtype), dY[0]], -1), *dY[1:]
 
 
-def _transform(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Qᵀ and V = Wᵀ of each Gᵀ (…, r, m)."""
-    r = rows.shape[-2]
-    X, Y = exact(rows).split([r, rows.shape[-1] - r], dim=-1)
-    skew, gram = X.mT - X, Y @ Y.mT
+def _transform(rows: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """The blocks of Qᵀ, in the dtype of those of Gᵀ, and V = Wᵀ."""
+    r, dtype = rows[0].shape[-2], rows[0].dtype
+    X, *Y = exact(rows[0][..., :r]), exact(rows[0][..., r:]), *(exact(block) for block in rows[1:])
+    skew, gram = X.mT - X, reduce(torch.add, (y @ y.mT for y in Y))
     with torch.no_grad():
         sizes = gram.diagonal(dim1=-2, dim2=-1) + torch.linalg.vector_norm(skew, dim=-2)
         diagonal = torch.diag_embed(1 + MARGIN * r * torch.finfo(gram.dtype).eps * sizes)
     # inv_ex rather than inv: it does not stop a CUDA stream to ask whether the matrix was singular, and none is.
     V = torch.linalg.inv_ex(diagonal + skew + gram).inverse.mT
     upper = 2 * V - torch.eye(r, dtype=V.dtype, device=V.device)
-    return torch.cat([upper.to(rows.dtype), ((-2 * V) @ Y).to(rows.dtype)], -1), V
+    lower = [((-2 * V) @ y).to(dtype) for y in Y]
+    return (torch.cat([upper.to(dtype), lower[0]], -1), *lower[1:]), V

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -47,18 +48,18 @@ def on_unit_sphere(z: Tensor, p: float) -> Tensor:
     return ratios / torch.linalg.vector_norm(ratios, p, dim=-1, keepdim=True).clamp_min(1)
 
 
-def squared_norm_bound(Q: Tensor) -> Tensor:
+def squared_norm_bound(*blocks: Tensor) -> Tensor:
     """An upper bound of ‖Q‖₂² that is 1 for orthonormal columns: 1 + ‖QᵀQ − I‖_F ≥ λ_max(QᵀQ).
 
     Args:
-        Q: (…, m, r).
+        blocks: Q, or blocks of its rows, (…, m, r).
 
     Returns:
         The bounds (…), in float64 where the device has it, constant in differentiation.
     """
     with torch.no_grad():
-        Q = exact(Q)
-        return 1 + torch.linalg.matrix_norm(Q.mT @ Q - torch.eye(Q.shape[-1], dtype=Q.dtype, device=Q.device))
+        gram = reduce(torch.add, (block.mT @ block for block in map(exact, blocks)))
+        return 1 + torch.linalg.matrix_norm(gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
 
 
 def _by_the_largest(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from rankwise.checks import require_bool, require_choice, require_number, say_once
 from rankwise.errors import ArgumentError
-from rankwise.linalg.cayley import cayley
+from rankwise.linalg.cayley import cayley, cayley_of_blocks
 from rankwise.linalg.norms import EXPONENTS, on_unit_sphere, schatten, squared_norm_bound
 from rankwise.methods.base import Method, register
 from rankwise.methods.stack import Size, Slot
@@ -151,10 +151,9 @@ class NbLora(Method):
     def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
         """2·Bᵀ diag(s) A or U diag(s ∘ sin v) Vᵀ, with s divided by what rounding may have added to the factors."""
         if self.parameterization == "joint":
-            free = torch.cat([t["A_free"], t["B_free"]], -1).mT
-            Q, stretch = _orthonormal(free)
-            A, B = Q.split([t["A_free"].shape[-1], t["B_free"].shape[-1]], -2)
-            return _factors(B, 2 * self._bounds(t, Q.shape[-1]) / stretch, A.mT)
+            A, Bt = cayley_of_blocks(t["A_free"], t["B_free"])
+            stretch = squared_norm_bound(A.mT, Bt.mT).unsqueeze(-1)
+            return _factors(Bt.mT, 2 * self._bounds(t, A.shape[-2]) / stretch, A)
         U, stretch_U = _orthonormal(t["U_free"])
         V, stretch_V = _orthonormal(t["V_free"])
         s = self._bounds(t, U.shape[-1]) * exact(t["v"]).sin()
