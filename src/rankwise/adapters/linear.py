@@ -68,6 +68,10 @@ class AdapterLinear(AdapterLayer):
         dropped = self.rankwise_dropout[adapter](x)
         z = None if dropped is x else dropped.to(dtype)
         W, frozen, (B, s, A) = self._parts(adapter, tensors, None if z is not None else x, dtype)
+        opened = self.methods[adapter].ranks_open(tensors)
+        if opened is not None:
+            k = self.tensors(adapter).open_prefix(opened)
+            B, s, A = B[:, :k], s[:k], A[:k]
         b = None if base.bias is None else base.bias.to(dtype)
         return fused_linear(x.to(dtype), z, W.to(dtype), b, Factors(B.to(dtype), s, A.to(dtype)), frozen)
 

@@ -33,6 +33,7 @@ class AdapterTensors(nn.Module):
         self.awaits_gradient = False  # some tensors are 0 until a gradient of the base weight gives them their start
         self.from_gradient: dict[str, Tensor] = {}  # that start, found in a backward pass, until a step takes it up
         self.folded: tuple[int, Tensor] | None = None  # (edits, the base weight with a frozen part of the update)
+        self._prefix: tuple[Tensor, int, int] | None = None  # a mask, its version, how many ranks hold all that is open
         self.edits = 0  # of its values by loads, casts and starts: everything but training
         self.exact_dtype = torch.float32
         for name, slot in self.slots.items():
@@ -52,6 +53,13 @@ class AdapterTensors(nn.Module):
     def trained(self) -> list[nn.Parameter]:
         """The parameters; torch's own `parameters()` searches modules, which steps of small models would feel."""
         return list(self._parameters.values())  # type: ignore[arg-type]
+
+    def open_prefix(self, mask: Tensor) -> int:
+        """How many of the first ranks hold all that are open in a mask; read from the device when it changes only."""
+        if self._prefix is None or self._prefix[0] is not mask or self._prefix[1] != mask._version:
+            places = mask.nonzero()
+            self._prefix = mask, mask._version, int(places[-1]) + 1 if len(places) else 0
+        return self._prefix[2]
 
     @torch.no_grad()
     def fill(self, values: Mapping[str, Tensor]) -> None:

@@ -95,6 +95,10 @@ class Alora(Method):
         """Ranks in use."""
         return t["active"]
 
+    def ranks_open(self, t: Mapping[str, Tensor]) -> Tensor:
+        """Ranks in use."""
+        return t["active"]
+
     def plan(self, total: int | None, epoch: int | None) -> Rounds | None:
         """K1, K2 and N_A in steps; None where they cannot be told.
 

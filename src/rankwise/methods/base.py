@@ -127,6 +127,10 @@ class Method:
         """What is left of the update beside its `frozen_part`."""
         return self.factors(t, scale)
 
+    def ranks_open(self, t: Mapping[str, Tensor]) -> Tensor | None:
+        """Booleans (r,) where the other ranks are 0 in B and A and stay so, so that they need not be computed."""
+        return None
+
     def start_from_gradient(self, size: Size, gradient: Tensor) -> dict[str, Tensor]:
         """First values of the `from_gradient` tensors from the gradient (out, into) of the base weight, float32."""
         raise NotImplementedError
