@@ -23,7 +23,7 @@ RESAMPLES = 2000
 
 
 class Ratio(NamedTuple):
-    """A ratio of medians, and where 95 % of its bootstrap resamples lie."""
+    """A median of ratios, and where those of 95 % of its bootstrap resamples lie."""
 
     median: float
     low: float
@@ -89,16 +89,30 @@ def peak_of(step: Callable[[], Any]) -> int:
     return peak
 
 
-def ratio(times: Sequence[float], reference: Sequence[float]) -> Ratio:
-    """median(times) / median(reference); whole rounds are resampled, as a machine's moods fall on all ways of one."""
-    draw, n = random.Random(0), len(times)
-    found = []
-    for _ in range(RESAMPLES):
-        rounds = draw.choices(range(n), k=n)
-        found.append(statistics.median(times[i] for i in rounds) / statistics.median(reference[i] for i in rounds))
-    found.sort()
+def beside(reference: str, ways: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of each way in every round, each with those of the reference, which runs again before every third way.
+
+    Where a machine's speed drifts within a round, this is what can still be compared.
+    """
+    order, draw = [name for name in ways if name != reference], random.Random(0)
+    pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for i in range(repeats + 1):
+        draw.shuffle(order)
+        for at in range(0, max(1, len(order)), 3):
+            standard = seconds_of(ways[reference])
+            for name in [reference, *order[at : at + 3]]:
+                seconds = standard if name == reference else seconds_of(ways[name])
+                if i:
+                    pairs[name].append((seconds, standard))
+    return pairs
+
+
+def ratio(pairs: Sequence[tuple[float, float]]) -> Ratio:
+    """The median of seconds / the reference's seconds."""
+    quotients, draw = [seconds / standard for seconds, standard in pairs], random.Random(0)
+    found = sorted(statistics.median(draw.choices(quotients, k=len(quotients))) for _ in range(RESAMPLES))
     low, high = found[int(0.025 * RESAMPLES)], found[int(0.975 * RESAMPLES)]
-    return Ratio(statistics.median(times) / statistics.median(reference), low, high)
+    return Ratio(statistics.median(quotients), low, high)
 
 
 def machine() -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Time of a training step of every way as a ratio to PEFT's LoRA of the same rank: `python bench/step_time.py`.
 
 All ways take turns, in a new order in every round, on one base model whose weights they share; `ways.py` says what they
-do. Told are medians, and ratios of medians with where 95 % of their bootstrap resamples lie.
+do. Told are medians of a step's time over that of PEFT's LoRA just before it, and where 95 % of the medians of bootstrap
+resamples lie.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import statistics
 from typing import Any
 
 import torch
-from harness import Ratio, in_turns, machine, options, ratio, write
+from harness import Ratio, beside, machine, options, ratio, write
 from models import MODELS
 from ways import OURS, REFERENCE, ways
 
@@ -27,11 +28,11 @@ def limit(way: str, r: int) -> float:
 def measure(name: str, r: int, repeats: int, only: list[str] | None) -> list[dict[str, Any]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     made = ways(MODELS[name], r, device, only)
-    times = in_turns({way: step for way, (_, step) in made.items()}, repeats)
+    pairs = beside(REFERENCE, {way: step for way, (_, step) in made.items()}, repeats)
     return [
-        {"model": name, "r": r, "way": way, "ms": 1e3 * statistics.median(taken)}
-        | ratio(taken, times[REFERENCE])._asdict()
-        for way, taken in times.items()
+        {"model": name, "r": r, "way": way, "ms": 1e3 * statistics.median(seconds for seconds, _ in found)}
+        | ratio(found)._asdict()
+        for way, found in pairs.items()
     ]
 
 

@@ -261,17 +261,17 @@ def test_no_rows() -> None:
 @pytest.mark.parametrize("places", [[], [7], [0, 1], [0, 5]], ids=str)
 def test_closed_ranks_are_not_computed_and_nothing_changes(places: list[int]) -> None:
     net = get_peft_model(
-        nn.Sequential(nn.Linear(6, 4)), rankwise.AloraConfig(r=4, rounds=0, target_modules=["0"], init_weights=False)
+        nn.Sequential(nn.Linear(12, 10)), rankwise.AloraConfig(r=4, rounds=0, target_modules=["0"], init_weights=False)
     )
     layer: Any = next(iter(adapted_layers(net).values()))
-    tensors, x = layer.tensors("default"), torch.randn(5, 6)
+    tensors, x = layer.tensors("default"), torch.randn(5, 12)
     net(x)
     mask = torch.zeros(8, dtype=torch.bool)
     mask[places] = True
     with torch.no_grad():
         tensors.active.copy_(mask)
-        tensors.A.copy_(torch.randn(8, 6) * mask[:, None])
-        tensors.B.copy_(torch.randn(4, 8) * mask)
+        tensors.A.copy_(torch.randn(8, 12) * mask[:, None])
+        tensors.B.copy_(torch.randn(10, 8) * mask)
     found = []
     for fast in (True, False):
         with mock.patch.object(linear, "is_plain", linear.is_plain if fast else lambda _: False):
