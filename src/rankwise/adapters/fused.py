@@ -62,7 +62,7 @@ class _FusedLinear(torch.autograd.Function):
         """Y."""
         rows, whole = _rows(x), _with(W, B0, A0)
         y = rows @ whole.mT if b is None else torch.addmm(b, rows, whole.mT)
-        h = (rows if z is None else _rows(z)) @ A.mT
+        h = _narrow(rows if z is None else _rows(z), A.mT)
         ctx.save_for_backward(x, z, W, B, s, A, B0, A0, h)
         return y.addmm_(h, _scaled(B, s).mT)
 
