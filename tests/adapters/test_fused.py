@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 from unittest import mock
 
@@ -249,6 +250,85 @@ def test_inputs_of_another_dtype_than_the_parameters_are_added_in_the_wider_one(
     with mock.patch.object(linear, "fused_linear") as spy:
         assert net(torch.randn(3, 6, dtype=torch.bfloat16)).dtype == torch.bfloat16
     spy.assert_not_called()
+
+
+def one_layer(**fields: Any) -> tuple[Any, Any]:
+    net = get_peft_model(
+        nn.Sequential(nn.Linear(6, 4)),
+        rankwise.LoraConfig(**{"r": 2, "target_modules": ["0"], "init_weights": False} | fields),
+    )
+    return net.train(), next(iter(adapted_layers(net).values()))
+
+
+def test_replicas_of_data_parallel_hold_their_tensors_as_attributes() -> None:
+    _, layer = one_layer()
+    tensors = layer.tensors("default")
+    replica = tensors._replicate_for_data_parallel()
+    replica.A, replica.B = tensors.A.detach(), tensors.B.detach()
+    assert torch.equal(replica.named()["A"], tensors.A)
+
+
+def test_meta_tensors_pass() -> None:
+    net, _ = one_layer()
+    assert net.to("meta")(torch.zeros(3, 6, device="meta")).shape == (3, 4)
+
+
+def test_a_backward_pass_within_autocast_has_the_forward_passs_dtypes() -> None:
+    for name, config in CONFIGS.items():
+        net = get_peft_model(
+            nn.Sequential(nn.Linear(6, 4)),
+            config(**{"r": 2, "target_modules": ["0"], "init_weights": False} | CASES[name].alone),
+        ).train()
+        x = torch.randn(5, 6, requires_grad=True)
+        found = []
+        for enabled in (False, True):
+            y = net(x)
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                found.append(torch.autograd.grad(y.square().sum(), x)[0])
+        torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_update_keeps_no_inputs() -> None:
+    net, _ = one_layer()
+    net.requires_grad_(False)
+    x = torch.randn(3, 6, requires_grad=True)
+    y = net(x * 1)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = net(x * 1)
+    assert all(t.shape not in {(3, 6), (3, 2)} for t in kept)
+    y.sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_float16_goes_the_plain_way() -> None:
+    net, _ = one_layer()
+    with mock.patch.object(linear, "fused_linear") as spy:
+        net.half()(torch.randn(3, 6).half())
+    spy.assert_not_called()
+
+
+def test_a_traced_model_computes_the_same() -> None:
+    net, _ = one_layer()
+    net.eval()
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(torch.jit.trace(net, x)(x), net(x))
+
+
+def test_forward_mode_derivatives() -> None:
+    net, layer = one_layer()
+    x, t = torch.randn(3, 6), torch.randn(3, 6)
+    with torch.autograd.forward_ad.dual_level():
+        y = net(torch.autograd.forward_ad.make_dual(x, t))
+        tangent = torch.autograd.forward_ad.unpack_dual(y).tangent
+    torch.testing.assert_close(tangent, F.linear(t, layer.get_base_layer().weight + layer.get_delta_weight("default")))
+
+
+def test_a_copy_reads_its_own_mask() -> None:
+    net = get_peft_model(nn.Sequential(nn.Linear(12, 10)), rankwise.AloraConfig(r=2, rounds=0, target_modules=["0"]))
+    net(torch.randn(1, 12))
+    other = copy.deepcopy(net)
+    assert next(iter(adapted_layers(other).values())).tensors("default")._prefix is None
 
 
 def test_no_rows() -> None:

@@ -3,8 +3,8 @@
     y = (W + F) x + b + B·diag(s)·A z
 
 z is x, or x after dropout; F is a frozen part of the update. Autograd would take a pass over y for every sum, forward
-and backward. Here every sum is made within the product that ends in it, and all that is kept is x, z and h = A z.
-With g = ∂L/∂y and e = s ∘ Bᵀg:
+and backward. Here every sum is made within the product that ends in it, and of all that grows with the number of inputs
+z and h = A z alone are kept. With g = ∂L/∂y and e = s ∘ Bᵀg:
 
     ∂x = (W + F)ᵀ g,   ∂z = Aᵀ e,   ∂B = g (s ∘ h)ᵀ,   ∂s = Σ h ∘ Bᵀg,   ∂A = e zᵀ,
 
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rankwise.derivatives import outside_autocast
 from rankwise.update import Factors
 
 
@@ -59,30 +60,34 @@ class _FusedLinear(torch.autograd.Function):
         B0: Tensor | None,
         A0: Tensor | None,
     ) -> Tensor:
-        """Y."""
+        """The rows of y."""
         rows, whole = _rows(x), _with(W, B0, A0)
         y = rows @ whole.mT if b is None else torch.addmm(b, rows, whole.mT)
         h = _narrow(rows if z is None else _rows(z), A.mT)
-        ctx.save_for_backward(x, z, W, B, s, A, B0, A0, h)
+        ctx.shape = x.shape if z is None else z.shape
+        trained = any(ctx.needs_input_grad[4:7])  # of a frozen update, no gradient needs the inputs
+        ctx.save_for_backward(*((x if z is None else z, h) if trained else (None, None)), W, B, s, A, B0, A0)
+        ctx.dropped = z is not None
         return y.addmm_(h, _scaled(B, s).mT)
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, z, B, s and A, those that are wanted."""
         (g,) = gradients
-        x, z, W, B, s, A, B0, A0, h = ctx.saved_tensors
+        z, h, W, B, s, A, B0, A0 = ctx.saved_tensors
         wants_x, wants_z, _, _, wants_B, wants_s, wants_A, *_ = ctx.needs_input_grad
-        rows = _rows(x if z is None else z)
-        if torch.is_grad_enabled():  # second derivatives go through h, too
+        rows = None if z is None else _rows(z)
+        if rows is not None and torch.is_grad_enabled():  # second derivatives go through h, too
             h = rows @ A.mT
         e = _narrow(g, _scaled(B, s))
         dx = dz = dB = ds = None
         if wants_x:
             dx = g @ _with(W, B0, A0)
-            dx = (dx.addmm_(e, A) if z is None else dx).view(x.shape)
-        if z is not None and wants_z:
-            dz = (e @ A).view(z.shape)
-        dA = e.mT @ rows if wants_A else None
+            dx = (dx if ctx.dropped else dx.addmm_(e, A)).view(ctx.shape)
+        if ctx.dropped and wants_z:
+            dz = (e @ A).view(ctx.shape)
+        dA = e.mT @ rows if wants_A and rows is not None else None
         if wants_B or wants_s:
             G = _narrow(g.mT, h)
             dB, ds = _scaled(G, s), (B * G).sum(0, dtype=s.dtype) if wants_s else None

@@ -19,6 +19,9 @@ from rankwise.adapters.layer import AdapterLayer, check_samples
 from rankwise.derivatives import by_hand
 from rankwise.update import Factors
 
+FUSED = {torch.float32, torch.float64, torch.bfloat16}
+"""Not float16: its products overflow in another order of factors, and what would have been a step is none."""
+
 
 class AdapterLinear(AdapterLayer):
     """A linear layer, or transformers' Conv1D, with low-rank updates added to it."""
@@ -59,7 +62,7 @@ class AdapterLinear(AdapterLayer):
 
     def _at_once(self, adapter: str, x: Tensor) -> Tensor | None:
         base: Any = self.base_layer
-        if adapter in self.gates or not is_plain(base) or not by_hand():
+        if not by_hand() or adapter in self.gates or not is_plain(base):
             return None
         tensors = self._ready(adapter)
         dtype = common_dtype(x, base.weight, next(iter(tensors.values())))
@@ -72,6 +75,8 @@ class AdapterLinear(AdapterLayer):
         if opened is not None:
             k = self.tensors(adapter).open_prefix(opened)
             B, s, A = B[:, :k], s[:k], A[:k]
+        if not torch.is_autocast_enabled(x.device.type) and {B.dtype, A.dtype} != {dtype}:
+            return None
         b = None if base.bias is None else base.bias.to(dtype)
         return fused_linear(x.to(dtype), z, W.to(dtype), b, Factors(B.to(dtype), s, A.to(dtype)), frozen)
 
@@ -97,7 +102,7 @@ class AdapterLinear(AdapterLayer):
         tensors = self.tensors(adapter)
         if tensors.folded is None or tensors.folded[0] != tensors.edits:
             _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # whoever comes first, training may come later
                 tensors.folded = (tensors.edits, (self.base_weight() + frozen.delta().float()).to(dtype))
         return tensors.folded[1]
 
@@ -114,8 +119,10 @@ def is_plain(base: Any) -> bool:
 
 def common_dtype(x: Tensor, weight: Tensor, parameters: Tensor) -> torch.dtype | None:
     """The dtype that the base layer and the update are both computed in, None where they are not."""
+    if type(x) not in (Tensor, nn.Parameter) or x.is_meta or x.is_nested:
+        return None
     dtypes = {x.dtype, weight.dtype, parameters.dtype}
     if torch.is_autocast_enabled(x.device.type):
         narrow = dtypes <= {torch.float32, torch.float16, torch.bfloat16}
-        return torch.get_autocast_dtype(x.device.type) if narrow else None
-    return x.dtype if len(dtypes) == 1 and x.is_floating_point() else None
+        dtypes = {torch.get_autocast_dtype(x.device.type)} if narrow else set()
+    return next(iter(dtypes)) if len(dtypes) == 1 and dtypes <= FUSED else None

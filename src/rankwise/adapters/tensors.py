@@ -47,8 +47,8 @@ class AdapterTensors(nn.Module):
 
     def named(self) -> dict[str, Tensor]:
         """The method's tensors by name."""
-        # not by getattr: every forward pass of every layer comes through here
-        return {name: (self._parameters if slot.trained else self._buffers)[name] for name, slot in self.slots.items()}  # type: ignore[misc]
+        own = self._parameters | self._buffers  # not by getattr: every forward pass of every layer comes through here
+        return {name: own[name] if name in own else getattr(self, name) for name in self.slots}  # type: ignore[misc]
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters; torch's own `parameters()` searches modules, which steps of small models would feel."""
@@ -56,6 +56,8 @@ class AdapterTensors(nn.Module):
 
     def open_prefix(self, mask: Tensor) -> int:
         """How many of the first ranks hold all that are open in a mask; read from the device when it changes only."""
+        if mask.is_inference():
+            return len(mask)
         if self._prefix is None or self._prefix[0] is not mask or self._prefix[1] != mask._version:
             places = mask.nonzero()
             self._prefix = mask, mask._version, int(places[-1]) + 1 if len(places) else 0
@@ -97,6 +99,9 @@ class AdapterTensors(nn.Module):
         for name, tensor in self.named().items():
             if not tensor.is_meta and not torch.isfinite(tensor).all():
                 raise AdapterFileError(f"tensor {name!r} of the loaded adapter {adapter!r} holds NaN or infinity")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_prefix": None}  # a copy's mask counts its versions anew
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterTensors:
         """Move as any module does, but do not let a cast round what is exact."""

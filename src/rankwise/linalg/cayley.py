@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rankwise.derivatives import by_hand
+from rankwise.derivatives import by_hand, outside_autocast
 from rankwise.precision import exact
 
 MARGIN = 4
@@ -59,19 +59,21 @@ class _Cayley(torch.autograd.Function):
         return Q
 
     @staticmethod
+    @outside_autocast
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         """The gradients of the blocks of Gᵀ."""
         V, *rows = ctx.saved_tensors
         if torch.is_grad_enabled():  # second derivatives go through V, too
             V = _transform(rows)[1]
-        r = V.shape[-1]
-        P1, P2 = gradients[0][..., :r], [gradients[0][..., r:], *gradients[1:]]
-        Y = [rows[0][..., r:], *rows[1:]]
-        dV = 2 * reduce(torch.sub, (P @ y.mT for P, y in zip(P2, Y, strict=True)), P1).to(V.dtype)
+        r, dtype = V.shape[-1], rows[0].dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        P, G = [t.to(wide) for t in gradients], [t.to(wide) for t in rows]
+        P1, P2, Y = P[0][..., :r], [P[0][..., r:], *P[1:]], [G[0][..., r:], *G[1:]]
+        dV = 2 * reduce(torch.sub, (p @ y.mT for p, y in zip(P2, Y, strict=True)), P1).to(V.dtype)
         dM = -(V.mT @ dV @ V.mT)
         both, twice = (dM + dM.mT).to(P1.dtype), (2 * V.mT).to(P1.dtype)
-        dY = [both @ y - twice @ P for P, y in zip(P2, Y, strict=True)]
-        return torch.cat([(dM - dM.mT).to(P1.dtype), dY[0]], -1), *dY[1:]
+        dY = [both @ y - twice @ p for p, y in zip(P2, Y, strict=True)]
+        return tuple(d.to(dtype) for d in (torch.cat([(dM - dM.mT).to(P1.dtype), dY[0]], -1), *dY[1:]))
 
 
 def _transform(rows: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:

@@ -48,22 +48,25 @@ class Held:
     @classmethod
     def of(cls, ratio: float, zeroed: bool, parameters: list[Tensor]) -> Held:
         """Remember their values and, `zeroed`, show the optimiser zeros."""
-        found = cls(ratio, zeroed, parameters, list(torch._foreach_mul(parameters, 1.0)))  # type: ignore[arg-type]
+        data = [p.data for p in parameters]
+        found = cls(ratio, zeroed, parameters, list(torch._foreach_mul(data, 1.0)))  # type: ignore[arg-type]
         if zeroed:
-            torch._foreach_zero_(parameters)
+            torch._foreach_zero_(data)
         return found
 
     def settle(self) -> None:
         """p ← p_old + ratio · (the optimiser's move)."""
+        data = [p.data for p in self.parameters]  # asked for now: an optimiser may have put others there
         if self.zeroed:
-            torch._foreach_mul_(self.parameters, self.ratio)
-            torch._foreach_add_(self.parameters, self.old)
+            torch._foreach_mul_(data, self.ratio)
+            torch._foreach_add_(data, self.old)
         else:
-            torch._foreach_lerp_(self.parameters, self.old, 1 - self.ratio)
+            torch._foreach_lerp_(data, self.old, 1 - self.ratio)
 
     def give_back(self) -> None:
         """p ← p_old."""
-        torch._foreach_copy_(self.parameters, self.old)
+        for p, old in zip(self.parameters, self.old, strict=True):
+            p.data.copy_(old)
 
 
 class Session:
@@ -101,7 +104,7 @@ class Session:
 
     @torch.no_grad()
     def finite(self) -> bool:
-        """Whether every gradient is finite; reads one number back from the device."""
+        """Whether every gradient is finite; reads one number back from the device if so."""
         gradients = self._gradients()
         if bool(get_total_norm(gradients).isfinite()):
             return True
@@ -351,8 +354,9 @@ class Session:
                 ratio = 0.0 if waits else self.roster.method.ratio(name, peak_rate(group), step)
                 zeroed = (slot.exact or waits) and group.get("weight_decay", 0) != 0
                 if ratio != 1.0 or zeroed:
-                    kinds.setdefault((ratio, zeroed), []).append(getattr(tensors, name).data)
-        self._held = [Held.of(*kind, parameters) for kind, parameters in kinds.items()]
+                    kinds.setdefault((ratio, zeroed), []).append(getattr(tensors, name))
+        for kind, parameters in kinds.items():
+            self._held.append(Held.of(*kind, parameters))
 
     def _settle(self) -> None:
         for held in self._held:
