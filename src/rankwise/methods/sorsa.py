@@ -56,7 +56,7 @@ class Sorsa(Method):
 
     residual: str = field(
         default="offset",
-        metadata={"help": '"offset" (subtract the start, rank 2r a step) or "cached" (keep W_r: memory for time)'},
+        metadata={"help": '"offset" (subtract the start in each pass) or "cached" (keep W_r: memory for time)'},
     )
 
     def check(self) -> None:
