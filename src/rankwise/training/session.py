@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +21,7 @@ from rankwise.adapters.tensors import AdapterTensors
 from rankwise.errors import TrainingError
 from rankwise.methods.stack import Ablation, Stack, Step, Updates
 from rankwise.training.aside import backward_through
+from rankwise.training.held import Held
 from rankwise.training.scoring import ablate, can_ablate
 from rankwise.training.watch import Seen, Watch
 
@@ -34,39 +34,6 @@ Groups = dict[int, dict[str, Any]]
 
 Moments = Mapping[Any, dict[str, Any]]
 """An optimiser's state by parameter."""
-
-
-@dataclass
-class Held:
-    """Parameters whose move by the optimiser is rescaled, or kept free of weight decay."""
-
-    ratio: float
-    zeroed: bool
-    parameters: list[Tensor]
-    old: list[Tensor]
-
-    @classmethod
-    def of(cls, ratio: float, zeroed: bool, parameters: list[Tensor]) -> Held:
-        """Remember their values and, `zeroed`, show the optimiser zeros."""
-        data = [p.data for p in parameters]
-        found = cls(ratio, zeroed, parameters, list(torch._foreach_mul(data, 1.0)))  # type: ignore[arg-type]
-        if zeroed:
-            torch._foreach_zero_(data)
-        return found
-
-    def settle(self) -> None:
-        """p ← p_old + ratio · (the optimiser's move)."""
-        data = [p.data for p in self.parameters]  # asked for now: an optimiser may have put others there
-        if self.zeroed:
-            torch._foreach_mul_(data, self.ratio)
-            torch._foreach_add_(data, self.old)
-        else:
-            torch._foreach_lerp_(data, self.old, 1 - self.ratio)
-
-    def give_back(self) -> None:
-        """p ← p_old."""
-        for p, old in zip(self.parameters, self.old, strict=True):
-            p.data.copy_(old)
 
 
 class Session:
