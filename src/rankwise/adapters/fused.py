@@ -39,9 +39,8 @@ def fused_linear(
     """
     B0, A0 = (None, None) if frozen is None else ((frozen.B * frozen.s).to(W.dtype), frozen.A.to(W.dtype))
     y: Tensor = _FusedLinear.apply(x, z, W, b, *update, B0, A0)
-    return y.view(
-        *x.shape[:-1], W.shape[0]
-    )  # out here, since what a function returns as a view cannot be changed in place
+    # Shaped out here: what a function of one's own returns as a view cannot be changed in place.
+    return y.view(*x.shape[:-1], W.shape[0])
 
 
 class _FusedLinear(torch.autograd.Function):
@@ -64,10 +63,9 @@ class _FusedLinear(torch.autograd.Function):
         rows, whole = _rows(x), _with(W, B0, A0)
         y = rows @ whole.mT if b is None else torch.addmm(b, rows, whole.mT)
         h = _narrow(rows if z is None else _rows(z), A.mT)
-        ctx.shape = x.shape if z is None else z.shape
+        ctx.shape, ctx.dropped = x.shape, z is not None
         trained = any(ctx.needs_input_grad[4:7])  # of a frozen update, no gradient needs the inputs
         ctx.save_for_backward(*((x if z is None else z, h) if trained else (None, None)), W, B, s, A, B0, A0)
-        ctx.dropped = z is not None
         return y.addmm_(h, _scaled(B, s).mT)
 
     @staticmethod
