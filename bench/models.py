@@ -58,6 +58,6 @@ def bert_base() -> torch.nn.Module:
 
 MODELS = {
     "minilm": Model("MiniLM-L6", minilm, "SEQ_CLS", 32, 32),
-    "smollm2": Model("SmolLM2-135M", smollm2, "CAUSAL_LM", 4, 64),
-    "bert-base": Model("BERT-base's shape", bert_base, "SEQ_CLS", 8, 32),
+    "smollm2": Model("SmolLM2-135M", smollm2, "CAUSAL_LM", 8, 128),
+    "bert-base": Model("BERT-base's shape", bert_base, "SEQ_CLS", 32, 32),
 }

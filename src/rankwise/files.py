@@ -13,13 +13,18 @@ from pathlib import Path
 
 def write_whole(path: Path, text: str) -> None:
     """Write `text` so that `path` holds all of it or is left as it was."""
+    write_bytes_whole(path, text.encode())
+
+
+def write_bytes_whole(path: Path, content: bytes) -> None:
+    """Write `content` so that `path` holds all of it or is left as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # In the same folder, since a rename is atomic only within one file system; a random name, since several
     # machines may share the folder; not ending as the file does, since readers look for that.
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with partial.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

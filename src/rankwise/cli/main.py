@@ -8,7 +8,7 @@ import typer
 from typer.exceptions import TyperException
 
 import rankwise
-from rankwise.cli import check_export, compare, demo, export, merge, methods, shrink, train
+from rankwise.cli import check_export, compare, complete, demo, export, merge, methods, shrink, train
 from rankwise.cli.output import stop
 from rankwise.errors import RankwiseError
 
@@ -29,6 +29,7 @@ app.command("export")(export.export)
 app.command("check-export")(check_export.check_export)
 app.command("shrink")(shrink.shrink)
 app.command("merge")(merge.merge)
+app.command("complete")(complete.complete)
 app.command("methods")(methods.methods)
 
 

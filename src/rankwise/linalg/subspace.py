@@ -78,14 +78,25 @@ def gradient_subspace(G: Tensor, r: int, *, seed: int = 0) -> tuple[Tensor, Tens
     if G.shape[0] > G.shape[1]:
         V, U = gradient_subspace(G.mT, r, seed=seed)
         return U, V
-    S = signed_permutation(*G.shape, seed=seed, device=G.device)
     G = _of_ordinary_size(G.to(torch.promote_types(G.dtype, torch.float32)))
     u, v = _leading_vectors(G, (r + 1) // 2, seed)
-    image = S.mT.apply(u)
-    pairs = r // 2
+    U, V = paired_subspaces(u, v, r, least=torch.finfo(G.dtype).eps ** 0.5, seed=seed)
+    return U.to(G.dtype), V.to(G.dtype)
+
+
+def paired_subspaces(u: Tensor, v: Tensor, r: int, *, least: float, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """The bases U (out, r), V (in, r) of `gradient_subspace` from the ⌈r/2⌉ leading singular vectors u, v of G.
+
+    Vectors that G does not have are 0; what lies within `least` of the others counts as not there.
+    """
+    if len(u) > len(v):
+        V, U = paired_subspaces(v, u, r, least=least, seed=seed)
+        return U, V
+    S = signed_permutation(len(u), len(v), seed=seed, device=u.device)
+    image, pairs = S.mT.apply(u), r // 2
     candidates = torch.cat([v[:, :pairs], image[:, :pairs], (v - image)[:, pairs:]], dim=1)
-    V = _completed(candidates, torch.finfo(G.dtype).eps ** 0.5, seed)
-    return S.apply(V).to(G.dtype), V.to(G.dtype)
+    V = _completed(candidates, least, seed)
+    return S.apply(V), V
 
 
 def _of_ordinary_size(G: Tensor) -> Tensor:

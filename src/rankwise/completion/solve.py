@@ -1,0 +1,162 @@
+"""The two ways to complete a matrix by a deep product, in units in which the matrix has a spectral norm of about 1."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from rankwise.completion.descent import descent, sides
+from rankwise.completion.entries import Entries, split
+from rankwise.completion.misfit import misfit, residual
+from rankwise.completion.polish import Fit, balanced, polish
+from rankwise.completion.quasi_newton import EACH, quasi_newton
+from rankwise.completion.ranks import CLEAR, break_off, by_held_out
+from rankwise.completion.standard import size
+from rankwise.completion.starts import compressed_start, spectral_start
+from rankwise.completion.watch import LEFT, Fitted, Look, watched
+from rankwise.update import Factors
+
+STEPS = 100
+"""Of gradient descent between looks."""
+NEAR = 1e-2
+"""The relative error at which L-BFGS has told the rank; what is left is the polish's."""
+FLAT = 0.05
+"""It has, too, when an error below `LEFT` falls by less than this share of itself between looks."""
+FREEDOM = 1.2
+"""Observed entries per degree of freedom, k·(m + n − k), below which a good fit proves nothing."""
+EXACT, NOISY = 1e-5, 0.3
+"""The relative errors up to which a rank is believed: any, and one at which the singular values clearly break off."""
+POLISH, POLISHING = 1e-7, 1000
+"""The relative fall of the error per iteration that ends the polish, and its most iterations."""
+
+
+class Plan(NamedTuple):
+    """What a fit is to do."""
+
+    rank: int
+    depth: int
+    scale: float
+    rate: float
+    outer_ratio: float
+    most: int
+    tol: float
+    center: bool
+    hold_out: bool
+    share: float
+    patience: int
+    seed: int
+    say: Callable[[str], None]
+
+
+class Solution(NamedTuple):
+    """X = P·Qᵀ + offset, and how it was come to."""
+
+    P: Tensor
+    Q: Tensor
+    offset: float
+    losses: list[float]
+    done: int
+    settled: bool
+    held_error: float | None = None
+    ridge: float = 0.0
+
+
+def by_descent(data: Entries, plan: Plan) -> Solution:
+    """Plain gradient descent on the compressed product (eq. 11), the loss divided by the share observed."""
+    train, held = split(data, plan.share, seed=plan.seed) if plan.hold_out else (data, None)
+    width = min(2 * plan.rank, *data.shape)
+    chain = compressed_start(train, width, plan.depth, plan.scale, seed=plan.seed)
+    rate = plan.rate * train.shape[0] * train.shape[1] / train.count
+    steps = descent(train, chain, rate=rate, outer_ratio=plan.outer_ratio, center=plan.center)
+    whole = size(train.data)
+    some = enumerate(itertools.islice(steps, 0, None, STEPS))
+    looks = (Look(now, math.sqrt(2 * loss) / whole, STEPS * i) for i, (now, loss) in some)
+    fitted = _watched(looks, lambda errors: errors[-1] <= plan.tol, train, held, plan)
+    P, Q = balanced(*sides(fitted.chain))
+    P, Q = P * (train.counts() > 0)[:, None], Q * (train.mT.counts() > 0)[:, None]  # as they started, else
+    offset = float(residual(train, P, Q, center=plan.center)[1])
+    return Solution(P, Q, offset, fitted.losses, fitted.done, fitted.settled, _or_none(fitted.held_error))
+
+
+def by_polish(data: Entries, plan: Plan) -> Solution:
+    """L-BFGS on the deep product, then the rank, then alternating least squares at that rank.
+
+    The rank is where the singular values break off, if a fit of that rank leaves nothing or the break is clear; else
+    ranks and ridge are what meets held-out entries best, of which none stay held out for the last fit unless asked.
+    """
+    train, held = split(data, plan.share, seed=plan.seed) if plan.hold_out else (data, None)
+    fitted, P, Q = _product(train, held, plan)
+    k, ratio = break_off(Factors(P, P.new_ones(P.shape[1]), Q.mT).singular_values(), P.shape[1] - 1)
+    plan.say(f"singular values fall most after the first {k}, {ratio:.1f} times")
+    if held is None:
+        for rank in (k, P.shape[1]) if fitted.losses[-1] <= NEAR else (k,):  # or it is all the ranks there are
+            fit, spent = _polished(data, P, Q, rank, 0.0, plan)
+            error = fit.error / size(data.data)
+            believed = error <= EXACT or (rank == k and ratio >= CLEAR and error <= NOISY)
+            if (believed and data.count >= FREEDOM * rank * (sum(data.shape) - rank)) or data.count < 2:
+                return _solution(fit, fitted, spent, data)
+        train, held = split(data, plan.share, seed=plan.seed)
+        start = _product(train, None, plan)[1:]
+    else:
+        start = P, Q
+    choice = by_held_out(train, held, *start, also=k, center=plan.center)
+    plan.say(f"{choice.rank} ranks, ridge {choice.ridge:.1e}: relative error {choice.error:.2e} of held-out entries")
+    if choice.rank == 0:
+        return nothing(data)._replace(losses=fitted.losses, done=fitted.done, held_error=choice.error)
+    last = train if plan.hold_out else data
+    ridge = choice.ridge * last.count / (last.shape[0] * last.shape[1])
+    fit, spent = _polished(last, P, Q, choice.rank, ridge, plan)
+    return _solution(fit, fitted, spent, last)._replace(held_error=choice.error, ridge=ridge)
+
+
+def nothing(data: Entries) -> Solution:
+    """No ranks, and the offset that there is already."""
+    P, Q = (data.data.new_zeros(side, 0) for side in data.shape)
+    return Solution(P, Q, 0.0, [float(data.data.any())], 0, True)
+
+
+def _product(train: Entries, held: Entries | None, plan: Plan) -> tuple[Fitted, Tensor, Tensor]:
+    """L-BFGS from the spectral start: how it ended, and its balanced sides."""
+    chain = spectral_start(train, plan.rank, plan.depth, plan.scale, seed=plan.seed)
+    factors = [factor.contiguous().clone().requires_grad_() for factor in chain]
+    losses = quasi_newton(factors, lambda: misfit(train, *sides(factors), center=plan.center))
+    whole = size(train.data)
+    now = [factor.detach() for factor in factors]  # the same memory
+    looks = (Look(now, math.sqrt(2 * loss) / whole, EACH * i) for i, loss in enumerate(losses, 1))
+    fitted = _watched(looks, _told, train, held, plan)
+    return fitted, *balanced(*sides(fitted.chain))
+
+
+def _told(errors: list[float]) -> bool:
+    """Whether L-BFGS has told the rank."""
+    flat = len(errors) > 1 and errors[-1] < LEFT and errors[-1] > (1 - FLAT) * errors[-2]
+    return errors[-1] <= NEAR or flat
+
+
+def _polished(data: Entries, P: Tensor, Q: Tensor, k: int, ridge: float, plan: Plan) -> tuple[Fit, int]:
+    """Alternating least squares from the k leading ranks of a balanced P·Qᵀ."""
+    tol, most = POLISH if ridge == 0 else 1e3 * POLISH, POLISHING
+    return polish(data, P[:, :k], Q[:, :k], center=plan.center, tol=tol, max_iter=most, ridge=ridge)
+
+
+def _solution(fit: Fit, fitted: Fitted, spent: int, data: Entries) -> Solution:
+    losses = [*fitted.losses, fit.error / size(data.data)]
+    settled = fitted.settled and spent < POLISHING
+    return Solution(fit.P, fit.Q, float(fit.offset), losses, fitted.done + spent, settled)
+
+
+def _watched(
+    looks: Iterator[Look], ended: Callable[[list[float]], bool], train: Entries, held: Entries | None, plan: Plan
+) -> Fitted:
+    def offset(chain: Sequence[Tensor]) -> Tensor:
+        return residual(train, *sides(chain), center=plan.center)[1]
+
+    return watched(looks, ended, most=plan.most, held=held, patience=plan.patience, offset=offset, say=plan.say)
+
+
+def _or_none(number: float) -> float | None:
+    return None if math.isnan(number) else number

@@ -1,0 +1,207 @@
+"""Completion within a ball: the bound, the optimum and its certificate, and NB-LoRA's parameters of it."""
+
+from __future__ import annotations
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import optimize, sparse
+from sklearn.exceptions import ConvergenceWarning
+
+from planted import planted
+from rankwise.completion import NormBoundedCompletion
+from rankwise.completion.balls import dual_norm, onto_ball, values_onto_ball
+from rankwise.completion.bounded_factors import Free, factors, free_of
+from rankwise.completion.entries import Dense
+from rankwise.completion.norm_bounded import _projected, _trained
+
+NORMS = {"spectral": 2, "frobenius": "fro", "nuclear": "nuc"}
+named = pytest.mark.parametrize("norm", NORMS)
+
+
+def norm_of(X: np.ndarray, norm: str) -> float:
+    return float(np.linalg.norm(X, NORMS[norm]))  # type: ignore[arg-type]
+
+
+def problem(norm: str, share: float = 0.6) -> tuple[np.ndarray, float]:
+    """A planted matrix seen in part, and a bound that binds."""
+    M, X = planted(20, 15, 2, 0.6, 0)
+    return X, share * norm_of(M, norm)
+
+
+@named
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=6), st.floats(0.1, 20))
+@settings(max_examples=50, deadline=None)
+def test_values_are_projected_onto_the_nearest_within(norm: str, values: list[float], bound: float) -> None:
+    """Against a general solver: no feasible point is nearer."""
+    S = torch.tensor(sorted(values, reverse=True), dtype=torch.float64)
+    found = values_onto_ball(S, bound, norm).numpy()
+    p = {"spectral": np.inf, "frobenius": 2, "nuclear": 1}[norm]
+    assert np.linalg.norm(found, p) <= bound * (1 + 1e-12)
+    assert (found >= 0).all()
+    # Optimal for a convex set: ⟨S − found, Y − found⟩ ≤ 0 for the extreme points Y that could violate it most.
+    pull = S.numpy() - found
+    farthest = {
+        "spectral": bound * np.sign(pull),
+        "frobenius": bound * pull / max(np.linalg.norm(pull), 1e-300),
+        "nuclear": bound * np.eye(len(found))[np.argmax(np.abs(pull))] * np.sign(pull[np.argmax(np.abs(pull))]),
+    }[norm]
+    assert pull @ (farthest - found) <= 1e-9 * max(1.0, bound**2, float(S @ S))
+
+
+@named
+def test_the_dual_norm_is_the_largest_product(norm: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    G = torch.randn(5, 4, generator=generator, dtype=torch.float64)
+    within = [onto_ball(100 * torch.randn(5, 4, generator=generator, dtype=torch.float64), 1.0, norm, rank=4)]
+    for U, S, Vh in within:
+        assert float((G * ((U * S) @ Vh)).sum()) <= dual_norm(G, norm) + 1e-12
+    U, S, Vh = torch.linalg.svd(G, full_matrices=False)
+    best = {"spectral": U @ Vh, "frobenius": G / G.norm(), "nuclear": U[:, :1] @ Vh[:1]}[norm]
+    assert norm_of(best.numpy(), norm) <= 1 + 1e-12
+    assert float((G * best).sum()) == pytest.approx(dual_norm(G, norm))
+
+
+@named
+@pytest.mark.parametrize("share", [0.2, 0.6, 2.0])
+def test_the_default_ends_with_a_certificate(norm: str, share: float) -> None:
+    X, bound = problem(norm, share)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ConvergenceWarning)
+        model = NormBoundedCompletion(bound, norm=norm).fit(X)
+    assert model.gap_ <= 1e-6
+    assert norm_of(model.reconstruct(), norm) <= bound * (1 + 1e-12)
+    assert model.offset_ == 0
+
+
+@named
+def test_the_certificate_holds_against_a_general_solver(norm: str) -> None:
+    """The gap bounds how far the loss is from the least: that of a long Frank–Wolfe run is no lower."""
+    X, bound = problem(norm)
+    model = NormBoundedCompletion(bound, norm=norm).fit(X)
+    mask, M = np.isfinite(X), np.nan_to_num(X)
+    loss = lambda Y: 0.5 * float((((Y - M) * mask) ** 2).sum())  # noqa: E731
+    Y = np.zeros_like(M)
+    for _ in range(3000):
+        G = (Y - M) * mask
+        U, _, Vh = np.linalg.svd(G, full_matrices=False)
+        corner = {"spectral": U @ Vh, "frobenius": G / np.linalg.norm(G), "nuclear": U[:, :1] @ Vh[:1]}[norm]
+        way = -bound * corner - Y
+        step = optimize.minimize_scalar(lambda t, way=way, Y=Y: loss(Y + t * way), bounds=(0, 1), method="bounded").x
+        Y = Y + step * way
+    assert loss(model.reconstruct()) <= loss(Y) + 1e-6 * loss(0 * M)
+
+
+@named
+def test_the_bound_holds_at_every_iterate_of_both_solvers(norm: str) -> None:
+    X, bound = problem(norm)
+    seen = np.isfinite(X)
+    data = Dense(torch.from_numpy(np.nan_to_num(X)), torch.from_numpy(seen.astype(float)))
+    for looks in (_projected(data, bound, norm, 15), (now for _, now in _trained(data, bound, norm, 4, 0))):
+        for _, now in zip(range(60), looks, strict=False):
+            assert norm_of(((now.U * now.S) @ now.Vh).numpy(), norm) <= bound * (1 + 1e-10)
+
+
+@named
+def test_training_nb_lora_comes_near_the_optimum(norm: str) -> None:
+    X, bound = problem(norm)
+    best = NormBoundedCompletion(bound, norm=norm).fit(X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = NormBoundedCompletion(bound, norm=norm, solver="nb", max_iter=2000, random_state=0).fit(X)
+    assert norm_of(model.reconstruct(), norm) <= bound * (1 + 1e-10)
+    seen = np.isfinite(X)
+    loss, least = (((m.reconstruct() - X)[seen] ** 2).sum() for m in (model, best))
+    assert loss <= least + 0.02 * (X[seen] ** 2).sum()
+
+
+@pytest.mark.parametrize("norm", ["spectral", "nuclear"])  # a Frobenius ball's optimum is the first projection
+@pytest.mark.parametrize("solver", ["pg", "nb"])
+def test_a_doubtful_end_is_said(norm: str, solver: str) -> None:
+    X, bound = problem(norm)
+    with pytest.warns(ConvergenceWarning, match="its duality gap is"):
+        NormBoundedCompletion(bound, norm=norm, solver=solver, max_iter=2, tol=0).fit(X)
+
+
+@named
+@given(st.integers(0, 1000), st.sampled_from([0.3, 1.0]), st.integers(1, 4))
+@settings(max_examples=25, deadline=None)
+def test_every_matrix_in_the_ball_has_parameters(norm: str, seed: int, share: float, r: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    X = torch.randn(7, r, generator=generator, dtype=torch.float64) @ torch.randn(r, 5, generator=generator).double()
+    U, S, Vh = torch.linalg.svd(X, full_matrices=False)
+    U, S, Vh = U[:, :r], S[:r], Vh[:r]
+    bound = norm_of(X.numpy(), norm) / share
+    free = free_of(U, S, Vh, bound, norm)
+    torch.testing.assert_close(factors(free, bound, norm).delta(), X, rtol=1e-6, atol=1e-7 * float(X.norm()))
+
+
+@named
+def test_a_fit_is_told_in_nb_loras_parameters(norm: str) -> None:
+    X, bound = problem(norm)
+    model = NormBoundedCompletion(bound, norm=norm).fit(X)
+    free = Free(*(torch.from_numpy(part) for part in (model.A_free_, model.B_free_, model.z_)))
+    scale = np.linalg.norm(X[np.isfinite(X)])
+    again = scale * factors(free, bound / scale, norm).delta().numpy()
+    np.testing.assert_allclose(again, model.reconstruct(), atol=1e-6 * scale)
+
+
+@named
+@pytest.mark.parametrize("c", [1e-6, 1e6])
+def test_scale_passes_through(norm: str, c: float) -> None:
+    X, bound = problem(norm)
+    one, other = NormBoundedCompletion(bound, norm=norm).fit(X), NormBoundedCompletion(c * bound, norm=norm).fit(c * X)
+    np.testing.assert_allclose(other.reconstruct(), c * one.reconstruct(), atol=1e-6 * c * np.nanmax(np.abs(X)))
+
+
+def test_fewer_ranks_are_kept_to() -> None:
+    X, bound = problem("spectral")
+    with pytest.warns(ConvergenceWarning):
+        model = NormBoundedCompletion(bound, norm="spectral", rank=2, max_iter=300).fit(X)
+    assert model.rank_ <= 2
+    assert norm_of(model.reconstruct(), "spectral") <= bound * (1 + 1e-12)
+
+
+@named
+def test_sparse_entries_are_those_of_the_array(norm: str) -> None:
+    X, bound = problem(norm)
+    rows, columns = np.isfinite(X).nonzero()
+    coo = sparse.coo_array((X[rows, columns], (rows, columns)), shape=X.shape)
+    one, other = (NormBoundedCompletion(bound, norm=norm).fit(given) for given in (X, coo))
+    np.testing.assert_allclose(one.reconstruct(), other.reconstruct(), atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["frobenius", "nuclear"])
+def test_large_sparse_matrices_are_trained_without_being_formed(norm: str) -> None:
+    rng = np.random.default_rng(0)
+    m, n, count = 20_000, 15_000, 30_000
+    places = rng.choice(m * 100, count, replace=False)
+    rows, columns = np.divmod(places, 100)
+    coo = sparse.coo_array((rng.normal(size=count), (rows, columns)), shape=(m, n))
+    with pytest.raises(ValueError, match="`X` must have at most"):
+        NormBoundedCompletion(1.0, norm=norm).fit(coo)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = NormBoundedCompletion(5.0, norm=norm, rank=3, solver="nb", max_iter=20, random_state=0).fit(coo)
+    s = model.factors_.s.numpy()
+    assert (s.sum() if norm == "nuclear" else np.linalg.norm(s)) <= 5.0 * (1 + 1e-10)
+    assert model.loss_curve_[-1] < 1
+
+
+def test_nothing_but_zeros() -> None:
+    model = NormBoundedCompletion(1.0).fit([[0.0, np.nan], [0.0, 0.0]])
+    np.testing.assert_array_equal(model.reconstruct(), np.zeros((2, 2)))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"bound": 0.0}, {"bound": np.nan}, {"norm": "max"}, {"rank": 0}, {"solver": "gd"}, {"max_iter": 0}, {"tol": -1.0}],
+)
+def test_a_bad_parameter_is_named(settings: dict[str, object]) -> None:
+    (name,) = settings
+    with pytest.raises(ValueError, match=f"`{name}` must"):
+        NormBoundedCompletion(**settings).fit([[1.0, np.nan], [2.0, 3.0]])  # type: ignore[arg-type]
