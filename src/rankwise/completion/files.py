@@ -176,7 +176,8 @@ def _read_csv(file: Path) -> pandas.DataFrame:
         frame = frame.iloc[1:].set_axis(names, axis=1)
     if len(frame) and _names(frame.iloc[:, 0]) is not None:
         frame = frame.set_index(frame.columns[0])
-    return pandas.concat([pandas.to_numeric(frame.iloc[:, j]) for j in range(frame.shape[1])], axis=1)
+    columns = [pandas.Series(pandas.to_numeric(frame.iloc[:, j])) for j in range(frame.shape[1])]
+    return pandas.concat(columns, axis=1)
 
 
 def _names(line: pandas.Series) -> list[str] | None:

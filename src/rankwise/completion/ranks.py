@@ -1,26 +1,29 @@
 """The rank of a completion: where its singular values break off, else where held-out entries are met best.
 
 Of held-out entries two things are asked, since real matrices seldom break off: how many ranks, and how much ridge λ of
-½λ(‖P‖² + ‖Q‖²), that is λ‖X‖_*, they are held by. Both begin small and grow while the held-out error falls.
+½λ(‖P‖² + ‖Q‖²), that is λ‖X‖_*, they are held by. A ridge must be worth it: it shrinks what is there.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rankwise.completion.entries import Entries
-from rankwise.completion.polish import polish
-from rankwise.completion.standard import size
+from rankwise.completion.polish import Fit, polish
+from rankwise.completion.watch import relative_error
 
 CLEAR = 10.0
 """The ratio of successive singular values that is taken for the rank's."""
-RIDGES = (0.0, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """λ in units of the share observed, the matrix having a spectral norm of about 1."""
+HELD = 16
+"""Ranks among which a ridge is chosen, before more are tried with it."""
 BETTER = 0.99
-"""What the held-out error must fall to for more ranks or another ridge to be preferred."""
+"""What the held-out error must fall to for more ranks or a ridge to be preferred."""
 TRIES = 30
 """Iterations of alternating least squares that a choice is judged by."""
 
@@ -52,27 +55,35 @@ def by_held_out(train: Entries, held: Entries, P: Tensor, Q: Tensor, *, also: in
         also: a number of ranks to try beside 1, 2, 3, 4, 6, 8, 11, ….
         center: whether there is an offset.
     """
-    whole = size(held.data)
-    share = train.count / (train.shape[0] * train.shape[1])
+    share, ranks = train.count / (train.shape[0] * train.shape[1]), _steps(P.shape[1])
 
-    def judged(k: int, ridge: float) -> Choice:
-        fit, _ = polish(train, P[:, :k], Q[:, :k], center=center, tol=1e-4, max_iter=TRIES, ridge=ridge * share)
-        values = held.at(fit.P, fit.Q) + fit.offset * held.ones - held.data
-        return Choice(k, ridge, size(values) / whole)
+    def tried(P: Tensor, Q: Tensor, ridge: float) -> tuple[Choice, Fit]:
+        fit, _ = polish(train, P, Q, center=center, tol=1e-4, max_iter=TRIES, ridge=ridge * share)
+        return Choice(P.shape[1], ridge, relative_error(held, fit.P, fit.Q, fit.offset)), fit
 
-    ranks = sorted({*_steps(P.shape[1]), min(also, P.shape[1])})
-    best = Choice(0, 0.0, 1.0)
-    for at, ridge in enumerate(RIDGES):
-        before, worse = best, 0
-        for k in ranks[max(0, ranks.index(best.rank) - 1) if best.rank else 0 :]:
-            found = judged(k, ridge)
+    def grown(best: Choice, ranks: Iterable[int]) -> Choice:
+        """With more ranks, until two numbers of them in a row are no better."""
+        worse = 0
+        for k in ranks:
+            found, _ = tried(P[:, :k], Q[:, :k], best.ridge)
             worse = 0 if found.error < BETTER * best.error else worse + 1
             best = best if worse else found
             if worse == 2:
                 break
-        if at >= 2 and best is before:
+        return best
+
+    free = grown(Choice(0, 0.0, 1.0), sorted({*ranks, min(also, P.shape[1])}))
+    k = min(HELD, P.shape[1])
+    fits, start = [], (P[:, :k], Q[:, :k])
+    for ridge in RIDGES:  # each from where a smaller one ended: what one has shrunk grows back slowly
+        found, fit = tried(*start, ridge)
+        fits.append(found)
+        start = fit.P, fit.Q
+        if len(fits) > 2 and fits[-1].error > fits[-2].error > fits[-3].error:
             break
-    return best
+    held_by = min(fits, key=lambda found: found.error)
+    held_by = grown(held_by, [more for more in ranks if more > k])
+    return held_by if held_by.error < BETTER * free.error else free
 
 
 def _steps(most: int) -> list[int]:
