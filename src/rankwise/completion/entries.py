@@ -179,7 +179,9 @@ class Lines(NamedTuple):
         """A torch matrix in CSR form."""
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
-            return torch.sparse_csr_tensor(self.starts, self.across, values, (len(self.starts) - 1, across))
+            return torch.sparse_csr_tensor(
+                self.starts, self.across, values, (len(self.starts) - 1, across), check_invariants=False
+            )
 
 
 class Sparse:
