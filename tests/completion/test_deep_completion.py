@@ -43,16 +43,17 @@ def test_a_thousand_by_a_thousand(case: tuple[int, int, int, float]) -> None:
     assert relative_error(model.reconstruct(), M) <= 1e-8
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_single_precision(case: tuple[int, int, int, float]) -> None:
-    M, X = planted(*case, 0)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in LARGE)])
+@pytest.mark.parametrize("seed", range(5))
+def test_single_precision(case: tuple[int, int, int, float], seed: int) -> None:
+    M, X = planted(*case, seed)
     model = fitted(X.astype(np.float32), 10 * case[2])
     assert model.rank_ == case[2]
     assert model.reconstruct().dtype == np.float32
     assert relative_error(model.reconstruct(), M) <= 1e-5
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(case, marks=pytest.mark.slow) for case in LARGE)])
 def test_with_noise_the_true_rank_in_nine_of_ten(case: tuple[int, int, int, float]) -> None:
     m, n, r, _ = case
     found = []
@@ -172,8 +173,11 @@ def test_without_a_break_in_the_spectrum_ranks_are_chosen() -> None:
     assert error < 0.6
 
 
-def test_too_few_entries_are_said_and_answered_within_bounds() -> None:
-    M, X = planted(100, 100, 5, 0.03, 0)
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seen", [0.03, 0.06, 0.1])
+def test_too_few_entries_are_said_and_answered_within_bounds(seen: float, seed: int) -> None:
+    """Rank 5 has 975 degrees of freedom; rows have 3, 6 or 10 entries."""
+    M, X = planted(100, 100, 5, seen, seed)
     with pytest.warns(ConvergenceWarning):
         model = DeepMatrixCompletion(30, random_state=0).fit(X)
     assert np.isfinite(model.reconstruct()).all()
@@ -188,6 +192,8 @@ def test_noise_alone_has_no_rank() -> None:
         model = DeepMatrixCompletion(random_state=0).fit(X)
     assert model.rank_ == 0
     np.testing.assert_allclose(model.reconstruct(), np.nanmean(X))
+    np.testing.assert_allclose(model.transform(X[:2])[np.isnan(X[:2])], np.nanmean(X))
+    assert model.transform(sparse_of(X[:2])).shape == (2, 50)
 
 
 def test_few_iterations_are_said() -> None:
@@ -210,6 +216,9 @@ def test_empty_rows_and_columns_are_filled_with_the_offset_and_said() -> None:
     X[3], X[:, [7, 9]] = np.nan, np.nan
     with pytest.warns(ConvergenceWarning, match="3 rows or columns have no observed entry"):
         model = DeepMatrixCompletion(20, random_state=0).fit(X)
+    with pytest.warns(ConvergenceWarning, match="3 rows or columns have no observed entry"):
+        slow = DeepMatrixCompletion(5, solver="gd", max_iter=100, random_state=0).fit(X)
+    assert np.ptp(slow.reconstruct()[3]) == 0
     found = model.reconstruct()
     np.testing.assert_allclose(found[3], model.offset_, atol=1e-6)
     np.testing.assert_allclose(found[:, 7], model.offset_, atol=1e-6)

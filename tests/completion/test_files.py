@@ -44,6 +44,7 @@ def test_every_kind_of_file_into_every_other(
     assert report.rank == 2
     assert report.held_out_error < 1e-6
     assert report.constant_error > 0.5
+    assert 1 < report.effective_rank <= 2
     assert report.observed == np.isfinite(X).sum()
     assert report.held_out == round(0.1 * report.observed)
 
@@ -58,6 +59,17 @@ def test_names_of_rows_and_columns_are_kept(tmp_path: Path) -> None:
     assert list(filled.columns) == ["film a", "film b", "film c"]
     assert list(filled.index) == ["ann", "bob", "cyd", "don"]
     assert filled.loc["ann", "film b"] == 2
+
+
+def test_numbers_as_names_are_guessed_by_an_empty_corner_or_told(tmp_path: Path) -> None:
+    X = np.array([[1, 2, np.nan], [4, np.nan, 6]])
+    file = tmp_path / "numbered.csv"
+    pandas.DataFrame(X).to_csv(file)
+    np.testing.assert_array_equal(read_matrix(file).values, X)
+    file.write_text("user,1,2,3\n101,1,2,\n102,4,,6\n")
+    assert read_matrix(file).values.shape == (2, 4)
+    np.testing.assert_array_equal(read_matrix(file, row_names=True).values, X)
+    assert read_matrix(file, row_names=True, column_names=True).values.shape == (2, 3)
 
 
 def test_numbers_alone_have_no_names(tmp_path: Path) -> None:
@@ -113,7 +125,7 @@ def test_the_command_tells_what_it_found(tmp_path: Path, matrix: tuple[np.ndarra
     done = CliRunner().invoke(app, ["complete", str(file), "--out", str(out), "--rank", "15"])
     assert done.exit_code == 0, done.output
     assert "40 by 30" in done.output
-    assert "rank      2," in done.output
+    assert "rank      2 (effective rank " in done.output
     assert out.exists()
     for arguments in (["--held-out", "1.5"], ["--rank", "0"], []):
         again = CliRunner().invoke(app, ["complete", str(file), "--out", str(out), *arguments])

@@ -57,8 +57,9 @@ def test_values_are_projected_onto_the_nearest_within(norm: str, values: list[fl
 def test_the_dual_norm_is_the_largest_product(norm: str) -> None:
     generator = torch.Generator().manual_seed(0)
     G = torch.randn(5, 4, generator=generator, dtype=torch.float64)
-    within = [onto_ball(100 * torch.randn(5, 4, generator=generator, dtype=torch.float64), 1.0, norm, rank=4)]
-    for U, S, Vh in within:
+    for _ in range(100):
+        other = 100 * torch.randn(5, 4, generator=generator, dtype=torch.float64)
+        U, S, Vh = onto_ball(other, 1.0, norm, rank=4)
         assert float((G * ((U * S) @ Vh)).sum()) <= dual_norm(G, norm) + 1e-12
     U, S, Vh = torch.linalg.svd(G, full_matrices=False)
     best = {"spectral": U @ Vh, "frobenius": G / G.norm(), "nuclear": U[:, :1] @ Vh[:1]}[norm]
@@ -190,6 +191,36 @@ def test_large_sparse_matrices_are_trained_without_being_formed(norm: str) -> No
     s = model.factors_.s.numpy()
     assert (s.sum() if norm == "nuclear" else np.linalg.norm(s)) <= 5.0 * (1 + 1e-10)
     assert model.loss_curve_[-1] < 1
+
+
+@named
+@pytest.mark.parametrize("solver", ["pg", "nb"])
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_odd_input_has_an_answer(norm: str, solver: str) -> None:
+    model = NormBoundedCompletion(2.0, norm=norm, solver=solver, max_iter=200, random_state=0)
+    X, _ = problem(norm)
+    X[3], X[:, 5] = np.nan, np.nan
+    with pytest.warns(ConvergenceWarning, match="2 rows or columns have no observed entry"):
+        found = model.fit(X).reconstruct()
+    np.testing.assert_allclose(found[3], 0, atol=1e-12)
+    np.testing.assert_allclose(found[:, 5], 0, atol=1e-12)
+    np.testing.assert_array_equal(model.fit_transform(np.ones((3, 2))), np.ones((3, 2)))
+    np.testing.assert_allclose(model.fit([[1.5]]).reconstruct(), [[1.5]], atol=1e-3)
+    assert model.fit(np.arange(6).reshape(2, 3)).reconstruct().dtype == np.float64
+    single = model.fit(X.astype(np.float32)).reconstruct()
+    assert single.dtype == np.float32
+    assert norm_of(single.astype(float), norm) <= 2.0 * (1 + 1e-6)
+    for bad in ([[np.nan]], [[np.inf]], ([0, 0], [1, 1], [1.0, 2.0])):
+        with pytest.raises(ValueError, match=r"`X` must|contains infinity"):
+            model.fit(bad)
+
+
+@pytest.mark.parametrize("c", [1e-200, 1e200])
+def test_no_square_overflows(c: float) -> None:
+    X, bound = problem("nuclear")
+    model = NormBoundedCompletion(c * bound, norm="nuclear").fit(c * X)
+    assert model.gap_ <= 1e-6
+    assert norm_of(model.reconstruct() / c, "nuclear") <= bound * (1 + 1e-9)
 
 
 def test_nothing_but_zeros() -> None:

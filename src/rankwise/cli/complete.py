@@ -14,6 +14,14 @@ def complete(
     depth: int = typer.Option(3, "--depth", help="Factors of the deep product."),
     held_out: float = typer.Option(0.1, "--held-out", help="Share of the observed entries that the error is told of."),
     seed: int = typer.Option(0, "--seed", help="Of what is held out."),
+    row_names: bool | None = typer.Option(
+        None, "--row-names/--no-row-names", help="Whether a CSV's first column names its rows; left out: a guess."
+    ),
+    column_names: bool | None = typer.Option(
+        None,
+        "--column-names/--no-column-names",
+        help="Whether a CSV's first line names its columns; left out: a guess.",
+    ),
     verbose: bool = typer.Option(False, "--verbose", help="Tell how the fit goes."),
     force: bool = typer.Option(False, "--force", help="Replace an existing file."),
 ) -> None:
@@ -27,11 +35,20 @@ def complete(
     from rankwise.completion.files import complete_file
 
     report = complete_file(
-        matrix, out, rank=rank, depth=depth, held_out=held_out, seed=seed, verbose=verbose, overwrite=force
+        matrix,
+        out,
+        rank=rank,
+        depth=depth,
+        held_out=held_out,
+        seed=seed,
+        verbose=verbose,
+        overwrite=force,
+        row_names=row_names,
+        column_names=column_names,
     )
     m, n = report.shape
     typer.echo(f"matrix    {m} by {n}, {report.observed:,} entries observed ({report.observed / (m * n):.2%})")
     typer.echo(f"error     {report.held_out_error:.2e} of the norm of {report.held_out:,} held-out entries")
     typer.echo(f"constant  {report.constant_error:.2e}, if each were the mean of the others")
-    typer.echo(f"rank      {report.rank}, beside an offset of {report.offset:.6g}")
+    typer.echo(f"rank      {report.rank} (effective rank {report.effective_rank:.1f}), offset {report.offset:.6g}")
     typer.echo(f"written   {report.out}")

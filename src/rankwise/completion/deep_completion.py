@@ -16,6 +16,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import torch
 from sklearn.exceptions import ConvergenceWarning
 
 from rankwise.checks import require_bool, require_choice, require_int, require_number
@@ -27,6 +28,8 @@ from rankwise.completion.standard import standardised
 
 MOST = 50
 """Ranks looked among by default."""
+ROUGH = 0.5
+"""The relative error of held-out entries above which a fit is called into doubt."""
 
 
 class DeepMatrixCompletion(Completion):
@@ -130,9 +133,12 @@ class DeepMatrixCompletion(Completion):
         data, units = standardised(entries, center=self.center, seed=plan.seed)
         constant = not bool(data.data.any()) or (plan.hold_out and data.count < 2)
         solution = nothing(data) if constant else (by_descent if self.solver == "gd" else by_polish)(data, plan)
-        for sentence in _doubts(solution, data, plan, constant):
+        doubts = _doubts(solution, plan)
+        if not constant and self.solver == "lbfgs":
+            doubts += _doubts_of_rank(solution, data)
+        for sentence in doubts:
             warnings.warn(sentence, ConvergenceWarning, stacklevel=3)
-        self._keep(solution.P * units.scale, solution.Q, units.scale * solution.offset + units.offset)
+        self._keep(data, solution.P * units.scale, solution.Q, units.scale * solution.offset + units.offset)
         self._ridge = solution.ridge * units.scale
         self.loss_curve_, self.n_iter_ = solution.losses, solution.done
         self.validation_score_ = solution.held_error
@@ -156,25 +162,41 @@ class DeepMatrixCompletion(Completion):
         )
 
 
-def _doubts(solution: Solution, entries: Entries, plan: Plan, constant: bool) -> list[str]:
-    """What a user should know about a fit, one sentence each."""
-    (m, n), k, doubts = entries.shape, solution.P.shape[1], []
-    if not solution.settled:
+def _doubts(solution: Solution, plan: Plan) -> list[str]:
+    """What a user should know about how a fit ended, one sentence each."""
+    if solution.settled:
+        return []
+    return [
+        f"the fit had not settled after {solution.done} iterations (max_iter={plan.most}): its relative error on observed "
+        f"entries is {solution.losses[-1]:.1e}"
+    ]
+
+
+def _doubts_of_rank(solution: Solution, data: Entries) -> list[str]:
+    """What a user should know about the rank that was found, one sentence each."""
+    (m, n), k, count, doubts = data.shape, solution.P.shape[1], data.count, []
+    if k == 0:
+        return [
+            f"{count} observed entries of a {m} by {n} matrix tell no low rank: held-out ones are met best by a constant, "
+            "which is what the fit is"
+        ]
+    if solution.held_error is not None and solution.held_error > ROUGH:
         doubts.append(
-            f"the fit had not settled after {solution.done} iterations (max_iter={plan.most}): its relative error on "
-            f"observed entries is {solution.losses[-1]:.1e}"
+            f"held-out entries are met with a relative error of {solution.held_error:.2f} only: either the matrix is of "
+            "no low rank, or too few entries tell it"
         )
-    if k == 0 and not constant:
+    if solution.ridge:
+        return doubts
+    freedom = k * (m + n - k)
+    if count < freedom:
         doubts.append(
-            f"{entries.count} observed entries of a {m} by {n} matrix tell no low rank: held-out ones are met best by "
-            "a constant, which is what the fit is"
+            f"{count} observed entries cannot tell rank {k} of a {m} by {n} matrix, which has {freedom} degrees of "
+            "freedom: missing entries are guesses"
         )
-    if entries.count < k * (m + n - k) and solution.ridge == 0:
+    counts = torch.cat([side.counts() for side in (data, data.mT)])
+    few = int(((counts > 0) & (counts < k)).sum())
+    if few:
         doubts.append(
-            f"{entries.count} observed entries cannot tell rank {k} of a {m} by {n} matrix, which has "
-            f"{k * (m + n - k)} degrees of freedom: missing entries are guesses"
+            f"{few} rows or columns have fewer observed entries than the {k} ranks: the rest of them is a guess"
         )
-    empty = sum(int((side.counts() == 0).sum()) for side in (entries, entries.mT))
-    if empty:
-        doubts.append(f"{empty} rows or columns have no observed entry: they are filled with the offset")
     return doubts

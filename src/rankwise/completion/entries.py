@@ -195,13 +195,22 @@ class Sparse:
 
     def __init__(self, rows: Tensor, columns: Tensor, data: Tensor, shape: tuple[int, int]) -> None:
         order = torch.argsort(rows * shape[1] + columns)
-        rows, columns, self.data = rows[order], columns[order], data[order]
-        self.shape = shape
-        self.by_column = torch.argsort(columns, stable=True)
-        self._rows = Lines.of(rows, columns, shape[0])
-        self._columns = Lines.of(columns[self.by_column], rows[self.by_column], shape[1])
-        self.ones = torch.ones_like(self.data)
+        self._set(Lines.of(rows[order], columns[order], shape[0]), data[order], shape)
+
+    def _set(self, rows: Lines, data: Tensor, shape: tuple[int, int]) -> None:
+        self._rows, self.data, self.shape = rows, data, shape
+        self.ones = torch.ones_like(data)
         self._transposed: Sparse | None = None
+
+    @cached_property
+    def by_column(self) -> Tensor:
+        """The entries' order by columns."""
+        return torch.argsort(self._rows.across, stable=True)
+
+    @cached_property
+    def _columns(self) -> Lines:
+        rows, columns = self.places()
+        return Lines.of(columns[self.by_column], rows[self.by_column], self.shape[1])
 
     @property
     def count(self) -> int:
@@ -213,9 +222,8 @@ class Sparse:
         """Those of Mᵀ, whose values are by its own rows."""
         if self._transposed is None:
             other = self._transposed = object.__new__(Sparse)
-            other.shape, other.data, other.ones = self.shape[::-1], self.data[self.by_column], self.ones
-            other.by_column = torch.argsort(self.by_column)
-            other._rows, other._columns, other._transposed = self._columns, self._rows, self
+            other._set(self._columns, self.data[self.by_column], (self.shape[1], self.shape[0]))
+            other._transposed = self
         return self._transposed
 
     def places(self) -> tuple[Tensor, Tensor]:
@@ -257,9 +265,10 @@ class Sparse:
     def rows(self, block: slice) -> Sparse:
         """Those of some rows."""
         first, last = (int(self._rows.starts[at]) for at in (block.start, block.stop))
-        rows, columns = self._rows.starts[block.start : block.stop + 1].diff(), self._rows.across[first:last].long()
-        rows = torch.repeat_interleave(torch.arange(len(rows), device=rows.device), rows)
-        return Sparse(rows, columns, self.data[first:last], (block.stop - block.start, self.shape[1]))
+        lines = Lines(self._rows.starts[block.start : block.stop + 1] - first, self._rows.across[first:last])
+        other = object.__new__(Sparse)
+        other._set(lines, self.data[first:last], (block.stop - block.start, self.shape[1]))
+        return other
 
     def fill(self, X: Tensor) -> Tensor:
         """X with M where it is observed."""
@@ -275,8 +284,8 @@ class Sparse:
 
     def exact(self) -> Sparse:
         """The same in float64."""
-        other = self.with_data(self.data.double())
-        other.ones = other.ones.double()
+        other = object.__new__(Sparse)
+        other._set(self._rows, self.data.double(), self.shape)
         return other
 
 

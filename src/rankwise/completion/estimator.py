@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from typing import Any, Self
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from scipy import sparse
 from sklearn.base import BaseEstimator, OneToOneFeatureMixin, TransformerMixin
+from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor
@@ -38,7 +40,7 @@ class Completion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
 
         Args:
             X: an (m, n) array in which NaN is missing; or a scipy sparse matrix, or a tuple (rows, columns, values),
-                whose absent entries are missing and which is never made dense.
+                whose absent entries are missing.
             y: ignored.
 
         Raises:
@@ -49,6 +51,10 @@ class Completion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         entries = observed(self, X, reset=True)
         if entries.count == 0:
             raise ArgumentError("X", "hold at least one entry that is not missing", "none")
+        empty = sum(int((side.counts() == 0).sum()) for side in (entries, entries.mT))
+        if empty:
+            sentence = f"{empty} rows or columns have no observed entry: they are filled with the offset"
+            warnings.warn(sentence, ConvergenceWarning, stacklevel=2)
         self._fit(entries.to(device_of(self.device)))
         return self
 
@@ -91,9 +97,10 @@ class Completion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         pieces = zip(i.split(PIECE), j.split(PIECE), strict=True)
         return torch.cat([(P[a] * Q[b]).sum(1) + self.offset_ for a, b in pieces]).numpy()
 
-    def _keep(self, P: Tensor, Q: Tensor, offset: float) -> None:
-        """X = P·Qᵀ + offset, as what was learnt."""
+    def _keep(self, entries: Entries, P: Tensor, Q: Tensor, offset: float) -> None:
+        """X = P·Qᵀ + offset as what was learnt, without what a start has left in rows and columns that tell nothing."""
         dtype = P.dtype
+        P, Q = (side * (seen.counts() > 0)[:, None] for side, seen in ((P, entries), (Q, entries.mT)))
         whole = Factors(P, P.new_ones(P.shape[1]), Q.mT).orthogonal()
         self.factors_ = Factors(*(part.to(dtype).cpu().contiguous() for part in whole))
         self.offset_, self.rank_ = offset, self.factors_.r

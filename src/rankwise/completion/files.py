@@ -17,6 +17,7 @@ from rankwise.checks import require_int, require_number
 from rankwise.completion.deep_completion import DeepMatrixCompletion
 from rankwise.errors import ArgumentError, DataError
 from rankwise.files import write_bytes_whole
+from rankwise.spectral.rank import effective_rank
 
 SUFFIXES = (".csv", ".parquet", ".npy", ".npz")
 
@@ -41,6 +42,8 @@ class CompletionReport(NamedTuple):
     constant_error: float
     """The same of the mean of the other entries."""
     rank: int
+    effective_rank: float
+    """The exponential of the entropy of the singular values: `rankwise.spectral.effective_rank`."""
     offset: float
 
 
@@ -54,6 +57,8 @@ def complete_file(
     seed: int = 0,
     verbose: bool = False,
     overwrite: bool = False,
+    row_names: bool | None = None,
+    column_names: bool | None = None,
 ) -> CompletionReport:
     """Complete the matrix of a file into another, and tell the error of entries held out of a first fit.
 
@@ -66,14 +71,15 @@ def complete_file(
     _require_paths(matrix, out, overwrite)
     require_number("held_out", held_out, least=1e-6, below=1.0)
     require_int("seed", seed, least=0)
-    table = read_matrix(matrix)
+    table = read_matrix(matrix, row_names=row_names, column_names=column_names)
     if sparse.issparse(table.values) and out.suffix != ".npz":
         raise ArgumentError("out", "end in .npz for a sparse matrix: its completion is told by factors", str(out))
     model = DeepMatrixCompletion(rank, depth=depth, random_state=seed, verbose=verbose)
     told = _held_out(model, table.values, held_out, seed)
     model.fit(table.values)
     _write(out, model, table)
-    return CompletionReport(out, table.values.shape, *told, model.rank_, model.offset_)
+    effective = float(effective_rank(model.factors_.s))
+    return CompletionReport(out, table.values.shape, *told, model.rank_, effective, model.offset_)
 
 
 class _Told(NamedTuple):
@@ -116,11 +122,12 @@ def _observed(X: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return rows, columns, X[rows, columns].astype(np.float64)
 
 
-def read_matrix(file: Path) -> Table:
+def read_matrix(file: Path, *, row_names: bool | None = None, column_names: bool | None = None) -> Table:
     """The matrix of a .csv, .parquet, .npy or .npz file.
 
-    A CSV's first line are names if it holds anything but numbers; its first column, too. An .npz holds a sparse matrix
-    as `scipy.sparse.save_npz` writes it, or one array.
+    A CSV's first line are names if it holds anything but numbers, and its first column, too; both are if the first cell
+    of all is empty and the rest of them is not. `row_names` and `column_names` say it where that guess is wrong. An
+    .npz holds a sparse matrix as `scipy.sparse.save_npz` writes it, or one array.
 
     Raises:
         DataError: a file that is missing or does not hold a matrix of numbers.
@@ -132,7 +139,7 @@ def read_matrix(file: Path) -> Table:
             return Table(_matrix(np.load(file, allow_pickle=False), file), None)
         if file.suffix == ".npz":
             return Table(_from_npz(file), None)
-        frame = pandas.read_parquet(file) if file.suffix == ".parquet" else _read_csv(file)
+        frame = pandas.read_parquet(file) if file.suffix == ".parquet" else _read_csv(file, row_names, column_names)
     except DataError:
         raise
     except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
@@ -169,22 +176,21 @@ def _from_npz(file: Path) -> Any:
     return sparse.coo_array(sparse.load_npz(file))
 
 
-def _read_csv(file: Path) -> pandas.DataFrame:
+def _read_csv(file: Path, row_names: bool | None, column_names: bool | None) -> pandas.DataFrame:
     frame = pandas.read_csv(file, header=None, dtype=str, skipinitialspace=True)
-    names = _names(frame.iloc[0])
-    if names is not None:
-        frame = frame.iloc[1:].set_axis(names, axis=1)
-    if len(frame) and _names(frame.iloc[:, 0]) is not None:
+    top, left = frame.iloc[0], frame.iloc[1:, 0]
+    corner = frame.shape > (1, 1) and pandas.isna(top.iloc[0]) and not top[1:].isna().any() and not left.isna().any()
+    if column_names if column_names is not None else corner or _holds_words(top):
+        frame = frame.iloc[1:].set_axis(["" if pandas.isna(name) else str(name) for name in top], axis=1)
+    if row_names if row_names is not None else corner or _holds_words(left):
         frame = frame.set_index(frame.columns[0])
     columns = [pandas.Series(pandas.to_numeric(frame.iloc[:, j])) for j in range(frame.shape[1])]
     return pandas.concat(columns, axis=1)
 
 
-def _names(line: pandas.Series) -> list[str] | None:
-    """The line as names, if it holds anything but numbers and gaps."""
-    if not pandas.Series(pandas.to_numeric(line.dropna(), errors="coerce")).isna().any():
-        return None
-    return ["" if pandas.isna(name) else str(name) for name in line]
+def _holds_words(line: pandas.Series) -> bool:
+    """Whether it holds anything but numbers and gaps."""
+    return bool(pandas.Series(pandas.to_numeric(line.dropna(), errors="coerce")).isna().any())
 
 
 def _write(out: Path, model: DeepMatrixCompletion, table: Table) -> None:

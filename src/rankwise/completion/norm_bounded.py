@@ -12,6 +12,7 @@ one by at most the duality gap
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -54,7 +55,8 @@ class NormBoundedCompletion(Completion):
     """Fill a matrix by one whose norm is at most δ, as near the observed entries as that allows.
 
     min ½‖Ω ⊙ (X − M)‖_F² with ‖X‖ ≤ δ, at most `rank` ranks. The bound is in units of the data and there is no offset:
-    subtract one first if the norm should not pay for it.
+    subtract one first if the norm should not pay for it. Sparse entries are made dense (up to 10⁸ places) but by
+    `solver="nb"` with a rank and a Frobenius or nuclear norm.
 
     Source: arXiv 2501.19050; the default solver is described above.
 
@@ -72,7 +74,8 @@ class NormBoundedCompletion(Completion):
     Attributes:
         factors_: `rankwise.update.Factors` B (m, r), s (r,), A (r, n), on the CPU: a thin singular value decomposition.
         A_free_, B_free_, z_: NB-LoRA's parameters (r, n), (r, m), (r,) of the same matrix.
-        gap_: the duality gap as a share of the zero matrix's loss.
+        gap_: the duality gap as a share of the zero matrix's loss; of sparse entries with the nuclear norm an estimate,
+            since it rests on the largest singular value of a sparse matrix.
         rank_, n_iter_, loss_curve_: r; iterations; ‖Ω ⊙ (X − M)‖_F/‖Ω ⊙ M‖_F as the fit went on.
         offset_: 0.
 
@@ -108,7 +111,7 @@ class NormBoundedCompletion(Completion):
 
     def _check(self) -> None:
         """Raise unless every parameter keeps its rule."""
-        require_number("bound", plain(self.bound), least=1e-30)
+        require_number("bound", plain(self.bound), least=sys.float_info.min)
         require_choice("norm", self.norm, tuple(EXPONENTS))
         require_choice("solver", self.solver, ("pg", "nb"))
         if self.rank is not None:
@@ -119,7 +122,8 @@ class NormBoundedCompletion(Completion):
     def _fit(self, entries: Entries) -> None:
         """Set what fitting sets."""
         dtype, entries = entries.data.dtype, entries.exact()  # a gap of 1e-6 is a few roundings of float32
-        size = float(torch.linalg.vector_norm(entries.data)) or 1.0
+        largest = float(entries.data.abs().max()) or 1.0  # first, so that no square overflows or vanishes
+        size = largest * (float(torch.linalg.vector_norm(entries.data / largest)) or 1.0)
         data = _readable(entries.with_data(entries.data / size), self.solver, self.norm, self.rank)
         bound = self.bound / size
         rank = min(self.rank or min(data.shape), *data.shape)
@@ -141,15 +145,15 @@ class NormBoundedCompletion(Completion):
                 ConvergenceWarning,
                 stacklevel=3,
             )
-        self._encode(best, bound, size, dtype)
+        self._encode(data, best, bound, size, dtype)
 
-    def _encode(self, best: Iterate, bound: float, size: float, dtype: torch.dtype) -> None:
+    def _encode(self, data: Entries, best: Iterate, bound: float, size: float, dtype: torch.dtype) -> None:
         """The matrix as its decomposition without zeros, and as NB-LoRA's parameters."""
         r = max(1, int((best.S > 0).sum()))
         U, S, Vh = best.U[:, :r], best.S[:r], best.Vh[:r]
         free = free_of(U, S, Vh, bound, self.norm)
         self.A_free_, self.B_free_, self.z_ = (part.to(dtype).cpu().numpy() for part in free)
-        self._keep((U * (S * size)).to(dtype), Vh.mT.to(dtype), 0.0)
+        self._keep(data, (U * (S * size)).to(dtype), Vh.mT.to(dtype), 0.0)
 
     def _iterates(self, data: Entries, bound: float, rank: int) -> Iterator[tuple[int, Iterate]]:
         if self.solver == "nb":
@@ -196,7 +200,7 @@ def _trained(data: Entries, bound: float, norm: str, rank: int, seed: int) -> It
                 break
             last = loss
         found = [leaves.A.detach(), leaves.B.detach(), leaves.z.detach().abs()]
-        free = Free(*(part + NUDGE * torch.rand(part.shape, generator=generator, dtype=part.dtype) for part in found))
+        free = Free(*(part + NUDGE * torch.rand(part.shape, generator=generator).to(part) for part in found))
 
 
 def _loss(data: Entries, free: Free, bound: float, norm: str) -> Tensor:

@@ -77,7 +77,6 @@ def by_descent(data: Entries, plan: Plan) -> Solution:
     looks = (Look(now, math.sqrt(2 * loss) / whole, STEPS * i) for i, (now, loss) in some)
     fitted = _watched(looks, lambda errors: errors[-1] <= plan.tol, train, held, plan)
     P, Q = balanced(*sides(fitted.chain))
-    P, Q = P * (train.counts() > 0)[:, None], Q * (train.mT.counts() > 0)[:, None]  # as they started, else
     offset = float(residual(train, P, Q, center=plan.center)[1])
     return Solution(P, Q, offset, fitted.losses, fitted.done, fitted.settled, _or_none(fitted.held_error))
 
