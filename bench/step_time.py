@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from harness import Ratio, beside, machine, options, ratio, write
-from models import MODELS
+from models import MODELS, Model
 from ways import OURS, REFERENCE, ways
 
 
@@ -25,9 +25,9 @@ def limit(way: str, r: int) -> float:
     return 0.90 if way == "lora" else 1.00
 
 
-def measure(name: str, r: int, repeats: int, only: list[str] | None) -> list[dict[str, Any]]:
+def measure(model: Model, name: str, r: int, repeats: int, only: list[str] | None) -> list[dict[str, Any]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    made = ways(MODELS[name], r, device, only)
+    made = ways(model, r, device, only)
     pairs = beside(REFERENCE, {way: step for way, (_, step) in made.items()}, repeats)
     return [
         {"model": name, "r": r, "way": way, "ms": 1e3 * statistics.median(seconds for seconds, _ in found)}
@@ -59,11 +59,15 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["minilm"])
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64])
     parser.add_argument("--only", nargs="+", default=[], help=f"ways, by name; {REFERENCE} is always among them")
+    parser.add_argument("--batch", nargs=2, type=int, metavar=("SAMPLES", "TOKENS"), help="instead of the model's own")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     print(", ".join(f"{name} {value}" for name, value in machine().items()), flush=True)
     only = [REFERENCE, *given.only] if given.only else None
-    rows = [row for name in given.models for r in given.ranks for row in measure(name, r, given.repeats, only)]
+    models = {name: MODELS[name] for name in given.models}
+    if given.batch:
+        models = {name: m._replace(samples=given.batch[0], tokens=given.batch[1]) for name, m in models.items()}
+    rows = [row for name, m in models.items() for r in given.ranks for row in measure(m, name, r, given.repeats, only)]
     print(table(rows))
     print("! above what is aimed at: 1.00; LoRA 0.90; NB-LoRA 1.10, at r = 64 1.15; ALoRA at r = 64 1.10")
     write(given.json, {"repeats": given.repeats, "rows": rows})

@@ -167,8 +167,8 @@ def _doubts(solution: Solution, plan: Plan) -> list[str]:
     if solution.settled:
         return []
     return [
-        f"the fit had not settled after {solution.done} iterations (max_iter={plan.most}): its relative error on observed "
-        f"entries is {solution.losses[-1]:.1e}"
+        f"the fit had not settled after {solution.done} iterations (max_iter={plan.most}): its relative error on "
+        f"observed entries is {solution.losses[-1]:.1e}"
     ]
 
 
@@ -177,8 +177,8 @@ def _doubts_of_rank(solution: Solution, data: Entries) -> list[str]:
     (m, n), k, count, doubts = data.shape, solution.P.shape[1], data.count, []
     if k == 0:
         return [
-            f"{count} observed entries of a {m} by {n} matrix tell no low rank: held-out ones are met best by a constant, "
-            "which is what the fit is"
+            f"{count} observed entries of a {m} by {n} matrix tell no low rank: held-out ones are met best by a "
+            "constant, which is what the fit is"
         ]
     if solution.held_error is not None and solution.held_error > ROUGH:
         doubts.append(
@@ -196,7 +196,5 @@ def _doubts_of_rank(solution: Solution, data: Entries) -> list[str]:
     counts = torch.cat([side.counts() for side in (data, data.mT)])
     few = int(((counts > 0) & (counts < k)).sum())
     if few:
-        doubts.append(
-            f"{few} rows or columns have fewer observed entries than the {k} ranks: the rest of them is a guess"
-        )
+        doubts.append(f"{few} rows or columns have fewer observed entries than the rank {k}: the rest is a guess")
     return doubts
