@@ -196,5 +196,5 @@ def _doubts_of_rank(solution: Solution, data: Entries) -> list[str]:
     counts = torch.cat([side.counts() for side in (data, data.mT)])
     few = int(((counts > 0) & (counts < k)).sum())
     if few:
-        doubts.append(f"{few} rows or columns have fewer observed entries than the rank {k}: the rest is a guess")
+        doubts.append(f"{few} rows or columns have fewer entries than the rank, {k}: the rest is guessed")
     return doubts
