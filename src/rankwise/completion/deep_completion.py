@@ -182,8 +182,8 @@ def _doubts_of_rank(solution: Solution, data: Entries) -> list[str]:
         ]
     if solution.held_error is not None and solution.held_error > ROUGH:
         doubts.append(
-            f"held-out entries are met with a relative error of {solution.held_error:.2f} only: either the matrix is of "
-            "no low rank, or too few entries tell it"
+            f"held-out entries are met with a relative error of {solution.held_error:.2f} only: either the matrix is "
+            "of no low rank, or too few entries tell it"
         )
     if solution.ridge:
         return doubts
