@@ -123,6 +123,22 @@ def test_missing_entries_are_refused_and_few_steps_said() -> None:
         DeepMatrixFactorization(R, max_iter=3).fit(target())
 
 
+def test_the_step_is_the_papers() -> None:
+    """Equation 4, written out: W_l ← (1 − ηλ)·W_l − η·W_{L:l+1}ᵀ·(f − M)·W_{l−1:1}ᵀ."""
+    M, rate, decay = target(20, 14), 0.2, 0.05
+    model = DeepMatrixFactorization(R, width="full", learning_rate=rate, weight_decay=decay, random_state=0)
+    (C, B, A), (C1, B1, A1) = (step.weights for step in steps(model, M, 2))
+    E = C @ B @ A - M
+    np.testing.assert_allclose(C1, (1 - rate * decay) * C - rate * E @ (B @ A).T, atol=1e-15)
+    np.testing.assert_allclose(B1, (1 - rate * decay) * B - rate * C.T @ E @ A.T, atol=1e-15)
+    np.testing.assert_allclose(A1, (1 - rate * decay) * A - rate * (C @ B).T @ E, atol=1e-15)
+
+
+def test_progress_is_printed_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    DeepMatrixFactorization(R, verbose=True).fit(target())
+    assert "DeepMatrixFactorization: 100 steps, error" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "settings",
     [
