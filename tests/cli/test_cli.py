@@ -40,6 +40,9 @@ OPTIONS = {
     "merge": {"adapters", "--out", "--weights", "--rank", "--private", "--clip", "--base", "--layout"}
     | {"--into-base", "--force"}
     | HELP,
+    "complete": {"matrix", "--out", "--rank", "--depth", "--held-out", "--seed", "--row-names", "--column-names"}
+    | {"--verbose", "--force"}
+    | HELP,
 }
 """Every command with every argument and option it has; the command line grows on purpose only."""
 

@@ -67,6 +67,17 @@ def test_with_noise_the_true_rank_in_nine_of_ten(case: tuple[int, int, int, floa
     assert found.count(r) >= 9, found
 
 
+@pytest.mark.parametrize("spectrum", [(1, 0.3, 1e-3), (1, 1e-2, 1e-4), (1, 0.5, 0.2, 0.05, 1e-5)])
+def test_faint_ranks_are_found(spectrum: tuple[float, ...]) -> None:
+    """Singular values far below what L-BFGS is run to."""
+    rng = np.random.default_rng(0)
+    U, V = (np.linalg.qr(rng.normal(size=(side, len(spectrum))))[0] for side in (90, 80))
+    M = (U * spectrum) @ V.T
+    model = fitted(np.where(rng.random(M.shape) < 0.6, M, np.nan), 20)
+    assert model.rank_ == len(spectrum)
+    assert relative_error(model.reconstruct(), M) < 1e-8
+
+
 @pytest.mark.parametrize("depth", [2, 4])
 def test_other_depths(depth: int) -> None:
     M, X = planted(100, 80, 3, 0.4, 1)

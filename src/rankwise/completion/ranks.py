@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from rankwise.completion.entries import Entries
@@ -18,6 +17,8 @@ from rankwise.completion.watch import relative_error
 
 CLEAR = 10.0
 """The ratio of successive singular values that is taken for the rank's."""
+FAINT = 1e-3
+"""Of the largest: singular values below it are the start's, which some directions never leave."""
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """λ in units of the share observed, the matrix having a spectral norm of about 1."""
 HELD = 16
@@ -37,8 +38,8 @@ class Choice(NamedTuple):
 
 
 def break_off(S: Tensor, most: int) -> tuple[int, float]:
-    """The k ≤ `most` of the largest ratio σ_k/σ_{k+1} of falling singular values, and the ratio."""
-    tail = S[1 : most + 1].clamp_min(torch.finfo(S.dtype).eps * S[0])
+    """The k ≤ `most` of the largest ratio σ_k/σ_{k+1} of falling singular values, and the ratio; faint ones alike."""
+    tail = S[1 : most + 1].clamp_min(FAINT * S[0])
     if len(tail) == 0:
         return 1, float("inf")
     ratios = S[: len(tail)] / tail

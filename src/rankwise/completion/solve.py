@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from rankwise.completion.descent import descent, sides
@@ -14,9 +15,9 @@ from rankwise.completion.entries import Entries, split
 from rankwise.completion.misfit import misfit, residual
 from rankwise.completion.polish import Fit, balanced, polish
 from rankwise.completion.quasi_newton import EACH, quasi_newton
-from rankwise.completion.ranks import CLEAR, break_off, by_held_out
+from rankwise.completion.ranks import CLEAR, TRIES, break_off, by_held_out
 from rankwise.completion.standard import size
-from rankwise.completion.starts import compressed_start, spectral_start
+from rankwise.completion.starts import compressed_start, leading, spectral_start
 from rankwise.completion.watch import LEFT, Fitted, Look, watched
 from rankwise.update import Factors
 
@@ -30,6 +31,8 @@ FREEDOM = 1.2
 """Observed entries per degree of freedom, k·(m + n − k), below which a good fit proves nothing."""
 EXACT, NOISY = 1e-5, 0.3
 """The relative errors up to which a rank is believed: any, and one at which the singular values clearly break off."""
+ROUNDINGS = 1e3
+"""Of the data: an error down to which a fit can be exact."""
 POLISH, POLISHING = 1e-7, 1000
 """The relative fall of the error per iteration that ends the polish, and its most iterations."""
 
@@ -93,11 +96,13 @@ def by_polish(data: Entries, plan: Plan) -> Solution:
     plan.say(f"singular values fall most after the first {k}, {ratio:.1f} times")
     if held is None:
         for rank in (k, P.shape[1]) if fitted.losses[-1] <= NEAR else (k,):  # or it is all the ranks there are
+            if not _told_by(data, rank) and data.count > 1:
+                continue
             fit, spent = _polished(data, P, Q, rank, 0.0, plan)
             error = fit.error / size(data.data)
-            believed = error <= EXACT or (rank == k and ratio >= CLEAR and error <= NOISY)
-            if (believed and data.count >= FREEDOM * rank * (sum(data.shape) - rank)) or data.count < 2:
-                return _solution(fit, fitted, spent, data)
+            if error <= EXACT or (rank == k and ratio >= CLEAR and error <= NOISY) or data.count == 1:
+                fit, more = _with_faint_ranks(data, fit, plan)
+                return _solution(fit, fitted, spent + more, data)
         train, held = split(data, plan.share, seed=plan.seed)
         start = _product(train, None, plan)[1:]
     else:
@@ -109,6 +114,9 @@ def by_polish(data: Entries, plan: Plan) -> Solution:
     last = train if plan.hold_out else data
     ridge = choice.ridge * last.count / (last.shape[0] * last.shape[1])
     fit, spent = _polished(last, P, Q, choice.rank, ridge, plan)
+    if ridge == 0 and fit.error <= NEAR * size(last.data):
+        fit, more = _with_faint_ranks(last, fit, plan)
+        spent += more
     return _solution(fit, fitted, spent, last)._replace(held_error=choice.error, ridge=ridge)
 
 
@@ -140,6 +148,30 @@ def _polished(data: Entries, P: Tensor, Q: Tensor, k: int, ridge: float, plan: P
     """Alternating least squares from the k leading ranks of a balanced P·Qᵀ."""
     tol, most = POLISH if ridge == 0 else 1e3 * POLISH, POLISHING
     return polish(data, P[:, :k], Q[:, :k], center=plan.center, tol=tol, max_iter=most, ridge=ridge)
+
+
+def _told_by(data: Entries, k: int) -> bool:
+    """Whether there are entries enough for a good fit of k ranks to prove something."""
+    return data.count >= FREEDOM * k * (sum(data.shape) - k)
+
+
+def _with_faint_ranks(data: Entries, fit: Fit, plan: Plan) -> tuple[Fit, int]:
+    """A good fit with the ranks too faint for L-BFGS to have told, while each halves the error; and iterations spent.
+
+    One more rank of noise takes little of the error away; a rank that is there, exact data behind it, nearly all.
+    """
+    spent = 0
+    rounding = ROUNDINGS * torch.finfo(fit.P.dtype).eps * size(data.data)
+    while fit.error > rounding and fit.P.shape[1] < plan.rank and _told_by(data, fit.P.shape[1] + 1):
+        left = data.with_data(data.data - data.at(fit.P, fit.Q) - fit.offset * data.ones)
+        U, S, Vh = leading(left, 1, seed=plan.seed)
+        P, Q = torch.cat([fit.P, U * S.sqrt()], dim=1), torch.cat([fit.Q, Vh.mT * S.sqrt()], dim=1)
+        more, tried = polish(data, P, Q, center=plan.center, tol=POLISH, max_iter=TRIES)
+        if more.error > 0.5 * fit.error:
+            break
+        fit, finished = polish(data, more.P, more.Q, center=plan.center, tol=POLISH, max_iter=POLISHING)
+        spent += tried + finished
+    return fit, spent
 
 
 def _solution(fit: Fit, fitted: Fitted, spent: int, data: Entries) -> Solution:
