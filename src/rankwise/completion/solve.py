@@ -95,14 +95,9 @@ def by_polish(data: Entries, plan: Plan) -> Solution:
     k, ratio = break_off(Factors(P, P.new_ones(P.shape[1]), Q.mT).singular_values(), P.shape[1] - 1)
     plan.say(f"singular values fall most after the first {k}, {ratio:.1f} times")
     if held is None:
-        for rank in (k, P.shape[1]) if fitted.losses[-1] <= NEAR else (k,):  # or it is all the ranks there are
-            if not _told_by(data, rank) and data.count > 1:
-                continue
-            fit, spent = _polished(data, P, Q, rank, 0.0, plan)
-            error = fit.error / size(data.data)
-            if error <= EXACT or (rank == k and ratio >= CLEAR and error <= NOISY) or data.count == 1:
-                fit, more = _with_faint_ranks(data, fit, plan)
-                return _solution(fit, fitted, spent + more, data)
+        found = _by_break(data, fitted, P, Q, k, ratio, plan)
+        if found is not None:
+            return found
         train, held = split(data, plan.share, seed=plan.seed)
         start = _product(train, None, plan)[1:]
     else:
@@ -118,6 +113,19 @@ def by_polish(data: Entries, plan: Plan) -> Solution:
         fit, more = _with_faint_ranks(last, fit, plan)
         spent += more
     return _solution(fit, fitted, spent, last)._replace(held_error=choice.error, ridge=ridge)
+
+
+def _by_break(data: Entries, fitted: Fitted, P: Tensor, Q: Tensor, k: int, ratio: float, plan: Plan) -> Solution | None:
+    """The fit at the rank where singular values break off, if it can be believed, or at all the ranks there are."""
+    for rank in (k, P.shape[1]) if fitted.losses[-1] <= NEAR else (k,):
+        if not _told_by(data, rank) and data.count > 1:
+            continue
+        fit, spent = _polished(data, P, Q, rank, 0.0, plan)
+        error = fit.error / size(data.data)
+        if error <= EXACT or (rank == k and ratio >= CLEAR and error <= NOISY) or data.count == 1:
+            fit, more = _with_faint_ranks(data, fit, plan)
+            return _solution(fit, fitted, spent + more, data)
+    return None
 
 
 def nothing(data: Entries) -> Solution:
