@@ -124,7 +124,8 @@ def _by_break(data: Entries, fitted: Fitted, P: Tensor, Q: Tensor, k: int, ratio
         error = fit.error / size(data.data)
         if error <= EXACT or (rank == k and ratio >= CLEAR and error <= NOISY) or data.count == 1:
             fit, more = _with_faint_ranks(data, fit, plan)
-            return _solution(fit, fitted, spent + more, data)
+            fit, last = _without_the_offsets_rank(data, fit, plan)
+            return _solution(fit, fitted, spent + more + last, data)
     return None
 
 
@@ -180,6 +181,19 @@ def _with_faint_ranks(data: Entries, fit: Fit, plan: Plan) -> tuple[Fit, int]:
         fit, finished = polish(data, more.P, more.Q, center=plan.center, tol=POLISH, max_iter=POLISHING)
         spent += tried + finished
     return fit, spent
+
+
+def _without_the_offsets_rank(data: Entries, fit: Fit, plan: Plan) -> tuple[Fit, int]:
+    """An exact fit with a rank less, where there is one, and iterations spent: a wrong offset takes one of its own."""
+    k, exact = fit.P.shape[1], EXACT * size(data.data)
+    if not plan.center or k < 2 or fit.error > exact:
+        return fit, 0
+    P, Q = balanced(fit.P, fit.Q)
+    fewer, tried = polish(data, P[:, : k - 1], Q[:, : k - 1], center=True, tol=1e-3, max_iter=10 * TRIES)
+    if fewer.error > exact:
+        return fit, tried
+    fewer, finished = polish(data, fewer.P, fewer.Q, center=True, tol=POLISH, max_iter=POLISHING)
+    return fewer, tried + finished
 
 
 def _solution(fit: Fit, fitted: Fitted, spent: int, data: Entries) -> Solution:
