@@ -1,8 +1,8 @@
 """Time of a training step of every way as a ratio to PEFT's LoRA of the same rank: `python bench/step_time.py`.
 
 All ways take turns, in a new order in every round, on one base model whose weights they share; `ways.py` says what
-they do. Told are medians of a step's time over that of PEFT's LoRA just before it, and where 95 % of the medians of
-bootstrap resamples lie.
+they do. Told are medians of a step's time over that of PEFT's LoRA, which runs again before every
+third of them, and where 95 % of the medians of bootstrap resamples lie.
 """
 
 from __future__ import annotations

@@ -31,6 +31,8 @@ class Fit(NamedTuple):
     Q: Tensor
     offset: Tensor
     error: float
+    settled: bool
+    """Whether it ended by itself."""
 
 
 def polish(
@@ -62,7 +64,7 @@ def polish(
         Q, offset, _ = _half(entries.mT, Q, P, offset, center, ridge)
         P, Q = balanced(P, Q)
     values = entries.at(P, Q).sub_(entries.data).add_(offset * entries.ones)
-    return Fit(P, Q, offset, float(torch.linalg.vector_norm(values))), spent
+    return Fit(P, Q, offset, float(torch.linalg.vector_norm(values)), spent < max_iter), spent
 
 
 def balanced(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:

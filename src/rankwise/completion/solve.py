@@ -198,7 +198,7 @@ def _without_the_offsets_rank(data: Entries, fit: Fit, plan: Plan) -> tuple[Fit,
 
 def _solution(fit: Fit, fitted: Fitted, spent: int, data: Entries) -> Solution:
     losses = [*fitted.losses, fit.error / size(data.data)]
-    settled = fitted.settled and spent < POLISHING
+    settled = fitted.settled and fit.settled
     return Solution(fit.P, fit.Q, float(fit.offset), losses, fitted.done + spent, settled)
 
 
