@@ -13,7 +13,7 @@ import torch
 from harness import machine, options, write
 from models import MODELS
 from torch.profiler import ProfilerActivity, profile
-from ways import FLOOR, REFERENCE, Step, ways
+from ways import FLOOR, OURS, REFERENCE, Step, ways
 
 STEPS = 4
 KINDS = {
@@ -30,7 +30,7 @@ def main() -> None:
     parser = options(__doc__, repeats=1)
     parser.add_argument("--model", choices=MODELS, default="minilm")
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64])
-    parser.add_argument("--ways", nargs="+", default=[FLOOR, REFERENCE, "lora"])
+    parser.add_argument("--ways", nargs="+", default=[FLOOR, REFERENCE, *OURS])
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"

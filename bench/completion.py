@@ -200,7 +200,7 @@ def large_in_its_own_process(count: int, threads: int, results: Any) -> None:
     rows, columns = (torch.from_numpy(at.astype(np.int64)) for at in fit.coords)
     data, units = standardised(Sparse(rows, columns, torch.from_numpy(fit.data), fit.shape), center=True, seed=0)
     U, S, Vh = leading(data, 5, seed=0)
-    least, _ = polish(data, U * S.sqrt(), Vh.mT * S.sqrt(), center=True, tol=1e-6, max_iter=100)
+    least = polish(data, U * S.sqrt(), Vh.mT * S.sqrt(), center=True, tol=1e-6, max_iter=100)
     i, j = (torch.from_numpy(at.astype(np.int64)) for at in kept.coords)
     found = units.scale * ((least.P[i] * least.Q[j]).sum(1) + least.offset) + units.offset
     told_error = float(np.linalg.norm(found.numpy() - kept.data) / np.linalg.norm(kept.data))

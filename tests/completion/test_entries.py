@@ -120,7 +120,7 @@ def test_alternating_least_squares_end_where_no_step_helps(center: bool, ridge: 
     for found in (dense, sparse):
         found = found.with_data(found.at(A, B) + 0.1 * found.data)
         start = torch.randn(45, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64).split([25, 20])
-        fit, _ = polish(found, *start, center=center, tol=1e-15, max_iter=5000, ridge=ridge)
+        fit = polish(found, *start, center=center, tol=1e-15, max_iter=5000, ridge=ridge)
         P, Q, offset = (part.clone().requires_grad_() for part in (fit.P, fit.Q, fit.offset))
         residual = found.at(P.detach(), Q.detach()) + offset.detach() * found.ones - found.data
         dP = found.times(residual, Q.detach()) + ridge * P.detach()

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rankwise.linalg.cayley import cayley_of_blocks
+from rankwise.linalg.cayley import cayley_of_blocks, inverse_cayley, invertible_signs
 from rankwise.linalg.norms import EXPONENTS, on_unit_sphere, squared_norm_bound
 from rankwise.update import Factors
 
@@ -53,27 +53,5 @@ def free_of(U: Tensor, S: Tensor, Vh: Tensor, bound: float, norm: str) -> Free:
     s = bounds(z, bound, norm)
     phi = 0.5 * torch.asin((S / s.clamp_min(1e-300)).clamp(max=1))
     Q = torch.cat([phi.cos() * Vh.mT, phi.sin() * U])
-    signs = _signs(Q[: len(S)])
-    A, B = _inverse_cayley(Q * signs).split([Vh.shape[1], U.shape[0]])
+    A, B = inverse_cayley(Q * invertible_signs(Q[: len(S)])).split([Vh.shape[1], U.shape[0]])
     return Free(A.mT, B.mT, z)
-
-
-def _signs(top: Tensor) -> Tensor:
-    """Signs d of columns with which I + top·diag(d) is safely invertible: an elimination's pivots, each ≥ 1 in size."""
-    work, signs = top.clone(), torch.ones(len(top), dtype=top.dtype, device=top.device)
-    for j in range(len(top)):
-        signs[j] = 1 if work[j, j] >= 0 else -1
-        work[j, j] += signs[j]
-        work[j + 1 :, j] /= work[j, j].clone()
-        work[j + 1 :, j + 1 :] -= work[j + 1 :, j, None] * work[j, None, j + 1 :]
-    return signs
-
-
-def _inverse_cayley(Q: Tensor) -> Tensor:
-    """G = [X; Y] with the Cayley transform Q: Z = (I + Q₁)⁻¹(I − Q₁), Y = −½Q₂(I + Z), X − Xᵀ = Z − YᵀY."""
-    r = Q.shape[1]
-    eye = torch.eye(r, dtype=Q.dtype, device=Q.device)
-    Z = torch.linalg.solve(eye + Q[:r], eye - Q[:r])
-    Y = -0.5 * Q[r:] @ (eye + Z)
-    skew = Z - Y.mT @ Y
-    return torch.cat([0.25 * (skew - skew.mT), Y])

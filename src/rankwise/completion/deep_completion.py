@@ -23,7 +23,8 @@ from rankwise.checks import require_bool, require_choice, require_int, require_n
 from rankwise.completion.entries import Entries
 from rankwise.completion.estimator import Completion
 from rankwise.completion.inputs import plain
-from rankwise.completion.solve import Plan, Solution, by_descent, by_polish, nothing
+from rankwise.completion.plan import Plan
+from rankwise.completion.solve import Solution, by_descent, by_polish, nothing
 from rankwise.completion.standard import standardised
 
 MOST = 50

@@ -15,48 +15,35 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from sklearn.exceptions import ConvergenceWarning
-from torch import Tensor
 
 from rankwise.checks import require_choice, require_int, require_number
-from rankwise.completion.balls import dual_norm, onto_ball, values_onto_ball
-from rankwise.completion.bounded_factors import Free, factors, free_of
+from rankwise.completion.bounded_factors import free_of
+from rankwise.completion.bounded_solvers import Iterate, projected, projected_thin, trained
 from rankwise.completion.entries import Dense, Entries
 from rankwise.completion.estimator import Completion
 from rankwise.completion.inputs import plain
-from rankwise.completion.misfit import misfit
-from rankwise.completion.quasi_newton import EACH, quasi_newton
-from rankwise.completion.starts import leading
 from rankwise.errors import ArgumentError
 from rankwise.linalg.norms import EXPONENTS
 
 DENSE = 10**8
-"""Entries of the largest matrix whose decompositions are taken."""
-NUDGE = 0.05
-"""What the parameters are moved by where training has come to rest away from the optimum."""
+"""Places of the largest matrix that is formed."""
 DOUBTFUL = 1e-4
 """The gap, as a share of the zero matrix's loss, above which the fit is called into doubt."""
-
-
-class Iterate(NamedTuple):
-    """A point on the way, within the ball: its decomposition, and its gap as a share of the zero matrix's loss."""
-
-    U: Tensor
-    S: Tensor
-    Vh: Tensor
-    gap: float
-    loss: float
 
 
 class NormBoundedCompletion(Completion):
     """Fill a matrix by one whose norm is at most δ, as near the observed entries as that allows.
 
     min ½‖Ω ⊙ (X − M)‖_F² with ‖X‖ ≤ δ, at most `rank` ranks. The bound is in units of the data and there is no offset:
-    subtract one first if the norm should not pay for it. Sparse entries are made dense (up to 10⁸ places) but by
-    `solver="nb"` with a rank and a Frobenius or nuclear norm.
+    subtract one first if the norm should not pay for it.
+
+    Sparse entries stay sparse with the nuclear norm, and with the Frobenius norm where `solver="nb"` has a rank to keep
+    to (it wants one for either). Else the optimum or its certificate is of full rank, and the matrix is formed, up to
+    10⁸ places.
 
     Source: arXiv 2501.19050; the default solver is described above.
 
@@ -74,8 +61,7 @@ class NormBoundedCompletion(Completion):
     Attributes:
         factors_: `rankwise.update.Factors` B (m, r), s (r,), A (r, n), on the CPU: a thin singular value decomposition.
         A_free_, B_free_, z_: NB-LoRA's parameters (r, n), (r, m), (r,) of the same matrix.
-        gap_: the duality gap as a share of the zero matrix's loss; of sparse entries with the nuclear norm an estimate,
-            since it rests on the largest singular value of a sparse matrix.
+        gap_: the duality gap as a share of the zero matrix's loss.
         rank_, n_iter_, loss_curve_: r; iterations; ‖Ω ⊙ (X − M)‖_F/‖Ω ⊙ M‖_F as the fit went on.
         offset_: 0.
 
@@ -157,82 +143,21 @@ class NormBoundedCompletion(Completion):
 
     def _iterates(self, data: Entries, bound: float, rank: int) -> Iterator[tuple[int, Iterate]]:
         if self.solver == "nb":
-            return _trained(data, bound, self.norm, rank, self._seed())
-        assert isinstance(data, Dense)
-        return enumerate(_projected(data, bound, self.norm, rank), 1)
-
-
-def _projected(data: Dense, bound: float, norm: str, rank: int) -> Iterator[Iterate]:
-    """Accelerated projected gradient at the step 1 that the loss allows, its momentum given up where the loss rises."""
-    X = torch.zeros_like(data.data)
-    ahead, momentum, before = X, 1.0, float("inf")
-    while True:
-        U, S, Vh = onto_ball(ahead - (ahead * data.ones - data.data), bound, norm, rank=rank)
-        new = (U * S) @ Vh
-        found = _judged(data, U, S, Vh, bound, norm)
-        yield found
-        if found.loss > before:
-            momentum = 1.0
-        following = 0.5 * (1 + (1 + 4 * momentum**2) ** 0.5)
-        ahead = new + (momentum - 1) / following * (new - X)
-        X, momentum, before = new, following, found.loss
-
-
-def _trained(data: Entries, bound: float, norm: str, rank: int, seed: int) -> Iterator[tuple[int, Iterate]]:
-    """L-BFGS on Ã, B̃ and z from the projection of Ω ⊙ M over the share observed.
-
-    Where it rests it is nudged and goes on, since z_j = 0 is a trap.
-    """
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    U, S, Vh = leading(data, rank, seed=seed)
-    S = values_onto_ball(S * (data.shape[0] * data.shape[1] / data.count), bound, norm)
-    free = free_of(U, S, Vh, bound, norm)
-    spent = 0
-    while True:
-        leaves = Free(*(part.contiguous().clone().requires_grad_() for part in free))
-        last = float("inf")
-        for loss in quasi_newton(leaves, lambda leaves=leaves: _loss(data, leaves, bound, norm)):
-            spent += EACH
-            with torch.no_grad():
-                U, S, Vh = factors(leaves, bound, norm).orthogonal()
-                yield spent, _judged(data, U, S, Vh, bound, norm)
-            if last - loss <= 1e-9 * loss:
-                break
-            last = loss
-        found = [leaves.A.detach(), leaves.B.detach(), leaves.z.detach().abs()]
-        free = Free(*(part + NUDGE * torch.rand(part.shape, generator=generator).to(part) for part in found))
-
-
-def _loss(data: Entries, free: Free, bound: float, norm: str) -> Tensor:
-    B, s, A = factors(free, bound, norm)
-    return misfit(data, B * s, A.mT, center=False)
-
-
-def _judged(data: Entries, U: Tensor, S: Tensor, Vh: Tensor, bound: float, norm: str) -> Iterate:
-    """With its loss and its gap; ‖Ω ⊙ M‖_F is 1 here, so that the zero matrix's loss is ½."""
-    values = data.at(U * S, Vh.mT)
-    residual = values - data.data
-    gap = float((residual * values).sum()) + bound * _dual_norm(data.with_data(residual), norm)
-    return Iterate(U, S, Vh, max(gap, 0.0) / 0.5, float(0.5 * residual.square().sum()))
-
-
-def _dual_norm(residual: Entries, norm: str) -> float:
-    """Of the residual, zero off Ω."""
-    if isinstance(residual, Dense):
-        return dual_norm(residual.data, norm)
-    if norm == "frobenius":
-        return float(torch.linalg.vector_norm(residual.data))
-    return float(leading(residual, 1, seed=0).s[0])
+            return trained(data, bound, self.norm, rank, seed=self._seed())
+        if isinstance(data, Dense):
+            return enumerate(projected(data, bound, self.norm, rank), 1)
+        return projected_thin(data, bound, rank, seed=self._seed())
 
 
 def _readable(data: Entries, solver: str, norm: str, rank: int | None) -> Entries:
     """The entries as the solver takes them: dense, which it decomposes, or as they are."""
     if isinstance(data, Dense):
         return data
-    if solver == "nb" and norm != "spectral" and rank is not None:
+    thin = norm == "nuclear" if solver == "pg" else norm != "spectral" and rank is not None
+    if thin:
         return data
     if data.shape[0] * data.shape[1] > DENSE:
-        rule = f'have at most {DENSE:,} places, or go with solver="nb", a rank and a Frobenius or nuclear norm'
+        rule = f'have at most {DENSE:,} places where norm="{norm}" and solver="{solver}"'
         raise ArgumentError("X", rule, data.shape)
     zeros = data.data.new_zeros(data.shape)
     return Dense(data.fill(zeros), data.with_data(data.ones).fill(zeros.clone()))

@@ -33,11 +33,17 @@ class Fit(NamedTuple):
     error: float
     settled: bool
     """Whether it ended by itself."""
+    done: int
+    """Iterations."""
+
+    def after(self, other: Fit) -> Fit:
+        """With the iterations of the fit that it went on from counted in."""
+        return self._replace(done=self.done + other.done)
 
 
 def polish(
     entries: Entries, P: Tensor, Q: Tensor, *, center: bool, tol: float, max_iter: int, ridge: float = 0.0
-) -> tuple[Fit, int]:
+) -> Fit:
     """Alternate until the error is rounding, or with its ridge falls by less than `tol` of itself in an iteration.
 
     Args:
@@ -49,7 +55,7 @@ def polish(
         ridge: λ of ½λ(‖P‖² + ‖Q‖²), added to the loss.
 
     Returns:
-        The fit, whose P is the exact solution for its Q, and the iterations spent.
+        The fit, whose P is the exact solution for its Q.
     """
     least = 4 * torch.finfo(P.dtype).eps * float(torch.linalg.vector_norm(entries.data))
     offset = residual(entries, P, Q, center=center)[1]
@@ -64,7 +70,7 @@ def polish(
         Q, offset, _ = _half(entries.mT, Q, P, offset, center, ridge)
         P, Q = balanced(P, Q)
     values = entries.at(P, Q).sub_(entries.data).add_(offset * entries.ones)
-    return Fit(P, Q, offset, float(torch.linalg.vector_norm(values)), spent < max_iter), spent
+    return Fit(P, Q, offset, float(torch.linalg.vector_norm(values)), spent < max_iter, spent)
 
 
 def balanced(P: Tensor, Q: Tensor) -> tuple[Tensor, Tensor]:

@@ -59,7 +59,7 @@ def by_held_out(train: Entries, held: Entries, P: Tensor, Q: Tensor, *, also: in
     share, ranks = train.count / (train.shape[0] * train.shape[1]), _steps(P.shape[1])
 
     def tried(P: Tensor, Q: Tensor, ridge: float) -> tuple[Choice, Fit]:
-        fit, _ = polish(train, P, Q, center=center, tol=1e-4, max_iter=TRIES, ridge=ridge * share)
+        fit = polish(train, P, Q, center=center, tol=1e-4, max_iter=TRIES, ridge=ridge * share)
         return Choice(P.shape[1], ridge, relative_error(held, fit.P, fit.Q, fit.offset)), fit
 
     def grown(best: Choice, ranks: Iterable[int]) -> Choice:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from rankwise.completion.descent import descent, sides
 from rankwise.completion.entries import Entries, split
 from rankwise.completion.misfit import misfit, residual
+from rankwise.completion.plan import Plan
 from rankwise.completion.polish import Fit, balanced, polish
 from rankwise.completion.quasi_newton import EACH, quasi_newton
 from rankwise.completion.ranks import CLEAR, TRIES, break_off, by_held_out
@@ -35,24 +35,6 @@ ROUNDINGS = 1e3
 """Of the data: an error down to which a fit can be exact."""
 POLISH, POLISHING = 1e-7, 1000
 """The relative fall of the error per iteration that ends the polish, and its most iterations."""
-
-
-class Plan(NamedTuple):
-    """What a fit is to do."""
-
-    rank: int
-    depth: int
-    scale: float
-    rate: float
-    outer_ratio: float
-    most: int
-    tol: float
-    center: bool
-    hold_out: bool
-    share: float
-    patience: int
-    seed: int
-    say: Callable[[str], None]
 
 
 class Solution(NamedTuple):
@@ -78,10 +60,10 @@ def by_descent(data: Entries, plan: Plan) -> Solution:
     whole = size(train.data)
     some = enumerate(itertools.islice(steps, 0, None, STEPS))
     looks = (Look(now, math.sqrt(2 * loss) / whole, STEPS * i) for i, (now, loss) in some)
-    fitted = _watched(looks, lambda errors: errors[-1] <= plan.tol, train, held, plan)
+    fitted = watched(looks, lambda errors: errors[-1] <= plan.tol, train, held, plan)
     P, Q = balanced(*sides(fitted.chain))
     offset = float(residual(train, P, Q, center=plan.center)[1])
-    return Solution(P, Q, offset, fitted.losses, fitted.done, fitted.settled, _or_none(fitted.held_error))
+    return Solution(P, Q, offset, fitted.losses, fitted.done, fitted.settled, fitted.held_error)
 
 
 def by_polish(data: Entries, plan: Plan) -> Solution:
@@ -108,11 +90,10 @@ def by_polish(data: Entries, plan: Plan) -> Solution:
         return nothing(data)._replace(losses=fitted.losses, done=fitted.done, held_error=choice.error)
     last = train if plan.hold_out else data
     ridge = choice.ridge * last.count / (last.shape[0] * last.shape[1])
-    fit, spent = _polished(last, P, Q, choice.rank, ridge, plan)
+    fit = _polished(last, P, Q, choice.rank, ridge, plan)
     if ridge == 0 and fit.error <= NEAR * size(last.data):
-        fit, more = _with_faint_ranks(last, fit, plan)
-        spent += more
-    return _solution(fit, fitted, spent, last)._replace(held_error=choice.error, ridge=ridge)
+        fit = _with_faint_ranks(last, fit, plan)
+    return _solution(fit, fitted, last)._replace(held_error=choice.error, ridge=ridge)
 
 
 def _by_break(data: Entries, fitted: Fitted, P: Tensor, Q: Tensor, k: int, ratio: float, plan: Plan) -> Solution | None:
@@ -120,12 +101,11 @@ def _by_break(data: Entries, fitted: Fitted, P: Tensor, Q: Tensor, k: int, ratio
     for rank in (k, P.shape[1]) if fitted.losses[-1] <= NEAR else (k,):
         if not _told_by(data, rank) and data.count > 1:
             continue
-        fit, spent = _polished(data, P, Q, rank, 0.0, plan)
+        fit = _polished(data, P, Q, rank, 0.0, plan)
         error = fit.error / size(data.data)
         if error <= EXACT or (rank == k and ratio >= CLEAR and error <= NOISY) or data.count == 1:
-            fit, more = _with_faint_ranks(data, fit, plan)
-            fit, last = _without_the_offsets_rank(data, fit, plan)
-            return _solution(fit, fitted, spent + more + last, data)
+            fit = _without_the_offsets_rank(data, _with_faint_ranks(data, fit, plan), plan)
+            return _solution(fit, fitted, data)
     return None
 
 
@@ -143,7 +123,7 @@ def _product(train: Entries, held: Entries | None, plan: Plan) -> tuple[Fitted, 
     whole = size(train.data)
     now = [factor.detach() for factor in factors]  # the same memory
     looks = (Look(now, math.sqrt(2 * loss) / whole, EACH * i) for i, loss in enumerate(losses, 1))
-    fitted = _watched(looks, _told, train, held, plan)
+    fitted = watched(looks, _told, train, held, plan)
     return fitted, *balanced(*sides(fitted.chain))
 
 
@@ -153,7 +133,7 @@ def _told(errors: list[float]) -> bool:
     return errors[-1] <= NEAR or flat
 
 
-def _polished(data: Entries, P: Tensor, Q: Tensor, k: int, ridge: float, plan: Plan) -> tuple[Fit, int]:
+def _polished(data: Entries, P: Tensor, Q: Tensor, k: int, ridge: float, plan: Plan) -> Fit:
     """Alternating least squares from the k leading ranks of a balanced P·Qᵀ."""
     tol, most = POLISH if ridge == 0 else 1e3 * POLISH, POLISHING
     return polish(data, P[:, :k], Q[:, :k], center=plan.center, tol=tol, max_iter=most, ridge=ridge)
@@ -164,52 +144,36 @@ def _told_by(data: Entries, k: int) -> bool:
     return data.count >= FREEDOM * k * (sum(data.shape) - k)
 
 
-def _with_faint_ranks(data: Entries, fit: Fit, plan: Plan) -> tuple[Fit, int]:
-    """A good fit with the ranks too faint for L-BFGS to have told, while each halves the error; and iterations spent.
+def _with_faint_ranks(data: Entries, fit: Fit, plan: Plan) -> Fit:
+    """A good fit with the ranks too faint for L-BFGS to have told, while each halves the error.
 
     One more rank of noise takes little of the error away; a rank that is there, exact data behind it, nearly all.
     """
-    spent = 0
     rounding = ROUNDINGS * torch.finfo(fit.P.dtype).eps * size(data.data)
     while fit.error > rounding and fit.P.shape[1] < plan.rank and _told_by(data, fit.P.shape[1] + 1):
         left = data.with_data(data.data - data.at(fit.P, fit.Q) - fit.offset * data.ones)
         U, S, Vh = leading(left, 1, seed=plan.seed)
         P, Q = torch.cat([fit.P, U * S.sqrt()], dim=1), torch.cat([fit.Q, Vh.mT * S.sqrt()], dim=1)
-        more, tried = polish(data, P, Q, center=plan.center, tol=POLISH, max_iter=TRIES)
+        more = polish(data, P, Q, center=plan.center, tol=POLISH, max_iter=TRIES).after(fit)
         if more.error > 0.5 * fit.error:
-            break
-        fit, finished = polish(data, more.P, more.Q, center=plan.center, tol=POLISH, max_iter=POLISHING)
-        spent += tried + finished
-    return fit, spent
+            return fit
+        fit = polish(data, more.P, more.Q, center=plan.center, tol=POLISH, max_iter=POLISHING).after(more)
+    return fit
 
 
-def _without_the_offsets_rank(data: Entries, fit: Fit, plan: Plan) -> tuple[Fit, int]:
-    """An exact fit with a rank less, where there is one, and iterations spent: a wrong offset takes one of its own."""
+def _without_the_offsets_rank(data: Entries, fit: Fit, plan: Plan) -> Fit:
+    """An exact fit with a rank less, where there is one: a wrong offset takes one of its own."""
     k, exact = fit.P.shape[1], EXACT * size(data.data)
     if not plan.center or k < 2 or fit.error > exact:
-        return fit, 0
+        return fit
     P, Q = balanced(fit.P, fit.Q)
-    fewer, tried = polish(data, P[:, : k - 1], Q[:, : k - 1], center=True, tol=1e-3, max_iter=10 * TRIES)
+    fewer = polish(data, P[:, : k - 1], Q[:, : k - 1], center=True, tol=1e-3, max_iter=10 * TRIES).after(fit)
     if fewer.error > exact:
-        return fit, tried
-    fewer, finished = polish(data, fewer.P, fewer.Q, center=True, tol=POLISH, max_iter=POLISHING)
-    return fewer, tried + finished
+        return fit
+    return polish(data, fewer.P, fewer.Q, center=True, tol=POLISH, max_iter=POLISHING).after(fewer)
 
 
-def _solution(fit: Fit, fitted: Fitted, spent: int, data: Entries) -> Solution:
+def _solution(fit: Fit, fitted: Fitted, data: Entries) -> Solution:
     losses = [*fitted.losses, fit.error / size(data.data)]
     settled = fitted.settled and fit.settled
-    return Solution(fit.P, fit.Q, float(fit.offset), losses, fitted.done + spent, settled)
-
-
-def _watched(
-    looks: Iterator[Look], ended: Callable[[list[float]], bool], train: Entries, held: Entries | None, plan: Plan
-) -> Fitted:
-    def offset(chain: Sequence[Tensor]) -> Tensor:
-        return residual(train, *sides(chain), center=plan.center)[1]
-
-    return watched(looks, ended, most=plan.most, held=held, patience=plan.patience, offset=offset, say=plan.say)
-
-
-def _or_none(number: float) -> float | None:
-    return None if math.isnan(number) else number
+    return Solution(fit.P, fit.Q, float(fit.offset), losses, fitted.done + fit.done, settled)

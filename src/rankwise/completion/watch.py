@@ -11,6 +11,8 @@ from torch import Tensor
 
 from rankwise.completion.descent import sides
 from rankwise.completion.entries import Entries
+from rankwise.completion.misfit import residual
+from rankwise.completion.plan import Plan
 from rankwise.completion.standard import size
 
 LEFT = 0.7
@@ -35,46 +37,38 @@ class Fitted(NamedTuple):
     done: int
     settled: bool
     """Whether it ended by itself."""
-    held_error: float
-    """Relative, of the held-out entries; NaN without."""
+    held_error: float | None
+    """Relative, of the held-out entries, if there are any."""
 
 
 def watched(
-    looks: Iterable[Look],
-    ended: Callable[[list[float]], bool],
-    *,
-    most: int,
-    held: Entries | None,
-    patience: int,
-    offset: Callable[[Sequence[Tensor]], Tensor],
-    say: Callable[[str], None],
+    looks: Iterable[Look], ended: Callable[[list[float]], bool], train: Entries, held: Entries | None, plan: Plan
 ) -> Fitted:
     """Go through the looks until the fit has ended.
 
     Args:
         looks: without end; their factors may change with the next.
         ended: whether errors so far show that the fit is at its target or at rest.
-        most: iterations.
+        train: entries that are fitted, which tell a product's offset.
         held: entries to judge by; the product they are met best with is what is kept.
-        patience: looks without a better held-out error before it ends.
-        offset: μ of a product.
-        say: told now and then how it goes.
+        plan: the most iterations, patience, and who is told how it goes.
     """
     losses: list[float] = []
     best, least, since = [], math.inf, 0
     for look in looks:
         losses.append(look.error)
-        say(f"{look.done} iterations, relative error {look.error:.2e}")
+        plan.say(f"{look.done} iterations, relative error {look.error:.2e}")
         settled = ended(losses)
         if held is not None:
-            error = relative_error(held, *sides(look.chain), offset(look.chain))
+            P, Q = sides(look.chain)
+            error = relative_error(held, P, Q, residual(train, P, Q, center=plan.center)[1])
             since = 0 if error < least or look.error > LEFT else since + 1
             if error < least:
                 best, least = [factor.clone() for factor in look.chain], error
-            settled = settled or since >= patience
-        if settled or look.done >= most:
+            settled = settled or since >= plan.patience
+        if settled or look.done >= plan.most:
             kept = best or [factor.clone() for factor in look.chain]
-            return Fitted(kept, losses, look.done, settled, least if held is not None else math.nan)
+            return Fitted(kept, losses, look.done, settled, least if held is not None else None)
     raise AssertionError("looks go on without end")
 
 

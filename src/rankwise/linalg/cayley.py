@@ -50,6 +50,35 @@ def cayley_of_blocks(*rows: Tensor) -> tuple[Tensor, ...]:
     return _Cayley.apply(*rows) if by_hand() else _transform(rows)[0]  # type: ignore[return-value]
 
 
+def inverse_cayley(Q: Tensor) -> Tensor:
+    """G = [X; Y] whose Cayley transform is Q (m, r), where I + Q₁ is invertible (see `invertible_signs`).
+
+    Z = (I + Q₁)⁻¹(I − Q₁), Y = −½Q₂(I + Z), X − Xᵀ = Z − YᵀY, of which X is chosen skew.
+
+    >>> Q = torch.linalg.qr(torch.tensor([[0.5, 2.0], [1.0, 0.0], [3.0, 4.0]], dtype=torch.float64)).Q
+    >>> Q = Q * invertible_signs(Q[:2])
+    >>> torch.allclose(cayley(inverse_cayley(Q)), Q)
+    True
+    """
+    r = Q.shape[1]
+    eye = torch.eye(r, dtype=Q.dtype, device=Q.device)
+    Z = torch.linalg.solve(eye + Q[:r], eye - Q[:r])
+    Y = -0.5 * Q[r:] @ (eye + Z)
+    skew = Z - Y.mT @ Y
+    return torch.cat([0.25 * (skew - skew.mT), Y])
+
+
+def invertible_signs(top: Tensor) -> Tensor:
+    """Signs d of columns with which I + top·diag(d) is safely invertible: an elimination's pivots, each ≥ 1 in size."""
+    work, signs = top.clone(), torch.ones(len(top), dtype=top.dtype, device=top.device)
+    for j in range(len(top)):
+        signs[j] = 1 if work[j, j] >= 0 else -1
+        work[j, j] += signs[j]
+        work[j + 1 :, j] /= work[j, j].clone()
+        work[j + 1 :, j + 1 :] -= work[j + 1 :, j, None] * work[j, None, j + 1 :]
+    return signs
+
+
 class _Cayley(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *rows: Tensor) -> tuple[Tensor, ...]:
