@@ -197,6 +197,31 @@ def test_too_few_entries_are_said_and_answered_within_bounds(seen: float, seed: 
     assert relative_error(model.reconstruct(), M) < 3
 
 
+@pytest.mark.parametrize(
+    ("shape", "rank", "seen", "seed"), [((40, 30), 2, 0.16, 25), ((100, 100), 3, 0.1, 41), ((40, 30), 2, 0.16, 1)]
+)
+def test_what_few_entries_do_not_tell_does_not_grow(shape: tuple[int, int], rank: int, seen: float, seed: int) -> None:
+    """Least squares alone made these 371 and 2189 times the data."""
+    rng = np.random.default_rng(seed)
+    M = rng.normal(size=(shape[0], rank)) @ rng.normal(size=(rank, shape[1]))
+    X = np.where(rng.random(shape) < seen, M, np.nan)
+    with pytest.warns(ConvergenceWarning, match="held-out entries are met with a relative error of 0"):
+        model = DeepMatrixCompletion(30, random_state=0).fit(X)
+    assert np.abs(model.reconstruct()).max() <= 3 * np.nanmax(np.abs(X))
+    assert relative_error(model.reconstruct(), M) < 1
+
+
+@pytest.mark.parametrize("values", [(1, 0.5, 1e-5), (1, 0.5, 1e-7), (1, 0.5, 0.2, 1e-4, 1e-8)])
+@pytest.mark.parametrize("offset", [0, 10])
+def test_a_faint_rank_is_not_taken_for_the_offsets(values: tuple[float, ...], offset: float) -> None:
+    rng = np.random.default_rng(3)
+    U, V = (np.linalg.qr(rng.normal(size=(side, len(values))))[0] for side in (90, 80))
+    M = U * values @ V.T
+    model = DeepMatrixCompletion(30, random_state=0).fit(np.where(rng.random(M.shape) < 0.6, M + offset, np.nan))
+    assert model.rank_ == len(values)
+    assert relative_error(model.reconstruct() - offset, M) < 1e-11
+
+
 def test_noise_alone_has_no_rank() -> None:
     rng = np.random.default_rng(0)
     X = np.where(rng.random((60, 50)) < 0.5, rng.normal(size=(60, 50)), np.nan)

@@ -211,6 +211,25 @@ def test_the_default_takes_large_sparse_matrices_to_their_optimum() -> None:
     assert gap / (0.5 * M.data @ M.data) <= 1.1e-5
 
 
+@pytest.mark.parametrize(("shape", "seed"), [((100, 80), 0), ((100, 80), 9), ((700, 600), 0)])
+def test_the_default_certifies_sparse_matrices_whose_residual_has_equal_singular_values(
+    shape: tuple[int, int], seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    M = rng.normal(size=(shape[0], 3)) @ rng.normal(size=(3, shape[1]))
+    rows, columns = (rng.random(shape) < 0.1).nonzero()
+    coo = sparse.coo_array((M[rows, columns], (rows, columns)), shape=shape)
+    assert NormBoundedCompletion(0.8 * norm_of(M, "nuclear")).fit(coo).gap_ <= 1e-6
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+def test_the_sparse_default_answers_odd_input() -> None:
+    assert NormBoundedCompletion(10.0).fit(([4], [5], [3.0])).reconstruct()[4, 5] == pytest.approx(3)
+    assert not NormBoundedCompletion(10.0).fit(([0, 4], [0, 5], [0.0, 0.0])).reconstruct().any()
+    tight = NormBoundedCompletion(1.0).fit(1e17 * sparse.random(60, 50, 0.3, rng=0))
+    assert tight.factors_.s.sum() <= 1 + 1e-12
+
+
 @pytest.mark.parametrize("settings", [{"norm": "spectral"}, {"norm": "frobenius"}, {"norm": "nuclear", "solver": "nb"}])
 def test_a_sparse_matrix_too_large_to_be_formed_is_refused(settings: dict[str, str]) -> None:
     with pytest.raises(ValueError, match="`X` must have at most 100,000,000 places where norm="):

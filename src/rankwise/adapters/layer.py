@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
+from rankwise.adapters.peers import mean
 from rankwise.adapters.probe import GradientProbe
 from rankwise.adapters.roster import Roster
 from rankwise.adapters.tensors import AdapterTensors
@@ -125,11 +126,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def factors(self, adapter: str) -> Factors:
         """The update of `adapter` as evaluation mode computes it now, in the parameters' dtype."""
-        return self.methods[adapter].factors(self.started(adapter).named(), self.scaling[adapter])
+        return self.methods[adapter].factors(self.started(adapter).gathered(), self.scaling[adapter])
 
     def kept(self, adapter: str) -> Tensor:
         """Which ranks of `adapter` its method has not pruned, (r,)."""
-        return self.methods[adapter].kept(self.started(adapter).named())
+        return self.methods[adapter].kept(self.started(adapter).gathered())
 
     # --- the base weight --------------------------------------------------------------------------------------------
 
@@ -207,9 +208,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         result = self._at_once(adapters[0], x) if len(adapters) == 1 and not args and not kwargs else None
         if result is None:
             result = self._one_by_one(adapters, x, *args, **kwargs)
-        if self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if self.training and not torch.compiler.is_compiling():
             for adapter in adapters:
-                result = self._watched(adapter, result, x)
+                self.rosters[adapter].meet()
+                result = self._watched(adapter, result, x) if torch.is_grad_enabled() else result
         return result
 
     def _one_by_one(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -247,11 +249,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _start_from_gradient(self, adapter: str, gradient: Tensor) -> None:
         """Work out the start now and keep only that; a step takes it up. A gradient that is not finite gives none."""
         tensors = self.tensors(adapter)
-        if (
-            tensors.awaits_gradient
-            and not tensors.from_gradient
-            and torch.linalg.vector_norm(gradient, torch.inf).isfinite()
-        ):
+        if not tensors.awaits_gradient or tensors.from_gradient:
+            return
+        gradient = mean(gradient, self.rosters[adapter].peers)
+        if torch.linalg.vector_norm(gradient, torch.inf).isfinite():
             tensors.from_gradient = self.methods[adapter].start_from_gradient(tensors.size, gradient)
 
     # --- copies -----------------------------------------------------------------------------------------------------

@@ -10,8 +10,10 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from rankwise.adapters.peers import is_sharded, peers_of
 from rankwise.adapters.progress import Progress, unfinished
 from rankwise.methods.base import Method
 
@@ -40,6 +42,8 @@ class Roster:
         self.development: Callable[[], list[Any]] | None = None  # gives batches of a trainer's data to score ranks on
         self.in_trainer = False  # a trainer's own checkpoints are no sign that a run has ended
         self.session: Any = None
+        self.peers: Any = None  # the processes that train it together
+        self.sharded = False  # by FSDP2
         self._layers: list[weakref.ref[AdapterLayer]] = []
         self._model: weakref.ref[nn.Module] | None = None
         _ROSTERS.append(weakref.ref(self))
@@ -66,6 +70,11 @@ class Roster:
     def parameters(self) -> Iterator[nn.Parameter]:
         """What trains of the adapter, layer by layer."""
         return (p for layer in self.layers for p in layer.tensors(self.adapter).trained())
+
+    def meet(self) -> None:
+        """Find out in a training forward which processes train this adapter together; once found, they stay."""
+        if self.peers is None and dist.is_available() and dist.is_initialized():
+            self.peers, self.sharded = peers_of(self.model), is_sharded(self.model)
 
     def saw_forward(self, layer: AdapterLayer, output: Tensor) -> None:
         """A layer ran forward in training; pass it on if it is the first of the model."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rankwise.adapters.progress import LENGTH
 from rankwise.errors import AdapterFileError
 from rankwise.methods.base import Method, Size
+from rankwise.shards import whole, write
 
 
 class AdapterTensors(nn.Module):
@@ -50,6 +51,10 @@ class AdapterTensors(nn.Module):
         own = self._parameters | self._buffers  # not by getattr: every forward pass of every layer comes through here
         return {name: own[name] if name in own else getattr(self, name) for name in self.slots}  # type: ignore[misc]
 
+    def gathered(self) -> dict[str, Tensor]:
+        """The method's tensors by name, whole."""
+        return {name: whole(tensor) for name, tensor in self.named().items()}
+
     def trained(self) -> list[nn.Parameter]:
         """The parameters; torch's own `parameters()` searches modules, which steps of small models would feel."""
         return list(self._parameters.values())  # type: ignore[arg-type]
@@ -67,14 +72,13 @@ class AdapterTensors(nn.Module):
     def fill(self, values: Mapping[str, Tensor]) -> None:
         """Copy `values` in; tensors not named keep theirs."""
         self.edits += 1
-        for name, value in values.items():
-            getattr(self, name).copy_(value)
+        write([getattr(self, name) for name in values], list(values.values()))
         self.from_gradient = {}
         self._await_gradient()
 
     def _await_gradient(self) -> None:
         waiting = [getattr(self, name) for name, slot in self.slots.items() if slot.from_gradient]
-        self.awaits_gradient = any(not t.is_meta and not bool(t.any()) for t in waiting)
+        self.awaits_gradient = any(not t.is_meta and not bool(whole(t).any()) for t in waiting)
 
     def restore_exact(self) -> None:
         """Put exact tensors that a trainer cast by hand back to float32."""

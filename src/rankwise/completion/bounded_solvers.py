@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, svds
+from scipy.sparse.linalg import ArpackNoConvergence, LinearOperator, svds
 from torch import Tensor
 
 from rankwise.completion.balls import dual_norm, onto_ball, values_onto_ball
@@ -19,12 +19,14 @@ from rankwise.completion.bounded_factors import Free, factors, free_of
 from rankwise.completion.entries import Dense, Entries
 from rankwise.completion.misfit import misfit
 from rankwise.completion.quasi_newton import EACH, quasi_newton
-from rankwise.completion.starts import leading
+from rankwise.completion.starts import SMALL, leading
 
 NUDGE = 0.05
 """What the parameters are moved by where training has come to rest away from the optimum."""
 EXTRA = 5
 """Singular vectors that thin iterates follow beside those that they keep."""
+LANCZOS = 64
+"""Vectors that its norm is found with."""
 LOOK = 5
 """Thin iterations between looks at the gap, whose norm costs about as much as they do."""
 
@@ -110,7 +112,7 @@ def _projection(
         U = left(right(left(V)))
         V, S, Uh = torch.linalg.svd(right(U), full_matrices=False)
         kept = values_onto_ball(S[:rank], bound, "nuclear")
-        r = int((kept > 0).sum())
+        r = max(1, int((kept > 0).sum()))
         if r < V.shape[1] or r in (rank, least):
             return V[:, : r + EXTRA], (U @ Uh.mT[:, :r], kept[:r], V[:, :r].mT)
         block = torch.cat([V, torch.randn(V.shape, generator=generator).to(V)], 1)[:, :least]
@@ -164,11 +166,23 @@ def _dual_norm(residual: Entries, norm: str) -> float:
 
 
 def _largest_singular_value(entries: Entries) -> float:
-    """By Lanczos, to rounding: a gap that rests on a few subspace iterations would certify what is not there."""
-    if min(entries.shape) == 1:
-        return float(torch.linalg.vector_norm(entries.data))
-    start = np.random.default_rng(0).normal(size=min(entries.shape))
-    found: Any = svds(_Product(entries), 1, v0=start, return_singular_vectors=False)
+    """In full or by Lanczos, to rounding: a few subspace iterations would certify what is not there.
+
+    The largest of a residual at the optimum are equal but for rounding, hence many vectors, and where Lanczos gives up
+    all the same, the Frobenius norm, which is no less.
+    """
+    frobenius, least = float(torch.linalg.vector_norm(entries.data)), min(entries.shape)
+    if frobenius == 0 or least == 1:
+        return frobenius
+    if entries.shape[0] * entries.shape[1] <= SMALL**2:
+        return float(torch.linalg.matrix_norm(entries.fill(entries.data.new_zeros(entries.shape)), 2))
+    start = np.random.default_rng(0).normal(size=least)
+    try:
+        found: Any = svds(
+            _Product(entries), 1, v0=start, ncv=min(LANCZOS, least), maxiter=least, return_singular_vectors=False
+        )
+    except ArpackNoConvergence:
+        return frobenius
     return float(found[0])
 
 

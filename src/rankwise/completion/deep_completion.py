@@ -29,7 +29,7 @@ from rankwise.completion.standard import standardised
 
 MOST = 50
 """Ranks looked among by default."""
-ROUGH = 0.5
+ROUGH = 0.3
 """The relative error of held-out entries above which a fit is called into doubt."""
 
 
@@ -50,7 +50,7 @@ class DeepMatrixCompletion(Completion):
         init_scale: ε. None: 0.1, for gd 3e-3.
         learning_rate: η of gd, the loss being divided by the share observed. None: 1/L.
         outer_lr_ratio: γ of gd, the rate of U and V relative to η.
-        max_iter: iterations of L-BFGS, or steps of gd. None: 500, for gd 10,000.
+        max_iter: iterations of L-BFGS, or steps of gd, rounded up to the next look. None: 500, for gd 10,000.
         tol: the relative error of the observed entries at which gd ends.
         early_stopping: fit without a share of the entries and stop when their error rises.
         validation_fraction: that share, in (0, 1); also of the entries that choose where the spectrum does not tell.
@@ -63,7 +63,7 @@ class DeepMatrixCompletion(Completion):
         factors_: `rankwise.update.Factors` B (m, r), s (r,), A (r, n), on the CPU: a thin singular value decomposition.
         offset_: μ.
         rank_: r.
-        n_iter_: iterations spent, those of the polish among them.
+        n_iter_: iterations that the fit took, those of its polish among them; tries that chose its rank are not.
         loss_curve_: ‖Ω ⊙ (X − M)‖_F / ‖Ω ⊙ (M − mean)‖_F as the fit went on, at its looks and at its end.
         validation_score_: relative error of held-out entries, where some were; else None.
 
@@ -132,7 +132,7 @@ class DeepMatrixCompletion(Completion):
         """Set what fitting sets."""
         plan = self._plan(entries)
         data, units = standardised(entries, center=self.center, seed=plan.seed)
-        constant = not bool(data.data.any()) or (plan.hold_out and data.count < 2)
+        constant = not bool(data.data.any())
         solution = nothing(data) if constant else (by_descent if self.solver == "gd" else by_polish)(data, plan)
         doubts = _doubts(solution, plan)
         if not constant and self.solver == "lbfgs":
@@ -155,7 +155,7 @@ class DeepMatrixCompletion(Completion):
             most=self.max_iter or (10_000 if gd else 500),
             tol=self.tol,
             center=self.center,
-            hold_out=self.early_stopping,
+            hold_out=self.early_stopping and entries.count > 1,
             share=self.validation_fraction,
             patience=self.n_iter_no_change,
             seed=self._seed(),

@@ -142,7 +142,7 @@ def read_matrix(file: Path, *, row_names: bool | None = None, column_names: bool
         frame = pandas.read_parquet(file) if file.suffix == ".parquet" else _read_csv(file, row_names, column_names)
     except DataError:
         raise
-    except (OSError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise DataError(f"{file} cannot be read as a matrix: {error}") from error
     bad = [name for name, kind in frame.dtypes.items() if not pandas.api.types.is_numeric_dtype(kind)]
     if bad:
@@ -177,7 +177,7 @@ def _from_npz(file: Path) -> Any:
 
 
 def _read_csv(file: Path, row_names: bool | None, column_names: bool | None) -> pandas.DataFrame:
-    frame = pandas.read_csv(file, header=None, dtype=str, skipinitialspace=True)
+    frame = pandas.read_csv(file, header=None, dtype=str, skipinitialspace=True, skip_blank_lines=False)
     top, left = frame.iloc[0], frame.iloc[1:, 0]
     corner = frame.shape > (1, 1) and pandas.isna(top.iloc[0]) and not top[1:].isna().any() and not left.isna().any()
     if column_names if column_names is not None else corner or _holds_words(top):
@@ -214,7 +214,8 @@ def _write_frame(buffer: io.BytesIO, suffix: str, filled: np.ndarray, like: pand
     frame = pandas.DataFrame(filled)
     if like is not None:
         frame = frame.set_axis(like.columns, axis=1).set_axis(like.index)
-    named_rows, named_columns = (any(isinstance(name, str) for name in axis) for axis in (frame.index, frame.columns))
+    named_rows = not isinstance(frame.index, pandas.RangeIndex)
+    named_columns = any(isinstance(name, str) for name in frame.columns)
     if suffix == ".parquet":
         frame.set_axis([str(name) for name in frame.columns], axis=1).to_parquet(buffer, index=named_rows)
     else:

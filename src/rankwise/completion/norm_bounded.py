@@ -52,9 +52,9 @@ class NormBoundedCompletion(Completion):
         norm: "spectral", "frobenius" or "nuclear".
         rank: the most ranks. None: any, for which the default solver's optimum is certified.
         solver: "pg", accelerated projected gradient, or "nb", L-BFGS on NB-LoRA's parameters.
-        max_iter: iterations.
+        max_iter: iterations, rounded up to the next look at the gap: one in 5 of sparse entries and of "nb".
         tol: the duality gap to end at, as a share of the zero matrix's loss ½‖Ω ⊙ M‖_F².
-        random_state: of the perturbations by which "nb" leaves traps.
+        random_state: of the perturbations by which "nb" leaves traps, and of sketches of sparse entries.
         verbose: print how it goes.
         device: where to compute. None: on a CUDA device where there is one.
 

@@ -15,7 +15,7 @@ from rankwise.completion.misfit import misfit, residual
 from rankwise.completion.plan import Plan
 from rankwise.completion.polish import Fit, balanced, polish
 from rankwise.completion.quasi_newton import EACH, quasi_newton
-from rankwise.completion.ranks import CLEAR, TRIES, break_off, by_held_out
+from rankwise.completion.ranks import CLEAR, RIDGES, TRIES, break_off, by_held_out
 from rankwise.completion.standard import size
 from rankwise.completion.starts import compressed_start, leading, spectral_start
 from rankwise.completion.watch import LEFT, Fitted, Look, watched
@@ -33,6 +33,8 @@ EXACT, NOISY = 1e-5, 0.3
 """The relative errors up to which a rank is believed: any, and one at which the singular values clearly break off."""
 ROUNDINGS = 1e3
 """Of the data: an error down to which a fit can be exact."""
+GROWN = 2.0
+"""Times the nuclear norm of its start that a fit may have."""
 POLISH, POLISHING = 1e-7, 1000
 """The relative fall of the error per iteration that ends the polish, and its most iterations."""
 
@@ -91,6 +93,9 @@ def by_polish(data: Entries, plan: Plan) -> Solution:
     last = train if plan.hold_out else data
     ridge = choice.ridge * last.count / (last.shape[0] * last.shape[1])
     fit = _polished(last, P, Q, choice.rank, ridge, plan)
+    if ridge == 0 and _ran_off(fit, P, choice.rank, last):
+        ridge = RIDGES[0] * last.count / (last.shape[0] * last.shape[1])
+        fit = _polished(last, P, Q, choice.rank, ridge, plan)
     if ridge == 0 and fit.error <= NEAR * size(last.data):
         fit = _with_faint_ranks(last, fit, plan)
     return _solution(fit, fitted, last)._replace(held_error=choice.error, ridge=ridge)
@@ -107,6 +112,15 @@ def _by_break(data: Entries, fitted: Fitted, P: Tensor, Q: Tensor, k: int, ratio
             fit = _without_the_offsets_rank(data, _with_faint_ranks(data, fit, plan), plan)
             return _solution(fit, fitted, data)
     return None
+
+
+def _ran_off(fit: Fit, P: Tensor, k: int, data: Entries) -> bool:
+    """Whether a fit that proves nothing has grown far beyond its start, balanced ones both.
+
+    What too few entries do not tell, least squares may make as large as it likes.
+    """
+    grown = float(fit.P.square().sum()) > GROWN * float(P[:, :k].square().sum())
+    return grown and fit.error > EXACT * size(data.data)
 
 
 def nothing(data: Entries) -> Solution:
@@ -170,7 +184,9 @@ def _without_the_offsets_rank(data: Entries, fit: Fit, plan: Plan) -> Fit:
     fewer = polish(data, P[:, : k - 1], Q[:, : k - 1], center=True, tol=1e-3, max_iter=10 * TRIES).after(fit)
     if fewer.error > exact:
         return fit
-    return polish(data, fewer.P, fewer.Q, center=True, tol=POLISH, max_iter=POLISHING).after(fewer)
+    fewer = polish(data, fewer.P, fewer.Q, center=True, tol=POLISH, max_iter=POLISHING).after(fewer)
+    rounding = ROUNDINGS * torch.finfo(fit.P.dtype).eps * size(data.data)
+    return fewer if fewer.error <= max(10 * fit.error, rounding) else fit
 
 
 def _solution(fit: Fit, fitted: Fitted, data: Entries) -> Solution:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rankwise.shards import part, part_of, stacked
+
 
 class Size(NamedTuple):
     """The shape of one adapted layer: W is (out, into), the adapter's tensors hold r ranks."""
@@ -98,7 +100,7 @@ class Stack:
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self._read:
-            self._read[name] = torch.stack([t.detach() for t in self._values[name]])
+            self._read[name] = stacked(self._values[name])
         return self._read[name]
 
     def __contains__(self, name: str) -> bool:
@@ -110,13 +112,13 @@ class Stack:
 
     def gradient(self, name: str) -> Tensor:
         """The gradient of a trained tensor, (n, …)."""
-        return torch.stack(list(self._gradients(name))) if self._gradients else torch.zeros_like(self[name])
+        return stacked(self._gradients(name)) if self._gradients else torch.zeros_like(self[name])
 
     def forget(self, name: str, entries: Tensor) -> None:
         """Zero what the optimiser remembers of some entries of a trained tensor: booleans that broadcast to (n, …)."""
         for moments, mask in zip(self._moments(name) if self._moments else [], entries, strict=False):
             for moment in moments:
-                moment.masked_fill_(mask, 0)
+                part(moment).masked_fill_(part_of(mask.expand(moment.shape), moment), 0)
 
     def rate(self, name: str) -> Tensor:
         """The learning rate of a trained tensor at this step, (n, 1)."""

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rankwise.shards import part
+
 
 @dataclass
 class Held:
@@ -20,7 +22,7 @@ class Held:
     @classmethod
     def of(cls, ratio: float, zeroed: bool, parameters: list[Tensor]) -> Held:
         """Remember their values and, `zeroed`, show the optimiser zeros."""
-        data = [p.data for p in parameters]
+        data = [part(p.data) for p in parameters]
         found = cls(ratio, zeroed, parameters, list(torch._foreach_mul(data, 1.0)))  # type: ignore[arg-type]
         if zeroed:
             torch._foreach_zero_(data)
@@ -28,7 +30,7 @@ class Held:
 
     def settle(self) -> None:
         """p ← p_old + ratio · (the optimiser's move)."""
-        data = [p.data for p in self.parameters]  # asked for now: an optimiser may have put others there
+        data = [part(p.data) for p in self.parameters]  # asked for now: an optimiser may have put others there
         if self.zeroed:
             torch._foreach_mul_(data, self.ratio)
             torch._foreach_add_(data, self.old)
@@ -38,4 +40,4 @@ class Held:
     def give_back(self) -> None:
         """p ← p_old."""
         for p, old in zip(self.parameters, self.old, strict=True):
-            p.data.copy_(old)
+            part(p.data).copy_(old)

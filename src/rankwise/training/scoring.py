@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.layer import AdapterLayer, NotPerSampleError
+from rankwise.adapters.peers import mean_by
 from rankwise.adapters.roster import Roster
 from rankwise.training.aside import Batch, evaluation, loss_of, model_of, on_device_of
 from rankwise.training.nested import copy_of, repeat, repeat_batch, samples_of, tensors_of
@@ -49,11 +50,12 @@ def ablate(roster: Roster) -> Scores:
     with evaluation(model):
         kept = [layer.kept(adapter) for layer in layers]
         if callable(given):
-            return one_by_one(partial(_number, given, model), layers, adapter, kept)
+            return _agreed(one_by_one(partial(_number, given, model), layers, adapter, kept), 1, roster.peers)
         batches = [given] if given is not None else roster.development()  # type: ignore[misc]  see can_ablate
         batches = [on_device_of(model, batch) for batch in batches]
-        found = [_of_batch(model, batch, layers, adapter, kept) for batch in batches]
-        return _mean(found, [samples_of(batch) for batch in batches])
+        found = [_of_batch(model, batch, layers, adapter, kept, replay=not roster.sharded) for batch in batches]
+        samples = [samples_of(batch) for batch in batches]
+        return _agreed(_mean(found, samples), sum(samples), roster.peers)
 
 
 def one_by_one(
@@ -73,12 +75,19 @@ def one_by_one(
 
 
 def _of_batch(
-    model: nn.Module, batch: Batch, layers: Sequence[AdapterLayer], adapter: str, kept: Sequence[Tensor]
+    model: nn.Module,
+    batch: Batch,
+    layers: Sequence[AdapterLayer],
+    adapter: str,
+    kept: Sequence[Tensor],
+    *,
+    replay: bool,
 ) -> Scores:
-    replay = Replay(model, batch, layers, adapter)
-    if replay.replayable:
+    """By modules that are replayed, or by whole passes alone, in which FSDP2 gathers what it has sharded."""
+    recorded = Replay(model, batch, layers, adapter) if replay else None
+    if recorded is not None and recorded.replayable:
         try:
-            return replay.scores(kept)
+            return recorded.scores(kept)
         except NotPerSampleError:
             pass
     return one_by_one(lambda: -float(loss_of(model, batch)), layers, adapter, kept)
@@ -96,6 +105,13 @@ def _mean(found: Sequence[Scores], samples: Sequence[int]) -> Scores:
         for each in ([s.without for s in found], [s.alone for s in found])
     )
     return Scores(sum(w * s.whole for w, s in zip(weights, found, strict=True)), without, alone)
+
+
+def _agreed(scores: Scores, samples: int, peers: Any) -> Scores:
+    """The mean over processes, each of which may have scored samples of its own: all must move the same ranks."""
+    flat = torch.cat([torch.tensor([scores.whole]), *scores.without, *scores.alone])
+    whole, *parts = mean_by(flat, samples, peers).split([1, *(len(t) for t in (*scores.without, *scores.alone))])
+    return Scores(float(whole), parts[: len(scores.without)], parts[len(scores.without) :])
 
 
 def _unscored(kept: Sequence[Tensor]) -> list[Tensor]:

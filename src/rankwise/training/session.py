@@ -20,6 +20,7 @@ from rankwise.adapters.roster import Roster
 from rankwise.adapters.tensors import AdapterTensors
 from rankwise.errors import TrainingError
 from rankwise.methods.stack import Ablation, Stack, Step, Updates
+from rankwise.shards import part, part_of, whole, write
 from rankwise.training.aside import backward_through
 from rankwise.training.held import Held
 from rankwise.training.scoring import ablate, can_ablate
@@ -73,9 +74,9 @@ class Session:
     def finite(self) -> bool:
         """Whether every gradient is finite; reads one number back from the device if so."""
         gradients = self._gradients()
-        if bool(get_total_norm(gradients).isfinite()):
+        if bool(whole(get_total_norm(gradients)).isfinite()):
             return True
-        return all(bool(g.isfinite().all()) for g in gradients)  # the norm of finite numbers may be infinite
+        return all(bool(whole(g).isfinite().all()) for g in gradients)  # the norm of finite numbers may be infinite
 
     @torch.no_grad()
     def before(self, scale: Tensor | None) -> None:
@@ -129,6 +130,8 @@ class Session:
             TrainingError: the weights moved without an optimiser step.
         """
         if self._step is not None:  # a pass of our own, or an optimiser's closure, within a step
+            return
+        if self.roster.sharded:  # FSDP2 shows a layer in its forward pass copies of its weights without gradients
             return
         seen = self._watch.forward(tensors, output)
         if seen is Seen.DROPPED:
@@ -273,7 +276,7 @@ class Session:
     def _write(self, stacks: Sequence[Stack], updates: Updates) -> None:
         for stack, update in zip(stacks, updates, strict=False):
             for name, value in update.items():
-                torch._foreach_copy_(stack.tensors(name), list(value.unbind(0)))
+                write(stack.tensors(name), list(value.unbind(0)))
 
     def _add_penalty(self, stacks: Sequence[Stack], step: Step, scale: Tensor | None) -> None:
         penalty = self.roster.method.penalty(stacks, step)
@@ -371,9 +374,10 @@ def _gradients(parameters: Sequence[Tensor], scale: Tensor | None) -> list[Tenso
 
 def _accumulate(parameters: Sequence[Tensor], gradient: Tensor) -> None:
     """Add to what trains; a layer the loss did not reach gets the penalty alone, a frozen tensor nothing."""
-    parts = [(p, part) for p, part in zip(parameters, gradient.to(parameters[0].dtype), strict=True) if p.requires_grad]
-    for p, _ in parts:
+    pairs = [(p, more) for p, more in zip(parameters, gradient.to(parameters[0].dtype), strict=True) if p.requires_grad]
+    for p, _ in pairs:
         if p.grad is None:
             p.grad = torch.zeros_like(p)
-    if parts:
-        torch._foreach_add_([p.grad for p, _ in parts], [part for _, part in parts])  # type: ignore[arg-type]
+    if pairs:
+        own = [part_of(more, p) for p, more in pairs]
+        torch._foreach_add_([part(p.grad) for p, _ in pairs], own)  # type: ignore[arg-type]

@@ -1,0 +1,64 @@
+"""Two processes train as one does: DDP over gloo, every method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model, get_peft_model_state_dict
+from processes import together
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
+
+from cases import CASES
+from conftest import tiny_bert
+from rankwise.adapters.configs import CONFIGS
+
+STEPS, BATCH = 12, 8
+NAMES = pytest.mark.parametrize("name", CASES)
+
+
+def adapted(name: str, seed: int) -> Any:
+    torch.manual_seed(seed)
+    fields = {"r": 4, "target_modules": "all-linear", "task_type": "SEQ_CLS"} | CASES[name].alone
+    return get_peft_model(tiny_bert(), CONFIGS[name](**fields))
+
+
+def batch(step: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    labels = torch.randint(0, 3, (BATCH,), generator=generator)
+    return {
+        "input_ids": torch.randint(0, 30, (BATCH, 10), generator=generator) + 30 * labels[:, None],
+        "labels": labels,
+    }
+
+
+def train(model: Any, rank: int, world: int, steps: range, accumulate: int = 1) -> None:
+    """SGD, in which a rounding stays one, on this process's part of every batch."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.1)
+    for step in steps:
+        for part in range(accumulate):
+            mine = {key: value[part::accumulate][rank::world] for key, value in batch(step).items()}
+            (model(**mine).loss / accumulate).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def by_ddp(rank: int, name: str, folder: Path, world: int, accumulate: int) -> None:
+    model = adapted(name, seed=rank)
+    train(DistributedDataParallel(model) if world > 1 else model, rank, world, range(STEPS), accumulate)
+    save_file(get_peft_model_state_dict(model), folder / f"{world}-{rank}.safetensors")
+
+
+@NAMES
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_ddp_ends_as_one_process_does(name: str, accumulate: int, tmp_path: Path) -> None:
+    """From different seeds, since DDP starts from the first process; on the same total batches."""
+    assert together(by_ddp, name, tmp_path, 1, accumulate, count=1) == [0]
+    assert together(by_ddp, name, tmp_path, 2, accumulate) == [0, 0]
+    one, first, second = (load_file(tmp_path / f"{which}.safetensors") for which in ("1-0", "2-0", "2-1"))
+    for key, value in one.items():
+        assert torch.equal(first[key], second[key]), key
+        torch.testing.assert_close(first[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
