@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model, get_peft_model_state_dict
-from processes import together
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from cases import CASES
 from conftest import tiny_bert
+from processes import together
 from rankwise.adapters.configs import CONFIGS
 
 STEPS, BATCH = 12, 8
@@ -62,3 +65,28 @@ def test_ddp_ends_as_one_process_does(name: str, accumulate: int, tmp_path: Path
     for key, value in one.items():
         assert torch.equal(first[key], second[key]), key
         torch.testing.assert_close(first[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def by_fsdp(rank: int, name: str, folder: Path, accumulate: int) -> None:
+    model = adapted(name, seed=0)
+    for layer in model.base_model.model.bert.encoder.layer:
+        fully_shard(layer)
+    fully_shard(model)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    train(model, rank, 2, range(STEPS), accumulate)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:
+        model.save_pretrained(str(folder / "saved"), state_dict=whole)
+
+
+@NAMES
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_fsdp2_ends_as_one_process_does(name: str, accumulate: int, tmp_path: Path) -> None:
+    assert together(by_ddp, name, tmp_path, 1, accumulate, count=1) == [0]
+    assert together(by_fsdp, name, tmp_path, accumulate) == [0, 0]
+    one = load_file(tmp_path / "1-0.safetensors")
+    loaded = get_peft_model_state_dict(PeftModel.from_pretrained(tiny_bert(), str(tmp_path / "saved")))
+    assert loaded.keys() == one.keys()
+    for key, value in one.items():
+        torch.testing.assert_close(loaded[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")

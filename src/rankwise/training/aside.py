@@ -10,9 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from rankwise.adapters.roster import Roster
 from rankwise.errors import ArgumentError, TrainingError
+from rankwise.shards import whole
 
 Batch = Mapping[str, Any]
 Development = Batch | Callable[[nn.Module], Any]
@@ -71,6 +74,30 @@ def evaluation(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Whole what FSDP2 gathers in a pass through a module around this model only, such as PEFT's; every process asks.
+
+    Parts that are sharded as modules of their own gather themselves when they run.
+    """
+    swapped = [(m, name, p) for m in _unsharded(model) for name, p in m._parameters.items() if isinstance(p, DTensor)]
+    try:
+        for module, name, p in swapped:
+            module._parameters[name] = nn.Parameter(whole(p.detach()), requires_grad=False)
+        yield
+    finally:
+        for module, name, p in swapped:
+            module._parameters[name] = p  # type: ignore[assignment]
+
+
+def _unsharded(model: nn.Module) -> Iterator[nn.Module]:
+    """The modules outside of those that FSDP2 has sharded one by one."""
+    if not isinstance(model, FSDPModule):
+        yield model
+        for child in model.children():
+            yield from _unsharded(child)
+
+
+@contextmanager
 def random_states() -> Iterator[None]:
     """Put every random generator back to where it was."""
     python, numpy = random.getstate(), np.random.get_state()
@@ -87,8 +114,11 @@ def backward_through(roster: Roster) -> None:
 
     Raises:
         TrainingError: the model is not known.
+        ArgumentError: the model is sharded.
     """
     model, batch = model_of(roster), roster.method.init_batch  # type: ignore[attr-defined]  asked for by its users
+    if roster.sharded:
+        raise ArgumentError("init_batch", "be left out under FSDP2, where the first step's own batch is taken", "given")
     held = [(p, p.grad) for p in model.parameters()]
     for p, _ in held:
         p.grad = None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from rankwise.adapters.layer import AdapterLayer, NotPerSampleError
 from rankwise.adapters.peers import mean_by
 from rankwise.adapters.roster import Roster
-from rankwise.training.aside import Batch, evaluation, loss_of, model_of, on_device_of
+from rankwise.training.aside import Batch, evaluation, gathered, loss_of, model_of, on_device_of
 from rankwise.training.nested import copy_of, repeat, repeat_batch, samples_of, tensors_of
 
 STACKED_ENTRIES = {"cpu": 1024, "cuda": 65536}
@@ -47,7 +47,7 @@ def ablate(roster: Roster) -> Scores:
     """Score every rank in use on the development batch, in evaluation mode."""
     model, layers, adapter = model_of(roster), roster.layers, roster.adapter
     given: Any = getattr(roster.method, "score_batch", None)
-    with evaluation(model):
+    with evaluation(model), gathered(model):
         kept = [layer.kept(adapter) for layer in layers]
         if callable(given):
             return _agreed(one_by_one(partial(_number, given, model), layers, adapter, kept), 1, roster.peers)
