@@ -29,7 +29,7 @@ HELP = {"-h", "--help"}
 OPTIONS = {
     "": {"--version"} | HELP,
     "demo": {"--out"} | HELP,
-    "train": {"spec", "--out"} | HELP,
+    "train": {"spec", "--out", "--processes"} | HELP,
     "compare": {"spec", "--out"} | HELP,
     "methods": {"--json"} | HELP,
     "export": {"adapter", "--out", "--for", "--layout", "--rank", "--base", "--check", "--force"} | HELP,
@@ -310,6 +310,21 @@ def test_an_interrupt_says_how_to_go_on(
 
 
 # --- end to end ------------------------------------------------------------------------------------------------------
+
+
+def test_train_on_two_processes(refused: Callable[..., str], write_spec: WriteSpec, tmp_path: Path) -> None:
+    path = write_spec(tmp_path, methods=["adalora"], training={"steps": 12, "batch_size": 8})
+    message = refused("train", str(path), "--processes", "3")
+    assert message == "rankwise: `processes` must divide the SPEC's batch_size, 8; found 3"
+    command = [sys.executable, "-m", "rankwise.cli.main", "train", str(path), "--processes", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (result,) = (tmp_path / "out" / "results").glob("*.json")
+    found = json.loads(result.read_text())
+    assert found["machine"].endswith("2 processes")
+    assert found["mean_rank"] < found["initial_mean_rank"]
+    assert (tmp_path / "out" / found["export"] / "adapter_model.safetensors").is_file()
+    assert done.stdout.count("page  ") == 1
 
 
 @pytest.mark.usefixtures("quiet")

@@ -69,7 +69,7 @@ def run(rank: int, name: str, folder: Path, kill: int | None, world: int) -> Non
     )
     trainer = Trainer(model, arguments, train_dataset=Examples(), eval_dataset=Examples(), callbacks=[KillOne(kill)])
     assert trainer.args.world_size == world
-    newest = newest_complete(folder)
+    newest = newest_complete(folder, world)
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     save_file(get_peft_model_state_dict(model), folder / f"final-{rank}.safetensors")
 
@@ -92,6 +92,7 @@ def test_two_processes_end_as_one_does_and_go_on_after_a_kill(name: str, tmp_pat
     codes = together(run, name, killed, 12, 2)
     assert codes[1] == -signal.SIGKILL
     assert codes[0] != 0
+    assert newest_complete(killed, 2) == killed / "checkpoint-10"
     assert together(run, name, killed, None, 2) == [0, 0]
     for again, whole in zip(finals(killed, 2), (first, second), strict=True):
         assert all(torch.equal(again[key], whole[key]) for key in whole)

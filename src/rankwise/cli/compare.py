@@ -39,9 +39,13 @@ def run_and_show(spec: Spec, command: str, watching: type[Watching]) -> None:
     from rankwise.compare.report import table
     from rankwise.compare.results import summarise
     from rankwise.compare.runner import run_plan
+    from rankwise.compare.together import is_first
 
     quiet_libraries()
     plan = make_plan(spec)
+    if not is_first():
+        run_plan(plan, command)
+        return
     with watching(len(plan.runs), plan.steps) as watch:
         results = run_plan(plan, command, watch)
     if results:

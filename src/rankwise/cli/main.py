@@ -60,3 +60,7 @@ def main() -> None:
     if code == INTERRUPTED:
         typer.echo("stopped; finished runs are kept, and the same command goes on", err=True)
     sys.exit(code or 0)
+
+
+if __name__ == "__main__":
+    main()

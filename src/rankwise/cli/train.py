@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import NoReturn
 
 import typer
 
@@ -13,6 +14,9 @@ from rankwise.cli.output import Watching
 def train(
     spec: Path = typer.Argument(..., help="The SPEC, a TOML file with one method and one seed."),
     out: Path | None = typer.Option(None, "--out", help="Write here instead of the SPEC's `output`."),
+    processes: int = typer.Option(
+        1, "--processes", min=1, help="Train on so many at a time (DDP); each takes its part of every batch."
+    ),
 ) -> None:
     """Train one method on your data; write the adapter, its plain-LoRA export and a page of plots.
 
@@ -26,5 +30,16 @@ def train(
     for name, entries in (("methods", [entry.name for entry in read.methods]), ("seeds", list(read.seeds))):
         if len(entries) != 1:
             raise ArgumentError(name, "hold exactly one entry for `train` (`rankwise compare` takes several)", entries)
+    if processes > 1:
+        _launch(spec, out, processes, read.training.batch_size)
     read = read if out is None else dataclasses.replace(read, output=out.absolute())
     run_and_show(read, f"rankwise train {spec}", Watching)
+
+
+def _launch(spec: Path, out: Path | None, processes: int, batch: int) -> NoReturn:
+    from rankwise.compare.together import launch
+    from rankwise.errors import ArgumentError
+
+    if batch % processes:
+        raise ArgumentError("processes", f"divide the SPEC's batch_size, {batch}", processes)
+    raise typer.Exit(launch(processes, ["train", str(spec), *([] if out is None else ["--out", str(out)])]))

@@ -14,6 +14,7 @@ from pathlib import Path
 from rankwise.compare.plan import Plan, Run
 from rankwise.compare.report import markdown, write_page
 from rankwise.compare.results import Result, read_results, summarise, write_result
+from rankwise.compare.together import as_first, is_first
 from rankwise.compare.train import checkpoints_of, train_run
 from rankwise.files import write_whole
 
@@ -36,17 +37,19 @@ def run_plan(plan: Plan, command: str, watch: Watch = lambda run, steps: None) -
     output = plan.spec.output
     for run in plan.runs:
         file = _file(output, run)
-        if file.exists():
+        if as_first(file.exists()):
             watch(run, plan.steps)
             continue
-        with _claimed(file.with_suffix(".claim")) as mine:
-            if mine and not file.exists():
-                write_result(train_run(plan, run, output, command, lambda steps, run=run: watch(run, steps)), file)
-                shutil.rmtree(checkpoints_of(output, run), ignore_errors=True)
+        with _claimed(file.with_suffix(".claim")) if is_first() else contextlib.nullcontext(False) as mine:
+            if as_first(mine and not file.exists()):
+                result = train_run(plan, run, output, command, lambda steps, run=run: watch(run, steps))
+                if is_first():
+                    write_result(result, file)
+                    shutil.rmtree(checkpoints_of(output, run), ignore_errors=True)
             else:
                 watch(run, plan.steps)
     results = finished(plan)
-    if results:
+    if results and is_first():
         write_whole(output / "table.md", markdown(summarise(results), results[0].metric))
         write_page(results, output / "report.html", title=f"rankwise: {plan.spec.output.name}")
     return results

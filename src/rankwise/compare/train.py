@@ -35,6 +35,7 @@ from rankwise.compare.data import Table
 from rankwise.compare.models import open_model, open_tokenizer
 from rankwise.compare.plan import Plan, Run, make_config
 from rankwise.compare.results import Result
+from rankwise.compare.together import as_first, is_first, on_cpus, processes
 from rankwise.export.lora import export_lora
 from rankwise.export.source import COMMAND
 from rankwise.files import whole_folder
@@ -53,7 +54,8 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
     """Train one run of a plan and return what it came to.
 
     A run that was killed goes on from its newest whole checkpoint, and ends as if it had not been. The adapter is saved
-    under output/adapters and exported as a plain LoRA under output/exports.
+    under output/adapters and exported as a plain LoRA under output/exports. On several processes each takes its part of
+    every batch, and the first writes.
 
     Args:
         plan: the checked SPEC.
@@ -71,13 +73,14 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
     initial_ranks = ranks(model)
     clock = _Clock(on_step)
     trainer = _trainer(plan, run, model, tokenizer, output, clock)
-    resumed = newest_complete(checkpoints_of(output, run))
+    resumed = as_first(newest_complete(checkpoints_of(output, run), processes()))
     trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
     scores = {name: _score(trainer, getattr(plan.splits, name), plan) for name in ("validation", "test")}
-    with whole_folder(output / "adapters" / run.key) as folder:
-        model.save_pretrained(str(folder))
-        (folder / COMMAND).write_text(command + "\n", encoding="utf-8")
-    exported = export_lora(model, output / "exports" / run.key, command=command, overwrite=True)
+    if is_first():
+        with whole_folder(output / "adapters" / run.key) as folder:
+            model.save_pretrained(str(folder))
+            (folder / COMMAND).write_text(command + "\n", encoding="utf-8")
+        export_lora(model, output / "exports" / run.key, command=command, overwrite=True)
     now = status(model)
     metric, *extra = scores["test"]
     return Result(
@@ -105,9 +108,9 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
         seconds_per_step=statistics.median(clock.seconds[WARMUP_STEPS:] or clock.seconds),
         seconds=time.perf_counter() - began,
         steps_skipped=now.steps_skipped,
-        export=str(exported.folder.relative_to(output)),
+        export=str(Path("exports") / run.key),
         versions={name: version(name) for name in ("rankwise", "torch", "peft", "transformers")},
-        machine=f"{platform.machine()}, {os.cpu_count()} cores, {_device()}",
+        machine=_machine(),
         command=command,
     )
 
@@ -150,7 +153,9 @@ def _trainer(plan: Plan, run: Run, model: PeftModel | Any, tokenizer: Any, outpu
     arguments = TrainingArguments(
         output_dir=str(checkpoints_of(output, run)),
         max_steps=plan.steps,
-        per_device_train_batch_size=spec.training.batch_size,
+        per_device_train_batch_size=spec.training.batch_size // processes(),
+        average_tokens_across_devices=False,  # it multiplies a mean by the number of processes
+        use_cpu=bool(on_cpus()),
         per_device_eval_batch_size=2 * spec.training.batch_size,
         learning_rate=run.learning_rate,
         warmup_steps=round(spec.training.warmup * plan.steps),
@@ -217,5 +222,7 @@ def _spectra(model: PreTrainedModel | Any) -> dict[str, list[float]]:
     return {name: f.singular_values()[:SHOWN_SINGULAR_VALUES].tolist() for name, f in factors(model).items()}
 
 
-def _device() -> str:
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+def _machine() -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    shared = f", {processes()} processes" if processes() > 1 else ""
+    return f"{platform.machine()}, {os.cpu_count()} cores, {device}{shared}"
