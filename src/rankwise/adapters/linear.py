@@ -71,8 +71,8 @@ class AdapterLinear(AdapterLayer):
         dropped = self.rankwise_dropout[adapter](x)
         z = None if dropped is x else dropped.to(dtype)
         W, frozen, (B, s, A) = self._parts(adapter, tensors, None if z is not None else x, dtype)
-        opened = self.methods[adapter].ranks_open(tensors)
-        if opened is not None:
+        opened = self.methods[adapter].ranks_open(tensors) if self.training and torch.is_grad_enabled() else None
+        if opened is not None:  # elsewhere others may have copied parameters in, and not the mask: TRL's reference
             k = self.tensors(adapter).open_prefix(opened)
             B, s, A = B[:, :k], s[:k], A[:k]
         if not torch.is_autocast_enabled(x.device.type) and {B.dtype, A.dtype} != {dtype}:

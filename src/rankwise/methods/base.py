@@ -53,6 +53,8 @@ class Method:
     """Share of the whole adapter's ‖ΔW‖_F that an export may leave out to drop ranks that hold next to nothing."""
     caches_frozen_part: ClassVar[bool] = False
     """Whether layers shall keep a copy of their base weight with the frozen part added."""
+    scores_ranks: ClassVar[bool] = False
+    """Whether rules run the model on development data."""
     refuses_updates: ClassVar[str | None] = None
     """Why no given update can be its start, where that is so."""
     suggested_rate: ClassVar[float]

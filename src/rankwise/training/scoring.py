@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from rankwise.adapters.layer import AdapterLayer, NotPerSampleError
 from rankwise.adapters.peers import mean_by
 from rankwise.adapters.roster import Roster
+from rankwise.errors import ArgumentError
 from rankwise.training.aside import Batch, evaluation, gathered, loss_of, model_of, on_device_of
 from rankwise.training.nested import copy_of, repeat, repeat_batch, samples_of, tensors_of
 
@@ -52,10 +53,30 @@ def ablate(roster: Roster) -> Scores:
         if callable(given):
             return _agreed(one_by_one(partial(_number, given, model), layers, adapter, kept), 1, roster.peers)
         batches = [given] if given is not None else roster.development()  # type: ignore[misc]  see can_ablate
-        batches = [on_device_of(model, batch) for batch in batches]
+        batches = [on_device_of(model, _inputs(batch)) for batch in batches]
         found = [_of_batch(model, batch, layers, adapter, kept, replay=not roster.sharded) for batch in batches]
         samples = [samples_of(batch) for batch in batches]
         return _agreed(_mean(found, samples), sum(samples), roster.peers)
+
+
+def check(roster: Roster) -> None:
+    """Run the model once on the development batch, as rounds will, so that what cannot be scored is found at once.
+
+    Raises:
+        ArgumentError: the batch holds no inputs of the model, or its output has no loss.
+    """
+    model, given = model_of(roster), getattr(roster.method, "score_batch", None)
+    if not callable(given):
+        with evaluation(model), gathered(model):
+            batch = given if given is not None else roster.development()[0]  # type: ignore[misc]  see can_ablate
+            loss_of(model, on_device_of(model, _inputs(batch)))
+
+
+def _inputs(batch: Any) -> Batch:
+    """A development batch, if it is one."""
+    if not isinstance(batch, Mapping):
+        raise ArgumentError("score_batch", "be given: the trainer's batches are no inputs of the model", type(batch))
+    return batch
 
 
 def one_by_one(

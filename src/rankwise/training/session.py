@@ -23,7 +23,7 @@ from rankwise.methods.stack import Ablation, Stack, Step, Updates
 from rankwise.shards import part, part_of, whole, write
 from rankwise.training.aside import backward_through
 from rankwise.training.held import Held
-from rankwise.training.scoring import ablate, can_ablate
+from rankwise.training.scoring import ablate, can_ablate, check
 from rankwise.training.watch import Seen, Watch
 
 BAD_GRADIENTS = 5
@@ -225,7 +225,9 @@ class Session:
                 f"it in the config, as in {type(method).__name__}({argument}, …)"
             )
         if step.last == 0:
-            method.final_step(step.total, step.epoch)
+            due = method.final_step(step.total, step.epoch)
+            if method.scores_ranks and due is not None:
+                check(self.roster)
             advice = method.advice(self.stacks(), step)
             if advice:
                 warnings.warn(advice, stacklevel=2)
