@@ -65,6 +65,8 @@ def evaluation(model: nn.Module) -> Iterator[None]:
             for config in configs.values():
                 config.use_cache = False
             model.eval()
+            for module, _ in modes:  # bitsandbytes' four-bit layers pack themselves in evaluation, and train no more
+                module.training = hasattr(module, "support_avx512bf16_for_cpu")
             yield
         finally:
             for module, mode in modes:
