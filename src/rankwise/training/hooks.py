@@ -18,6 +18,7 @@ from rankwise.adapters.roster import Roster, living_rosters
 from rankwise.errors import TrainingError
 from rankwise.training.session import Groups, session_of
 
+DEEPSPEED = "DeepSpeed's ZeRO moves flat partitions of the weights, where no method's rules can run: take DDP or FSDP2"
 MANY_CALLS = "an optimiser that calls its closure many times a step (LBFGS) cannot train an adapter"
 _installed = False
 
@@ -65,6 +66,9 @@ def _run_before(optimizer: torch.optim.Optimizer) -> None:
     groups = _groups(optimizer)
     sessions = [session_of(roster) for roster in _moved_by(optimizer, groups)]
     sessions = [session for session in sessions if session.takes_part(groups)]
+    if not sessions:
+        _refuse_partitions()
+        return
     overflow = getattr(optimizer, "found_inf", None)
     overflowed = overflow is not None and bool(overflow > 0)
     if not overflowed and all(session.finite() for session in sessions):
@@ -77,6 +81,13 @@ def _run_before(optimizer: torch.optim.Optimizer) -> None:
                 p.grad = None
     for session in sessions:
         session.skip(bad=not overflowed)
+
+
+def _refuse_partitions() -> None:
+    """Raise where ZeRO has put flat partitions in the place of an adapter's parameters, which it marks so."""
+    for roster in living_rosters():
+        if any(hasattr(p, mark) for p in roster.parameters() for mark in ("ds_id", "_hp_mapping")):
+            raise TrainingError(DEEPSPEED)
 
 
 def _moved_by(optimizer: torch.optim.Optimizer, groups: Groups | None = None) -> list[Roster]:

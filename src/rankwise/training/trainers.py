@@ -23,6 +23,7 @@ from rankwise.adapters.roster import Roster
 from rankwise.checks import say_once
 from rankwise.errors import TrainingError
 from rankwise.training.aside import random_states
+from rankwise.training.hooks import DEEPSPEED
 from rankwise.training.session import session_of
 from rankwise.training.status import metrics
 
@@ -42,8 +43,11 @@ class RankwiseCallback(TrainerCallback):
 
         Raises:
             ArgumentError: a schedule cannot fit the steps.
-            TrainingError: training resumes and an adapter was not in the checkpoint (PEFT would start it afresh).
+            TrainingError: training resumes and an adapter was not in the checkpoint (PEFT would start it afresh);
+                DeepSpeed.
         """
+        if args.deepspeed is not None and rosters_of(model):
+            raise TrainingError(DEEPSPEED)
         for roster in rosters_of(model):
             roster.trainer_total, roster.in_trainer = state.max_steps, True
             roster.trainer_epoch = _steps_per_epoch(kwargs.get("train_dataloader"), args)
