@@ -2,7 +2,8 @@
 
 24 layers of 512 × 512 at r = 16, DDP and FSDP2 over gloo on this machine's cores, one thread a process; the optimiser
 moves nothing, so that a step is the rules and their bookkeeping. Bytes are those that a process receives from others by
-the collectives that rules call, as torch dispatches them; gradients are reduced before, by DDP and FSDP2 themselves.
+the collectives that rules call, as torch dispatches them (but not the few numbers of a norm); DDP and
+FSDP2 have reduced the gradients before.
 
 Then, on paper, a model of 70 billion weights (80 blocks, width 8192) on 64 GPUs: the bytes of one block at 1/32 and
 1/16 of its width, continued as the straight line that they are on, times 80, and the time of that at `--rate` GB/s.
@@ -148,7 +149,7 @@ def main() -> None:
     paper = []
     for name in CONFIGS:
         at = [2 * moved for _, moved in (small[name], large[name])]  # a process of two receives half
-        whole = at[1] + (at[1] - at[0]) * (16 - 1) if at[1] else 0  # a straight line through 1/32 and 1/16, to 1
+        whole = at[1] + 30 * (at[1] - at[0])  # a straight line through 1/32 and 1/16, to 32/32
         received = whole * BLOCKS * (GPUS - 1) / GPUS
         paper.append({"method": name, "bytes": received, "ms": 1e3 * received / (given.rate * 1e9)})
         print(f"70B, 64 GPUs, FSDP2: {name:<9}{received / 1e6:9.1f} MB a step, {paper[-1]['ms']:.2f} ms", flush=True)

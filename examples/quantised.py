@@ -33,7 +33,7 @@ def main(steps: int) -> None:
         llm_int8_skip_modules=["classifier"],
     )
     base = AutoModelForSequenceClassification.from_pretrained(folder, quantization_config=four_bits)
-    config = rankwise.NbLoraConfig(r=4, norm_bound=10.0, target_modules="all-linear", task_type="SEQ_CLS")
+    config = rankwise.NbLoraConfig(r=4, bound=10.0, target_modules="all-linear", task_type="SEQ_CLS")
     model = get_peft_model(base, config).train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = bitsandbytes.optim.AdamW8bit(trained, lr=5e-3)

@@ -22,7 +22,8 @@ from rankwise.adapters.lookup import adapted_layers
 from rankwise.adapters.tensors import AdapterTensors
 from rankwise.errors import ArgumentError
 from rankwise.training.aside import loss_of
-from rankwise.training.scoring import ablate, gated, one_by_one
+from rankwise.training.development import ablate
+from rankwise.training.scoring import gated, one_by_one
 
 PAD = 3
 IDS = torch.arange(60).view(10, 6) % 20

@@ -16,7 +16,7 @@ from processes import together
 from rankwise.errors import TrainingError
 
 NAMES = pytest.mark.parametrize("name", CASES)
-REFUSAL = "ZeRO moves flat partitions of the weights"
+REFUSAL = "ZeRO moves flat partitions of weights"
 
 
 @NAMES

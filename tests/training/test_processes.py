@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -18,6 +18,7 @@ from cases import CASES
 from conftest import tiny_bert
 from processes import together
 from rankwise.adapters.configs import CONFIGS
+from rankwise.errors import TrainingError
 
 STEPS, BATCH = 12, 8
 NAMES = pytest.mark.parametrize("name", CASES)
@@ -38,7 +39,7 @@ def batch(step: int) -> dict[str, torch.Tensor]:
     }
 
 
-def train(model: Any, rank: int, world: int, steps: range, accumulate: int = 1) -> None:
+def train(model: Any, rank: int, world: int, steps: range, accumulate: int) -> None:
     """SGD, in which a rounding stays one, on this process's part of every batch."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05, weight_decay=0.1)
     for step in steps:
@@ -73,11 +74,12 @@ def by_fsdp(rank: int, name: str, folder: Path, accumulate: int) -> None:
         fully_shard(layer)
     fully_shard(model)
     assert all(isinstance(p, DTensor) for p in model.parameters())
-    train(model, rank, 2, range(STEPS), accumulate)
-    assert all(isinstance(p, DTensor) for p in model.parameters())
-    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if rank == 0:
-        model.save_pretrained(str(folder / "saved"), state_dict=whole)
+    for name, steps in {"half-way": range(STEPS // 2), "saved": range(STEPS // 2, STEPS)}.items():
+        train(model, rank, 2, steps, accumulate)
+        assert all(isinstance(p, DTensor) for p in model.parameters())
+        whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        if rank == 0:  # alone, also while ranks are short of their budget
+            model.save_pretrained(str(folder / name), state_dict=whole)
 
 
 @NAMES
@@ -90,3 +92,34 @@ def test_fsdp2_ends_as_one_process_does(name: str, accumulate: int, tmp_path: Pa
     assert loaded.keys() == one.keys()
     for key, value in one.items():
         torch.testing.assert_close(loaded[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+
+
+def by_root_alone(rank: int, folder: Path) -> None:
+    model = adapted("sora", seed=0)
+    fully_shard(model)
+    with pytest.raises(TrainingError, match="call fully_shard on its blocks first"):
+        train(model, rank, 2, range(1), 1)
+    (folder / str(rank)).touch()
+
+
+def by_rounded_shards(rank: int, folder: Path) -> None:
+    model = adapted("sora", seed=0)
+    for layer in model.base_model.model.bert.encoder.layer:
+        fully_shard(layer, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    with pytest.raises(TrainingError, match="leave param_dtype out"):
+        train(model, rank, 2, range(1), 1)
+    (folder / str(rank)).touch()
+
+
+def by_hand(rank: int, folder: Path) -> None:
+    for name in ("alora", "deep"):
+        with pytest.raises(TrainingError, match="the 2 processes cannot agree on what"):
+            train(adapted(name, seed=0), rank, 2, range(1), 1)
+    train(adapted("salora", seed=0), rank, 2, range(1), 1)
+    (folder / str(rank)).touch()
+
+
+@pytest.mark.parametrize("how", [by_root_alone, by_rounded_shards, by_hand])
+def test_what_cannot_go_well_is_refused_at_the_first_step(how: Any, tmp_path: Path) -> None:
+    assert together(how, tmp_path) == [0, 0]
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import rankwise
 from conftest import tiny_bert, tiny_gpt2, tiny_llama
 from rankwise.adapters.lookup import adapted_layers
-from rankwise.training import scoring
+from rankwise.training import development, scoring
 from rankwise.training.aside import evaluation, loss_of
 
 Batch = dict[str, Any]
@@ -84,7 +84,7 @@ def check(model: Any, found: scoring.Scores, score: Callable[[], float]) -> None
 def scores_of(model: Any, batch: Any) -> scoring.Scores:
     roster = next(iter(adapted_layers(model).values())).rosters["default"]
     roster.method.score_batch = batch
-    return scoring.ablate(roster)
+    return development.ablate(roster)
 
 
 def replayed(model: Any, batch: Batch) -> bool:
@@ -134,7 +134,7 @@ def test_batches_of_a_trainer_are_averaged_by_size() -> None:
     roster.development = lambda: batches
     check(
         model,
-        scoring.ablate(roster),
+        development.ablate(roster),
         lambda: -(6 * float(loss_of(model, batches[0])) + 2 * float(loss_of(model, batches[1]))) / 8,
     )
 

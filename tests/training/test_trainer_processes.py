@@ -47,6 +47,10 @@ class KillOne(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def only_the_first_writes(*_: Any, **__: Any) -> None:
+    raise AssertionError("the second process saves")
+
+
 def run(rank: int, name: str, folder: Path, kill: int | None, world: int) -> None:
     torch.manual_seed(rank)
     fields = {"r": 4, "target_modules": "all-linear", "task_type": "SEQ_CLS"} | CASES[name].fields
@@ -69,6 +73,8 @@ def run(rank: int, name: str, folder: Path, kill: int | None, world: int) -> Non
     )
     trainer = Trainer(model, arguments, train_dataset=Examples(), eval_dataset=Examples(), callbacks=[KillOne(kill)])
     assert trainer.args.world_size == world
+    if rank:
+        model.save_pretrained = only_the_first_writes
     newest = newest_complete(folder, world)
     trainer.train(resume_from_checkpoint=str(newest) if newest else None)
     save_file(get_peft_model_state_dict(model), folder / f"final-{rank}.safetensors")

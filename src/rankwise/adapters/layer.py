@@ -22,7 +22,7 @@ from rankwise.adapters.peers import mean
 from rankwise.adapters.probe import GradientProbe
 from rankwise.adapters.roster import Roster
 from rankwise.adapters.tensors import AdapterTensors
-from rankwise.errors import ArgumentError, RankwiseError
+from rankwise.errors import ArgumentError, RankwiseError, TrainingError
 from rankwise.methods.base import Method
 from rankwise.methods.stack import Size
 from rankwise.update import Factors
@@ -207,7 +207,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         training = self.training and not torch.compiler.is_compiling()
         for adapter in adapters if training else ():
-            self.rosters[adapter].meet()
+            self.rosters[adapter].meet(self)
         result = self._at_once(adapters[0], x) if len(adapters) == 1 and not args and not kwargs else None
         if result is None:
             result = self._one_by_one(adapters, x, *args, **kwargs)
@@ -227,6 +227,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _ready(self, adapter: str) -> dict[str, Tensor]:
         """The tensors of `adapter` by name: started, of their right dtypes and known to be finite."""
         tensors = self.started(adapter)
+        if self.rosters[adapter].sharded and tensors.rounded():
+            raise TrainingError(
+                "FSDP2's MixedPrecisionPolicy would round gates and singular values: leave param_dtype out, and train "
+                "under autocast"
+            )
         tensors.restore_exact()
         if tensors.unchecked and not torch.compiler.is_compiling():
             tensors.check_finite(adapter)

@@ -68,8 +68,9 @@ def unfinished(method: Method, progress: Progress, ranks: Iterable[int]) -> str 
     if due is None:
         return None
     kept = list(ranks)
+    mean = f": their mean is {sum(kept) / len(kept):.3g}" if kept else ""
     return (
         f"the ranks of this {method.method} adapter would have become final at step {due}, at a mean of "
-        f"{method.final_rank:g}, and training stopped at {progress.step}: their mean is {sum(kept) / len(kept):.3g}; "
+        f"{method.final_rank:g}, and training stopped at {progress.step}{mean}; "
         "call rankwise.finalize(model) to apply the final budget"
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rankwise.adapters.peers import is_sharded, peers_of, share
+from rankwise.adapters.peers import is_sharded, peers_of
 from rankwise.adapters.progress import Progress, unfinished
 from rankwise.methods.base import Method
 
@@ -44,6 +44,7 @@ class Roster:
         self.session: Any = None
         self.peers: Any = None  # the processes that train it together
         self.sharded = False  # by FSDP2
+        self.in_ddp = False  # DDP was told not to send its buffers
         self._layers: list[weakref.ref[AdapterLayer]] = []
         self._model: weakref.ref[nn.Module] | None = None
         _ROSTERS.append(weakref.ref(self))
@@ -71,16 +72,23 @@ class Roster:
         """What trains of the adapter, layer by layer."""
         return (p for layer in self.layers for p in layer.tensors(self.adapter).trained())
 
-    def meet(self) -> None:
-        """Find out in a training forward which processes train this adapter together; once found, they stay.
+    def meet(self, layer: AdapterLayer) -> None:
+        """Find out, when the first layer runs in training, which processes train this adapter together."""
+        if not (dist.is_available() and dist.is_initialized()):
+            self.peers, self.sharded = None, False
+        elif self.peers is None and self._layers and self._layers[0]() is layer:
+            self.sharded = is_sharded(self.model)
+            self.join(peers_of(self.model))
 
-        Their buffers start as the first one's do. From then on the same rules keep them equal, so that DDP need not
-        send them with every forward pass.
+    def join(self, peers: Any) -> None:
+        """Train together with a group of processes from now on: buffers start as the first one's do.
+
+        The same rules then keep them equal, so that DDP need not send them with every forward pass.
         """
-        if self.peers is None and dist.is_available() and dist.is_initialized():
-            self.peers, self.sharded = peers_of(self.model), is_sharded(self.model)
-            if self.peers is not None:
-                share([buffer for layer in self.layers for buffer in layer.tensors(self.adapter).buffers()], self.peers)
+        self.peers = peers
+        if peers is not None:
+            for layer in self.layers:
+                layer.tensors(self.adapter).share(peers)
 
     def saw_forward(self, layer: AdapterLayer, output: Tensor) -> None:
         """A layer ran forward in training; pass it on if it is the first of the model."""
@@ -88,14 +96,16 @@ class Roster:
             Roster.on_forward(self, layer, output)
 
     def unfinished(self) -> str | None:
-        """A sentence about ranks short of their budget, if training has begun; see `progress.unfinished`."""
+        """A sentence about ranks short of their budget, if training has begun; see `progress.unfinished`.
+
+        Of shards it tells no ranks: to gather them takes every process, and one alone may be saving.
+        """
         layers = self.layers
         progress = Progress.of(layers[0].tensors(self.adapter).progress)
-        return (
-            unfinished(self.method, progress, (int(layer.kept(self.adapter).sum()) for layer in layers))
-            if progress.step
-            else None
-        )
+        if not progress.step:
+            return None
+        counted = [] if self.sharded else layers
+        return unfinished(self.method, progress, (int(layer.kept(self.adapter).sum()) for layer in counted))
 
     def __reduce__(self) -> tuple[type[Roster], tuple[str, Method]]:
         return Roster, (self.adapter, self.method)

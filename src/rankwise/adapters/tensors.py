@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.adapters.peers import share
 from rankwise.adapters.progress import LENGTH
 from rankwise.errors import AdapterFileError
 from rankwise.methods.base import Method, Size
@@ -79,6 +80,16 @@ class AdapterTensors(nn.Module):
     def _await_gradient(self) -> None:
         waiting = [getattr(self, name) for name, slot in self.slots.items() if slot.from_gradient]
         self.awaits_gradient = any(not t.is_meta and not bool(whole(t).any()) for t in waiting)
+
+    def share(self, peers: Any) -> None:
+        """Take the buffers that the first process of a group holds."""
+        share(list(self.buffers()), peers)
+        self.edits += 1
+        self._prefix = None
+
+    def rounded(self) -> bool:
+        """Whether an exact parameter is of another dtype than it was made in."""
+        return any(self.slots[name].trained and getattr(self, name).dtype != self.exact_dtype for name in self._exact)
 
     def restore_exact(self) -> None:
         """Put exact tensors that a trainer cast by hand back to float32."""

@@ -71,6 +71,9 @@ class RankwiseTuner(BaseTuner):
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> list[str]:
         """Buffers that DDP, asking the PeftModel it wraps, shall not send in every forward pass; see `Roster.meet`."""
+        for layer in self.model.modules():
+            for roster in layer.rosters.values() if isinstance(layer, AdapterLayer) else ():
+                roster.in_ddp = True
         marked = [name for name, _ in self.model.named_buffers() if f".{PREFIX}tensors." in name]
         return [f"base_model.model.{name}" for name in marked]
 
@@ -161,7 +164,7 @@ def _warn_of_experts(config: AdapterConfig, model: nn.Module) -> None:
         f"{name}.{own}"
         for name, module in model.named_modules()
         for own, p in module.named_parameters(recurse=False)
-        if p.dim() == 3 and not type(module).__module__.startswith("torch.nn")
+        if p.dim() == 3 and len(p) > 1 and not type(module).__module__.startswith("torch.nn")
     ]
     if fused:
         warnings.warn(

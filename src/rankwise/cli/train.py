@@ -37,9 +37,14 @@ def train(
 
 
 def _launch(spec: Path, out: Path | None, processes: int, batch: int) -> NoReturn:
+    import torch
+
     from rankwise.compare.together import launch
     from rankwise.errors import ArgumentError
 
     if batch % processes:
         raise ArgumentError("processes", f"divide the SPEC's batch_size, {batch}", processes)
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < processes:
+        raise ArgumentError("processes", f"be at most the number of GPUs, {gpus}", processes)
     raise typer.Exit(launch(processes, ["train", str(spec), *([] if out is None else ["--out", str(out)])]))

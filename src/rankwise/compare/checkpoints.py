@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from zipfile import is_zipfile
 
 from safetensors import SafetensorError, safe_open
 
@@ -35,4 +36,6 @@ def _is_whole(checkpoint: Path, processes: int) -> bool:
         return False
     random = [f"rng_state_{i}.pth" for i in range(processes)]
     alone = (checkpoint / "rng_state.pth").is_file()
-    return all((checkpoint / part).is_file() for part in (*PARTS, *(() if alone else random)))
+    return all((checkpoint / part).is_file() for part in PARTS) and (
+        alone or all(is_zipfile(checkpoint / part) for part in random)
+    )

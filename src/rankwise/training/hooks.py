@@ -16,10 +16,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.roster import Roster, living_rosters
 from rankwise.errors import TrainingError
+from rankwise.training.refusals import DEEPSPEED, MANY_CALLS
 from rankwise.training.session import Groups, session_of
 
-DEEPSPEED = "DeepSpeed's ZeRO moves flat partitions of the weights, where no method's rules can run: take DDP or FSDP2"
-MANY_CALLS = "an optimiser that calls its closure many times a step (LBFGS) cannot train an adapter"
 _installed = False
 
 
@@ -86,7 +85,8 @@ def _run_before(optimizer: torch.optim.Optimizer) -> None:
 def _refuse_partitions() -> None:
     """Raise where ZeRO has put flat partitions in the place of an adapter's parameters, which it marks so."""
     for roster in living_rosters():
-        if any(hasattr(p, mark) for p in roster.parameters() for mark in ("ds_id", "_hp_mapping")):
+        first = next(roster.parameters(), None)
+        if hasattr(first, "ds_id") or hasattr(first, "_hp_mapping"):
             raise TrainingError(DEEPSPEED)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
@@ -22,8 +23,9 @@ from rankwise.errors import TrainingError
 from rankwise.methods.stack import Ablation, Stack, Step, Updates
 from rankwise.shards import part, part_of, whole, write
 from rankwise.training.aside import backward_through
+from rankwise.training.development import ablate, can_ablate, check
 from rankwise.training.held import Held
-from rankwise.training.scoring import ablate, can_ablate, check
+from rankwise.training.refusals import check_together, check_whole
 from rankwise.training.watch import Seen, Watch
 
 BAD_GRADIENTS = 5
@@ -59,7 +61,7 @@ class Session:
         """Whether the coming step is one of this adapter's: it is active and has gradients.
 
         Raises:
-            TrainingError: the optimiser holds only a part of what trains.
+            TrainingError: the optimiser holds only a part of what trains, or processes cannot agree.
         """
         self._abandon()
         self._groups = groups
@@ -67,7 +69,9 @@ class Session:
         self._members = [layer.started(self.roster.adapter) for layer in layers]
         if self.roster.adapter not in layers[0].active_adapters or not self._gradients():
             return False
-        self._check_whole()
+        self._join()
+        check_whole(self.roster, self._members[0], [p for p in self._trained() if id(p) not in groups])
+        check_together(self.roster, self._members[0])
         return True
 
     @torch.no_grad()
@@ -188,14 +192,12 @@ class Session:
 
     # --- checks -----------------------------------------------------------------------------------------------------
 
-    def _check_whole(self) -> None:
-        """Rules act on whole adapters, so one optimiser must hold all of what trains."""
-        elsewhere = [p for p in self._trained() if p.requires_grad and id(p) not in self._groups]
-        if elsewhere:
-            raise TrainingError(
-                f"the parameters of adapter {self.roster.adapter!r} must be in one optimiser; {len(elsewhere)} of them "
-                "are in another or in none"
-            )
+    def _join(self) -> None:
+        """Where a compiled model gave the roster no forward pass to find its processes in."""
+        roster = self.roster
+        if roster.in_ddp and roster.peers is None and dist.is_initialized():
+            roster.join(dist.group.WORLD)
+            self._read_from = None
 
     def skip(self, *, bad: bool) -> None:
         """Count a step that moves nothing: an overflow of the loss scale or, `bad`, gradients that are not finite.

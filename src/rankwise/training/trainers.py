@@ -23,7 +23,7 @@ from rankwise.adapters.roster import Roster
 from rankwise.checks import say_once
 from rankwise.errors import TrainingError
 from rankwise.training.aside import random_states
-from rankwise.training.hooks import DEEPSPEED
+from rankwise.training.refusals import DEEPSPEED
 from rankwise.training.session import session_of
 from rankwise.training.status import metrics
 
