@@ -24,7 +24,11 @@ from rankwise.compare.checkpoints import newest_complete
 from rankwise.errors import TrainingError
 
 STEPS, EVERY, KILLS = 60, 7, 4
-POINTS = [(name, step) for i, name in enumerate(CASES) for step in random.Random(i).sample(range(EVERY, STEPS), KILLS)]
+POINTS = [
+    pytest.param(name, step, marks=[pytest.mark.slow] if k >= KILLS // 2 else [])
+    for i, name in enumerate(CASES)
+    for k, step in enumerate(random.Random(i).sample(range(EVERY, STEPS), KILLS))
+]
 FORK = multiprocessing.get_context("fork")
 
 

@@ -77,6 +77,7 @@ def test_dpo_from_a_trained_adapter(name: str, case: Case, tmp_path: Path) -> No
     assert rankwise.status(policy, "ref").step == 0
 
 
+@pytest.mark.slow
 @ROWS
 def test_grpo(name: str, case: Case, tmp_path: Path) -> None:
     arguments = GRPOConfig(

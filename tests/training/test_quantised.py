@@ -43,7 +43,14 @@ def kinds() -> dict[str, Any]:
     }
 
 
-KINDS = pytest.mark.parametrize("kind", ["bitsandbytes 4-bit", "bitsandbytes 8-bit", "torchao int8"])
+KINDS = pytest.mark.parametrize(
+    "kind",
+    [
+        "bitsandbytes 4-bit",
+        pytest.param("bitsandbytes 8-bit", marks=pytest.mark.slow),
+        pytest.param("torchao int8", marks=pytest.mark.slow),
+    ],
+)
 NAMES = pytest.mark.parametrize("name", CASES)
 
 

@@ -20,7 +20,11 @@ from rankwise.adapters.configs import CONFIGS
 from rankwise.compare.checkpoints import newest_complete
 
 STEPS, EVERY = 16, 5
-NAMES = pytest.mark.parametrize("name", CASES)
+QUICK = ("adalora", "alora", "deep")
+"""Of each way in which processes could disagree one: a schedule, scores, a start from data. The others are slow."""
+NAMES = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in CASES]
+)
 FIELDS: dict[str, dict[str, Any]] = {
     "alora": {"rounds": 2, "warmup_steps": 3, "recovery_steps": 3, "prune_per_round": 4},
     "adalora": {"tinit": 2, "tfinal": 4, "deltaT": 2},
