@@ -35,6 +35,7 @@ def main(steps: int) -> None:
 
     if rank == 0:
         print(f"loss {loss.item():.2f}", rankwise.status(model))
+    dist.barrier()  # none leaves while another prints
     dist.destroy_process_group()
 
 

@@ -44,6 +44,7 @@ def main(steps: int) -> None:
     if rank == 0:
         model.save_pretrained(tempfile.mkdtemp(), state_dict=whole)
         print(f"loss {loss.item():.2f}", told)
+    dist.barrier()  # none leaves while another saves
     dist.destroy_process_group()
 
 

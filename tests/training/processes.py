@@ -40,6 +40,7 @@ def _member(target: Callable[..., None], rank: int, count: int, meeting: Path, a
         dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=count)
     target(rank, *arguments)
     if count > 1:
+        dist.barrier()  # gloo's threads have let go of Python's tensors before the interpreter ends
         dist.destroy_process_group()
 
 
