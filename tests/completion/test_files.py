@@ -78,6 +78,22 @@ def test_numbers_alone_have_no_names(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_matrix(file).values, [[1, 2, np.nan], [4, np.nan, 6]])
 
 
+def test_a_blank_line_is_a_row_of_which_nothing_is_known(tmp_path: Path) -> None:
+    file = tmp_path / "one.csv"
+    file.write_text("1\n\n3\n")
+    np.testing.assert_array_equal(read_matrix(file).values, [[1], [np.nan], [3]])
+
+
+def test_rows_numbered_in_a_parquet_file_keep_their_numbers(tmp_path: Path) -> None:
+    X = np.outer([1.0, 2, 3, 4], [1, 2, 3])
+    X[1, 2] = np.nan
+    pandas.DataFrame(X, index=[7, 8, 9, 11], columns=list("abc")).to_parquet(tmp_path / "in.parquet")
+    complete_file(tmp_path / "in.parquet", tmp_path / "out.parquet", rank=1)
+    filled = pandas.read_parquet(tmp_path / "out.parquet")
+    assert list(filled.index) == [7, 8, 9, 11]
+    assert filled.loc[8, "c"] == pytest.approx(6, abs=1e-6)
+
+
 def test_a_sparse_matrix_is_told_by_factors(tmp_path: Path, matrix: tuple[np.ndarray, np.ndarray]) -> None:
     M, X = matrix
     rows, columns = np.isfinite(X).nonzero()
