@@ -1,4 +1,4 @@
-"""Two processes train as one does: DDP over gloo, every method."""
+"""Two processes train as one does: FSDP2 over gloo, every method; and what cannot go well on several."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from processes import together
 from rankwise.adapters.configs import CONFIGS
 from rankwise.errors import TrainingError
 
-STEPS, BATCH = 12, 8
+STEPS, BATCH, ACCUMULATE = 12, 8, 2
 NAMES = pytest.mark.parametrize("name", CASES)
 
 
@@ -56,42 +56,50 @@ def by_ddp(rank: int, name: str, folder: Path, world: int, accumulate: int) -> N
     save_file(get_peft_model_state_dict(model), folder / f"{world}-{rank}.safetensors")
 
 
-@NAMES
-@pytest.mark.parametrize("accumulate", [2])
-def test_ddp_ends_as_one_process_does(name: str, accumulate: int, tmp_path: Path) -> None:
-    """From different seeds, since DDP starts from the first process; on the same total batches."""
-    assert together(by_ddp, name, tmp_path, 1, accumulate, count=1) == [0]
-    assert together(by_ddp, name, tmp_path, 2, accumulate) == [0, 0]
-    one, first, second = (load_file(tmp_path / f"{which}.safetensors") for which in ("1-0", "2-0", "2-1"))
-    for key, value in one.items():
-        assert torch.equal(first[key], second[key]), key
-        torch.testing.assert_close(first[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
-
-
-def by_fsdp(rank: int, name: str, folder: Path, accumulate: int) -> None:
-    model = adapted(name, seed=0)
+def sharded(model: Any) -> Any:
     for layer in model.base_model.model.bert.encoder.layer:
         fully_shard(layer)
     fully_shard(model)
     assert all(isinstance(p, DTensor) for p in model.parameters())
-    for name, steps in {"half-way": range(STEPS // 2), "saved": range(STEPS // 2, STEPS)}.items():
-        train(model, rank, 2, steps, accumulate)
-        assert all(isinstance(p, DTensor) for p in model.parameters())
-        whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-        if rank == 0:  # alone, also while ranks are short of their budget
-            model.save_pretrained(str(folder / name), state_dict=whole)
+    return model
+
+
+def train_and_save(model: Any, rank: int, steps: range, folder: Path) -> None:
+    train(model, rank, 2, steps, ACCUMULATE)
+    assert all(isinstance(p, DTensor) for p in model.parameters())
+    whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:  # alone, also while ranks are short of their budget
+        model.save_pretrained(str(folder), state_dict=whole)
+
+
+def by_fsdp(rank: int, name: str, folder: Path) -> None:
+    model = sharded(adapted(name, seed=0))
+    train_and_save(model, rank, range(STEPS // 2), folder / "half-way")
+    train_and_save(model, rank, range(STEPS // 2, STEPS), folder / "saved")
+
+
+def by_fsdp_again(rank: int, name: str, folder: Path) -> None:
+    model = PeftModel.from_pretrained(tiny_bert(), str(folder / "half-way"), is_trainable=True)
+    if "score_batch" in CASES[name].alone:
+        model.peft_config["default"].score_batch = CASES[name].alone["score_batch"]  # type: ignore[attr-defined]
+    train_and_save(sharded(model), rank, range(STEPS // 2, STEPS), folder / "again")
 
 
 @NAMES
-@pytest.mark.parametrize("accumulate", [2])
-def test_fsdp2_ends_as_one_process_does(name: str, accumulate: int, tmp_path: Path) -> None:
-    assert together(by_ddp, name, tmp_path, 1, accumulate, count=1) == [0]
-    assert together(by_fsdp, name, tmp_path, accumulate) == [0, 0]
-    one = load_file(tmp_path / "1-0.safetensors")
+def test_fsdp2_ends_as_one_process_does_and_goes_on_from_what_it_saved(name: str, tmp_path: Path) -> None:
+    assert together(by_ddp, name, tmp_path, 1, ACCUMULATE, count=1) == [0]
+    assert together(by_fsdp, name, tmp_path) == [0, 0]
+    assert together(by_fsdp_again, name, tmp_path) == [0, 0]
+    one, two, again = (
+        load_file(tmp_path / file)
+        for file in ("1-0.safetensors", "saved/adapter_model.safetensors", "again/adapter_model.safetensors")
+    )
     loaded = get_peft_model_state_dict(PeftModel.from_pretrained(tiny_bert(), str(tmp_path / "saved")))
     assert loaded.keys() == one.keys()
     for key, value in one.items():
         torch.testing.assert_close(loaded[key], value, rtol=1e-4, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
+    assert two.keys() == again.keys()
+    assert all(torch.equal(again[key], two[key]) for key in two)
 
 
 def by_root_alone(rank: int, folder: Path) -> None:
