@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import (
 import rankwise
 from cases import CASES
 from rankwise.adapters.configs import CONFIGS
+from rankwise.adapters.layer import AdapterLayer
 
 pytest.importorskip("bitsandbytes", reason='in the "test" extra')
 pytest.importorskip("torchao", reason='in the "test" extra')
@@ -137,6 +139,25 @@ def test_a_quantised_base_trains_resumes_loads_and_exports(name: str, kind: str,
     assert exported.relative_error <= 1e-5
     plain = PeftModel.from_pretrained(quantised(saved, kind), str(exported.folder))
     torch.testing.assert_close(logits(plain), after, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["sorsa", "nblora"])
+@pytest.mark.filterwarnings("ignore")
+def test_base_weights_are_dequantised_one_at_a_time(name: str, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the starts that read them: a singular value decomposition of each."""
+    held: list[weakref.ref[torch.Tensor]] = []
+    of_one = AdapterLayer.base_weight
+
+    def counted(layer: AdapterLayer) -> torch.Tensor:
+        assert all(weight() is None for weight in held), "the weight of another layer is still held"
+        found = of_one(layer)
+        held.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr(AdapterLayer, "base_weight", counted)
+    model = adapted(saved, "bitsandbytes 4-bit", name)
+    train(model, adamw(model), range(1))
+    assert len(held) == 13
 
 
 @NAMES
