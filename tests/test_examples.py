@@ -32,6 +32,7 @@ def test_example(script: str, tmp_path: Path) -> None:
     assert len((EXAMPLES / script).read_text(encoding="utf-8").splitlines()) < 80
 
 
+@pytest.mark.slow
 def test_the_picture_is_restored(tmp_path: Path) -> None:
     command = [sys.executable, str(EXAMPLES / PICTURE), "out.png"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

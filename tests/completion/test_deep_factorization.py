@@ -18,6 +18,7 @@ from rankwise.completion.entries import Dense
 from rankwise.completion.misfit import misfit
 from rankwise.completion.standard import standardised
 from rankwise.completion.starts import compressed_start
+from rankwise.errors import ArgumentError
 
 D, R = 30, 3
 
@@ -117,6 +118,8 @@ def test_it_is_a_decomposition(shape: tuple[int, int], width: str, scale: float)
 
 
 def test_missing_entries_are_refused_and_few_steps_said() -> None:
+    with pytest.raises(ArgumentError, match=r"`X` must be a full matrix, not \(rows, columns, values\)"):
+        DeepMatrixFactorization(2).fit(([0], [0], [1.0]))
     with pytest.raises(ValueError, match="contains NaN"):
         DeepMatrixFactorization(1).fit([[1.0, np.nan], [2.0, 3.0]])
     with pytest.warns(ConvergenceWarning, match="after max_iter=3 steps"):

@@ -87,7 +87,7 @@ class DeepMatrixCompletion(Completion):
         learning_rate: float | None = None,
         outer_lr_ratio: float = 1.0,
         max_iter: int | None = None,
-        tol: float = 1e-8,
+        tol: float = 1e-6,
         early_stopping: bool = False,
         validation_fraction: float = 0.1,
         n_iter_no_change: int = 5,

@@ -31,6 +31,7 @@ from rankwise.completion.descent import descent, sides
 from rankwise.completion.entries import Dense
 from rankwise.completion.inputs import device_of, plain
 from rankwise.completion.starts import compressed_start, full_start
+from rankwise.errors import ArgumentError
 from rankwise.update import Factors
 
 
@@ -108,7 +109,7 @@ class DeepMatrixFactorization(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         """Factorise X (m, n).
 
         Raises:
-            ArgumentError: a parameter that breaks its rule.
+            ArgumentError: a parameter that breaks its rule, or X as (rows, columns, values).
             ValueError: NaN or infinities in X.
         """
         M = self._read(X, reset=True)
@@ -158,6 +159,8 @@ class DeepMatrixFactorization(ClassNamePrefixFeaturesOutMixin, TransformerMixin,
         require_number("weight_decay", plain(self.weight_decay))
         require_int("max_iter", plain(self.max_iter), least=1)
         require_number("tol", plain(self.tol))
+        if isinstance(X, tuple):
+            raise ArgumentError("X", "be a full matrix, not (rows, columns, values)", f"a tuple of {len(X)}")
         X = validate_data(self, X, reset=reset, dtype=[np.float64, np.float32], copy=True)
         return torch.from_numpy(X).to(device_of(self.device))
 
