@@ -314,6 +314,8 @@ def test_an_interrupt_says_how_to_go_on(
 
 def test_train_on_two_processes(refused: Callable[..., str], write_spec: WriteSpec, tmp_path: Path) -> None:
     path = write_spec(tmp_path, methods=["adalora"], training={"steps": 12, "batch_size": 8})
+    wrong = write_spec(tmp_path / "wrong", methods=["adalora"], data={"label": "nothing"})
+    assert "'nothing'" in refused("train", str(wrong), "--processes", "2")
     message = refused("train", str(path), "--processes", "3")
     assert message == "rankwise: `processes` must divide the SPEC's batch_size, 8; found 3"
     command = [sys.executable, "-m", "rankwise.cli.main", "train", str(path), "--processes", "2"]

@@ -20,17 +20,27 @@ REFUSAL = "ZeRO moves flat partitions of weights"
 
 
 @NAMES
-def test_marked_partitions_are_refused_at_the_first_step(name: str) -> None:
+@pytest.mark.parametrize("mark", ["_hp_mapping", "ds_id"])  # of stages 1 and 2, of stage 3
+def test_marked_partitions_are_refused_at_the_first_step(name: str, mark: str) -> None:
     """As ZeRO does it, without DeepSpeed: its optimiser holds copies, and marks what they are of."""
     model = adapted(name, seed=0).train()
     model(**batch(0)).loss.backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     flat = torch.cat([p.detach().flatten() for p in trained]).requires_grad_()
     for p in trained:
-        p._hp_mapping = flat  # type: ignore[attr-defined]
+        setattr(p, mark, flat)
     flat.grad = torch.zeros_like(flat)
     with pytest.raises(TrainingError, match=REFUSAL):
         torch.optim.AdamW([flat], lr=1e-3).step()
+
+
+@NAMES
+def test_a_trainer_told_of_deepspeed_is_refused_before_its_first_step(name: str, tmp_path: Path) -> None:
+    model = adapted(name, seed=0)
+    trainer = Trainer(model, TrainingArguments(str(tmp_path), use_cpu=True, report_to="none"))
+    trainer.args.deepspeed = {}  # TrainingArguments itself would want DeepSpeed installed
+    with pytest.raises(TrainingError, match=REFUSAL):
+        trainer.callback_handler.on_train_begin(trainer.args, trainer.state, trainer.control)
 
 
 def settings(stage: int) -> dict[str, Any]:
@@ -60,7 +70,7 @@ def test_an_engine_of_zero_is_refused_at_its_first_step(stage: int, tmp_path: Pa
         assert REFUSAL in sentence
 
 
-def test_a_trainer_with_deepspeed_is_refused_before_its_first_step(tmp_path: Path) -> None:
+def test_a_trainer_that_runs_deepspeed_is_refused_before_its_first_step(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="not in an extra: it is built where it is installed")
     together(by_trainer, tmp_path, count=2)
     assert REFUSAL in (tmp_path / "said").read_text()

@@ -10,15 +10,16 @@ import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+import rankwise
 from cases import CASES
 from conftest import tiny_bert
 from processes import together
 from rankwise.adapters.configs import CONFIGS
-from rankwise.errors import TrainingError
+from rankwise.errors import ArgumentError, RankwiseError, TrainingError
 
 STEPS, BATCH, ACCUMULATE = 12, 8, 2
 NAMES = pytest.mark.parametrize("name", CASES)
@@ -119,6 +120,30 @@ def by_rounded_shards(rank: int, folder: Path) -> None:
     (folder / str(rank)).touch()
 
 
+def by_fsdp1(rank: int, folder: Path) -> None:
+    """With the parameters kept, as torch itself wants it where some are frozen."""
+    model = FullyShardedDataParallel(adapted("sora", seed=0), use_orig_params=True, device_id=torch.device("cpu"))
+    with pytest.raises(TrainingError, match="in pieces, as FSDP1 cuts them"):
+        train(model, rank, 2, range(1), 1)
+    (folder / str(rank)).touch()
+
+
+def by_shards_of_a_batch_told(rank: int, folder: Path) -> None:
+    model = adapted("deep", seed=0)
+    model.peft_config["default"].init_batch = batch(0)
+    with pytest.raises(ArgumentError, match="`init_batch` must"):
+        train(sharded(model), rank, 2, range(1), 1)
+    (folder / str(rank)).touch()
+
+
+def by_shards_exported(rank: int, folder: Path) -> None:
+    model = sharded(adapted("sora", seed=0))
+    train(model, rank, 2, range(1), 1)
+    with pytest.raises(RankwiseError, match="save it whole and export the folder"):
+        rankwise.export_lora(model, folder / "lora")
+    (folder / str(rank)).touch()
+
+
 def by_hand(rank: int, folder: Path) -> None:
     for name in ("alora", "deep"):
         with pytest.raises(TrainingError, match="the 2 processes cannot agree on what"):
@@ -127,7 +152,28 @@ def by_hand(rank: int, folder: Path) -> None:
     (folder / str(rank)).touch()
 
 
-@pytest.mark.parametrize("how", [by_root_alone, by_rounded_shards, by_hand])
-def test_what_cannot_go_well_is_refused_at_the_first_step(how: Any, tmp_path: Path) -> None:
+REFUSED = [by_root_alone, by_rounded_shards, by_fsdp1, by_shards_of_a_batch_told, by_shards_exported, by_hand]
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_what_cannot_go_well_is_refused(how: Any, tmp_path: Path) -> None:
     assert together(how, tmp_path) == [0, 0]
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+
+
+def by_ddp_compiled(rank: int, folder: Path) -> None:
+    """Each process tells Deep LoRA a batch of its own, and ALoRA the same."""
+    for name in ("alora", "deep"):
+        torch.manual_seed(rank)
+        told = {"init_batch": batch(rank)} if name == "deep" else {}
+        fields = {"r": 4, "target_modules": "all-linear", "task_type": "SEQ_CLS"} | CASES[name].alone | told
+        model = get_peft_model(tiny_bert(), CONFIGS[name](**fields))
+        train(torch.compile(DistributedDataParallel(model), backend="eager"), rank, 2, range(STEPS), 1)
+        save_file(get_peft_model_state_dict(model), folder / f"{name}-{rank}.safetensors")
+
+
+def test_compiled_under_ddp_processes_agree(tmp_path: Path) -> None:
+    assert together(by_ddp_compiled, tmp_path) == [0, 0]
+    for name in ("alora", "deep"):
+        first, second = (load_file(tmp_path / f"{name}-{rank}.safetensors") for rank in (0, 1))
+        assert all(torch.equal(first[key], second[key]) for key in first)

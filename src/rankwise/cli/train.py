@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
 from rankwise.cli.output import Watching
+
+if TYPE_CHECKING:
+    from rankwise.compare.spec import Spec
 
 
 def train(
@@ -30,21 +33,26 @@ def train(
     for name, entries in (("methods", [entry.name for entry in read.methods]), ("seeds", list(read.seeds))):
         if len(entries) != 1:
             raise ArgumentError(name, "hold exactly one entry for `train` (`rankwise compare` takes several)", entries)
-    if processes > 1:
-        _launch(spec, out, processes, read.training.batch_size)
     read = read if out is None else dataclasses.replace(read, output=out.absolute())
+    if processes > 1:
+        _launch(spec, out, processes, read)
     run_and_show(read, f"rankwise train {spec}", Watching)
 
 
-def _launch(spec: Path, out: Path | None, processes: int, batch: int) -> NoReturn:
+def _launch(spec: Path, out: Path | None, processes: int, read: Spec) -> NoReturn:
     import torch
 
+    from rankwise.cli.compare import quiet_libraries
+    from rankwise.compare.plan import make_plan
     from rankwise.compare.together import launch
     from rankwise.errors import ArgumentError
 
+    batch = read.training.batch_size
     if batch % processes:
         raise ArgumentError("processes", f"divide the SPEC's batch_size, {batch}", processes)
     gpus = torch.cuda.device_count()
     if 0 < gpus < processes:
         raise ArgumentError("processes", f"be at most the number of GPUs, {gpus}", processes)
+    quiet_libraries()
+    make_plan(read)  # what is wrong is said once, before processes start
     raise typer.Exit(launch(processes, ["train", str(spec), *([] if out is None else ["--out", str(out)])]))

@@ -20,6 +20,7 @@ from accelerate import init_empty_weights
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
@@ -107,8 +108,11 @@ def from_model(model: nn.Module, adapter: str) -> Source:
 
     Raises:
         ArgumentError: the model has no such adapter.
+        RankwiseError: FSDP2 has it in pieces.
     """
     layers = adapted_layers(model, adapter)
+    if any(isinstance(p, DTensor) for p in model.parameters()):
+        raise RankwiseError("FSDP2 has the model in pieces, on every process some: save it whole and export the folder")
     first = next(iter(layers.values()))
     state = get_peft_model_state_dict(model, adapter_name=adapter)
     others = {key: t for key, t in state.items() if f".{PREFIX}" not in key}

@@ -49,5 +49,5 @@ def check_together(roster: Roster, first: AdapterTensors) -> None:
     if alone and (roster.method.scores_ranks or any(slot.from_gradient for slot in first.slots.values())):
         raise TrainingError(
             f"the {dist.get_world_size()} processes cannot agree on what {type(roster.method).__name__} finds out from "
-            "data: train with DDP, uncompiled, or FSDP2"
+            "data: train with DDP or FSDP2"
         )
