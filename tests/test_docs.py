@@ -42,6 +42,15 @@ def test_readme_example_runs(code: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
 
 
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_the_tests_that_a_page_names_are_there(page: str) -> None:
+    named = set(re.findall(r"test_\w+(?!\w*…|\.py)\b", (ROOT / "docs" / page).read_text(encoding="utf-8")))
+    sources = [file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("*.py")]
+    there = {name for source in sources for name in re.findall(r"^def (test_\w+)\(", source, re.MULTILINE)}
+    files = {file.stem for file in (ROOT / "tests").rglob("*.py")}
+    assert not {name for name in named if name not in there | files}
+
+
 @pytest.mark.parametrize("code", blocks("toml"))
 def test_readme_spec_is_one(code: str, tmp_path: Path) -> None:
     import tomllib

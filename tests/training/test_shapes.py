@@ -18,7 +18,8 @@ from transformers import (
 )
 
 import rankwise
-from cases import Case
+from cases import CASES, Case
+from rankwise.adapters.configs import CONFIGS
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -70,9 +71,11 @@ def mixtral() -> MixtralForCausalLM:
     return MixtralForCausalLM(config)
 
 
-def test_fused_experts_are_named() -> None:
+@pytest.mark.parametrize("name", CASES)
+def test_fused_experts_are_named(name: str) -> None:
+    fields = {"r": 2, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | CASES[name].fields
     with pytest.warns(UserWarning, match=r"4 fused weights of experts .* not adapted: .*layers\.0\.mlp\.experts\.\w+"):
-        model = get_peft_model(mixtral(), rankwise.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+        model = get_peft_model(mixtral(), CONFIGS[name](**fields))
     assert not any("experts" in module for module in rankwise.ranks(model))
 
 
