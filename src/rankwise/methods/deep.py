@@ -14,7 +14,6 @@ There is no lora_alpha / r scale. Extra parameters beside U and V: L·r² a laye
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -24,10 +23,10 @@ from torch import Tensor
 
 from rankwise.checks import require_batch, require_choice, require_int, require_number
 from rankwise.errors import ArgumentError
+from rankwise.linalg.chain import chain
 from rankwise.linalg.subspace import gradient_subspace
 from rankwise.methods.base import Method, register
 from rankwise.methods.stack import Size, Slot, Step
-from rankwise.precision import exact
 from rankwise.update import Factors
 
 LEAST = 1e-30
@@ -103,9 +102,8 @@ class Deep(Method):
         return {"U": U, "V": V}
 
     def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
-        """B = U·(W_L ⋯ W_1), the core in float64: ε^L is below the range of float16, where autocast would take it."""
-        core = exact(t["W"]).unbind(-3)
-        B = t["U"] @ functools.reduce(torch.matmul, core[::-1]).to(t["U"].dtype) if core else t["U"]
+        """B = U·(W_L ⋯ W_1)."""
+        B = t["U"] @ chain(t["W"]) if t["W"].shape[-3] else t["U"]
         return Factors(B, torch.ones_like(B[..., 0, :]), t["V"].mT)
 
     def kept(self, t: Mapping[str, Tensor]) -> Tensor:
