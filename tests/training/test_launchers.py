@@ -35,14 +35,14 @@ def launch(launcher: list[str], folder: Path, how: str) -> None:
         ("torchrun", "bare"),
         pytest.param("accelerate launch", "trainer", marks=pytest.mark.slow),
         pytest.param("torchrun", "trainer", marks=pytest.mark.slow),
-        pytest.param("accelerate launch", "bare", marks=pytest.mark.slow),
+        pytest.param("accelerate launch", "accelerator", marks=pytest.mark.slow),
     ],
 )
 def test_every_method_ends_as_on_one_process(launcher: str, how: str, tmp_path: Path) -> None:
     """From different seeds, since the processes start from the first one's; on the same total batches."""
     launch(ONE, tmp_path / "one", how)
     launch(LAUNCHERS[launcher], tmp_path / "two", how)
-    names = {"bare": ("1-0", "2-0", "2-1"), "trainer": ("final-0", "final-0", "final-1")}[how]
+    names = ("final-0", "final-0", "final-1") if how == "trainer" else ("1-0", "2-0", "2-1")
     for name in CASES:
         folders = [tmp_path / which / name for which in ("one", "two", "two")]
         alone, first, second = (load_file(f / f"{n}.safetensors") for f, n in zip(folders, names, strict=True))
