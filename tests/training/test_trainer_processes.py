@@ -26,7 +26,13 @@ NAMES = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in CASES]
 )
 FIELDS: dict[str, dict[str, Any]] = {
-    "alora": {"rounds": 3, "warmup_steps": 3, "recovery_steps": 4, "prune_per_round": 4},
+    "alora": {
+        "rounds": 2,
+        "warmup_steps": 3,
+        "recovery_steps": 8,
+        "prune_per_round": 4,
+        "target_modules": ["query", "value"],
+    },
     "adalora": {"tinit": 2, "tfinal": 4, "deltaT": 2},
 }
 
