@@ -28,8 +28,8 @@ NAMES = pytest.mark.parametrize(
 FIELDS: dict[str, dict[str, Any]] = {
     "alora": {
         "rounds": 2,
-        "warmup_steps": 3,
-        "recovery_steps": 8,
+        "warmup_steps": 6,
+        "recovery_steps": 5,
         "prune_per_round": 4,
         "target_modules": ["query", "value"],
     },
