@@ -98,17 +98,19 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     shapes = [(layers, 16) for layers in given.layers] + [(24, r) for r in given.ranks if r != 16]
-    print(f"ms of rules and launches per step at layers × r{'':<2}" + "".join(f"{f'{n} × {r}':>16}" for n, r in shapes))
+    print("ms of rules per step, median and quartiles, and launches, at layers × r")
+    print(" " * 9 + "".join(f"{f'{n} × {r}':>26}" for n, r in shapes))
     rows = []
     for name in CONFIGS:
         told = []
         for layers, r in shapes:
             optimizer = stepper(name, layers, r, device)
-            seconds = statistics.median(in_turns({"": optimizer.step}, given.repeats)[""])
-            row = {"method": name, "layers": layers, "r": r, "ms": 1e3 * seconds, "launches": launches(optimizer)}
+            low, median, high = statistics.quantiles(in_turns({"": optimizer.step}, given.repeats)[""], n=4)
+            times = {"ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high}
+            row = {"method": name, "layers": layers, "r": r, **times, "launches": launches(optimizer)}
             rows.append(row | {"kernels": kernels(optimizer)})
-            told.append(f"{1e3 * seconds:.1f} / {row['launches']}")
-        print(f"{name:<48}" + "".join(f"{text:>16}" for text in told), flush=True)
+            told.append("{ms:.1f} ({low:.1f}–{high:.1f}) / {launches}".format(**row))
+        print(f"{name:<9}" + "".join(f"{text:>26}" for text in told), flush=True)
     grew = {
         row["method"]
         for row in rows
