@@ -77,6 +77,12 @@ def by_fsdp(rank: int, name: str, folder: Path) -> None:
     model = sharded(adapted(name, seed=0))
     train_and_save(model, rank, range(STEPS // 2), folder / "half-way")
     train_and_save(model, rank, range(STEPS // 2, STEPS), folder / "saved")
+    ranks, updates, step = rankwise.ranks(model), rankwise.factors(model), rankwise.status(model).step
+    if rank == 0:
+        whole = PeftModel.from_pretrained(tiny_bert(), str(folder / "saved"))
+        assert (ranks, step) == (rankwise.ranks(whole), rankwise.status(whole).step)
+        for module, update in rankwise.factors(whole).items():
+            torch.testing.assert_close(updates[module].delta(), update.delta())
 
 
 def by_fsdp_again(rank: int, name: str, folder: Path) -> None:
