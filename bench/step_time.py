@@ -11,7 +11,7 @@ import statistics
 from typing import Any
 
 import torch
-from harness import Ratio, beside, machine, options, ratio, write
+from harness import Ratio, beside, kernels_of, machine, options, ratio, write
 from models import MODELS, Model
 from ways import OURS, REFERENCE, ways
 
@@ -32,6 +32,7 @@ def measure(model: Model, name: str, r: int, repeats: int, only: list[str] | Non
     return [
         {"model": name, "r": r, "way": way, "ms": 1e3 * statistics.median(seconds for seconds, _ in found)}
         | ratio(found)._asdict()
+        | {"kernels": kernels_of(made[way][1])}
         for way, found in pairs.items()
     ]
 
