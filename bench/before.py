@@ -22,9 +22,9 @@ from typing import Any
 from harness import machine, write
 
 HERE = Path(__file__).parent
-VALUES = {"step_time.py": "median", "memory.py": "step", "scaling.py": "ms"}
+VALUES = {"step_time.py": "median", "memory.py": "step", "scaling.py": "ms", "budget.py": "ms"}
 """What is compared of each script's rows."""
-NAMES = ("model", "method", "way", "layers", "r")
+NAMES = ("model", "method", "way", "layers", "r", "kind")
 """What tells rows apart."""
 
 
@@ -67,10 +67,11 @@ def main() -> None:
     rows = []
     for name in turns["new"][0]:
         old, new = ([turn[name] for turn in turns[which]] for which in ("old", "new"))
-        quotient = statistics.median(b / a for a, b in zip(old, new, strict=True))
+        quotients = [b / a for a, b in zip(old, new, strict=True) if a]
+        quotient = statistics.median(quotients) if quotients else None
         rows.append({"row": name, "old": old, "new": new, "quotient": quotient})
         told = f"{statistics.median(old):.4g} → {statistics.median(new):.4g}"
-        print(f"{' '.join(map(str, name)):<40}{told:>24}  {quotient:.2f}")
+        print(f"{' '.join(map(str, name)):<40}{told:>24}  {'–' if quotient is None else f'{quotient:.2f}'}")
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     write(given.json, {"old": given.revision, "script": given.script, "arguments": arguments, "rows": rows})
 

@@ -1,21 +1,22 @@
 """Where the time of a training step goes, way by way: `python bench/budget.py`.
 
-Milliseconds of torch's operations by kind, from its profiler, over four steps after two; "Python" is what the kinds
-leave of the wall time of the same steps.
+Milliseconds of torch's operations by kind, from its profiler, in the fastest of the rounds in which all ways
+take turns. "Python" is what the kinds leave of a step's wall time, which the profiler makes longer.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
+from collections.abc import Callable
+from operator import itemgetter
 
 import torch
-from harness import machine, options, write
+from harness import in_turns, machine, options, write
 from models import MODELS
 from torch.profiler import ProfilerActivity, profile
 from ways import FLOOR, OURS, REFERENCE, Step, ways
 
-STEPS = 4
 KINDS = {
     "products": ("mm", "addmm", "addmm_", "bmm", "baddbmm"),
     "sums, scales": ("add", "add_", "mul", "mul_", "sub", "div", "div_"),
@@ -27,7 +28,7 @@ KINDS = {
 
 
 def main() -> None:
-    parser = options(__doc__, repeats=1)
+    parser = options(__doc__, repeats=12)
     parser.add_argument("--model", choices=MODELS, default="minilm")
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64])
     parser.add_argument("--ways", nargs="+", default=[FLOOR, REFERENCE, *OURS])
@@ -37,29 +38,38 @@ def main() -> None:
     print(", ".join(f"{name} {value}" for name, value in machine().items()))
     rows = []
     for r in given.ranks:
-        for way, (_, step) in ways(MODELS[given.model], r, device, given.ways).items():
-            spent = kinds_of(step)
-            rows.append({"model": given.model, "r": r, "way": way, "ms": spent})
-            told = ", ".join(f"{kind} {ms:.1f}" for kind, ms in spent.items())
-            print(f"r = {r:<4}{way:<18}{sum(spent.values()):7.1f} ms: {told}", flush=True)
+        spent: dict[str, list[dict[str, float]]] = {way: [] for way in given.ways}
+        made = ways(MODELS[given.model], r, device, given.ways)
+        in_turns({way: profiled(step, spent[way]) for way, (_, step) in made.items()}, given.repeats)
+        for way, rounds in spent.items():
+            ms = min(rounds[1:], key=itemgetter("all"))
+            rows += [{"model": given.model, "r": r, "way": way, "kind": kind, "ms": ms[kind]} for kind in ms]
+            told = ", ".join(f"{kind} {value:.1f}" for kind, value in ms.items())
+            print(f"r = {r:<4}{way:<18}{told}", flush=True)
     write(given.json, {"rows": rows})
 
 
-def kinds_of(step: Step) -> dict[str, float]:
-    """Milliseconds a step by kind of operation."""
-    for _ in range(2):
-        step()
-    began = time.perf_counter()
-    with profile(activities=[ProfilerActivity.CPU]) as profiler:
-        for _ in range(STEPS):
+def profiled(step: Step, rounds: list[dict[str, float]]) -> Callable[[], None]:
+    """A step that leaves its milliseconds by kind of operation in `rounds`."""
+
+    def run() -> None:
+        began = time.perf_counter()
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
             step()
-        wall = 1e3 * (time.perf_counter() - began) / STEPS
+            wall = 1e3 * (time.perf_counter() - began)
+        rounds.append(kinds_of(profiler, wall))
+
+    return run
+
+
+def kinds_of(profiler: profile, wall: float) -> dict[str, float]:
+    """Milliseconds by kind of operation of `wall` in all."""
     kind_of = {f"aten::{name}": kind for kind, names in KINDS.items() for name in names}
     spent = Counter(dict.fromkeys([*KINDS, "other operations"], 0.0))
     for event in profiler.key_averages():
         if event.key.startswith("aten::"):
-            spent[kind_of.get(event.key, "other operations")] += event.self_cpu_time_total / 1e3 / STEPS
-    return {**spent, "Python": max(0.0, wall - sum(spent.values()))}
+            spent[kind_of.get(event.key, "other operations")] += event.self_cpu_time_total / 1e3
+    return {**spent, "Python": max(0.0, wall - sum(spent.values())), "all": wall}
 
 
 if __name__ == "__main__":
