@@ -78,7 +78,7 @@ def outcome(model: nn.Module, batch: dict[str, Tensor], *, fast: bool) -> dict[s
     """Logits and gradients, with the fast way or without."""
     model.zero_grad()
     torch.manual_seed(5)
-    with mock.patch.object(linear, "is_plain", linear.is_plain if fast else lambda _: False):
+    with mock.patch.object(linear, "plain_weights", linear.plain_weights if fast else lambda _: None):
         output = model(**batch)
         output.loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
@@ -112,7 +112,7 @@ def of_layer(name: str, case: Case, *, fast: bool, autocast: bool = False, **fie
     net = get_peft_model(nn.Sequential(nn.Linear(64, 48)), CONFIGS[name](**shared | fields)).train()
     x = torch.randn(2, 128, 64, requires_grad=True)
     weights = torch.randn(2, 128, 48)
-    patched = mock.patch.object(linear, "is_plain", linear.is_plain if fast else lambda _: False)
+    patched = mock.patch.object(linear, "plain_weights", linear.plain_weights if fast else lambda _: None)
     with patched, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = net(x)
     (y.float() * weights).sum().backward()
@@ -150,7 +150,7 @@ def test_sorsas_residual(residual: str, tokens: int) -> None:
     x = torch.randn(tokens, 24, requires_grad=True)
     found = []
     for plain in (False, True):
-        with mock.patch.object(linear, "is_plain", (lambda _: False) if plain else linear.is_plain):
+        with mock.patch.object(linear, "plain_weights", (lambda _: None) if plain else linear.plain_weights):
             y = net(x)
             found.append(
                 [y, *torch.autograd.grad(y.square().sum(), [x, *(p for p in net.parameters() if p.requires_grad)])]
@@ -189,7 +189,7 @@ def test_used_twice_changed_in_place_and_recomputed(recompute: bool) -> None:
     x = torch.randn(4, 8, requires_grad=True)
     found = []
     for plain in (False, True):
-        with mock.patch.object(linear, "is_plain", (lambda _: False) if plain else linear.is_plain):
+        with mock.patch.object(linear, "plain_weights", (lambda _: None) if plain else linear.plain_weights):
             wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
             found.append(torch.autograd.grad(model(x).square().sum(), wanted))
     for fast, slow in zip(*found, strict=True):
@@ -355,7 +355,7 @@ def test_closed_ranks_are_not_computed_and_nothing_changes(places: list[int]) ->
     net.train()
     found = []
     for fast in (True, False):
-        with mock.patch.object(linear, "is_plain", linear.is_plain if fast else lambda _: False):
+        with mock.patch.object(linear, "plain_weights", linear.plain_weights if fast else lambda _: None):
             y = net(x)
             found.append([y, *torch.autograd.grad(y.square().sum(), [tensors.A, tensors.B])])
     for fast, slow in zip(*found, strict=True):

@@ -16,6 +16,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from rankwise.derivatives import outside_autocast
@@ -60,8 +61,8 @@ class _FusedLinear(torch.autograd.Function):
         A0: Tensor | None,
     ) -> Tensor:
         """The rows of y."""
-        rows, whole = _rows(x), _with(W, B0, A0)
-        y = rows @ whole.mT if b is None else torch.addmm(b, rows, whole.mT)
+        rows = _rows(x)
+        y = F.linear(rows, _with(W, B0, A0), b)
         h = _narrow(rows if z is None else _rows(z), A.mT)
         ctx.shape, ctx.dropped = x.shape, z is not None
         trained = any(ctx.needs_input_grad[4:7])  # of a frozen update, no gradient needs the inputs
@@ -93,7 +94,7 @@ class _FusedLinear(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+    return x.reshape(-1, x.shape[-1])
 
 
 def _scaled(B: Tensor, s: Tensor) -> Tensor:

@@ -111,7 +111,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def tensors(self, adapter: str) -> AdapterTensors:
         """The tensors of `adapter` as they are."""
-        return self.rankwise_tensors[adapter]  # type: ignore[return-value]
+        # Not by attribute, which torch finds by a search: every forward pass comes through here several times.
+        return self._modules["rankwise_tensors"]._modules[adapter]  # type: ignore[return-value,union-attr]
 
     def started(self, adapter: str) -> AdapterTensors:
         """The tensors of `adapter`, given their start if they still await it."""
@@ -202,7 +203,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             raise ArgumentError("adapter_names", "be left out: batches of several adapters are not supported", "given")
         if self.disable_adapters and self.merged:
             self.unmerge()
-        adapters = [name for name in self.active_adapters if name in self.rankwise_tensors]
+        held = self.rankwise_tensors
+        adapters = [name for name in self.active_adapters if name in held]
         if self.disable_adapters or self.merged or not adapters:
             return self.base_layer(x, *args, **kwargs)
         training = self.training and not torch.compiler.is_compiling()

@@ -61,34 +61,36 @@ class AdapterLinear(AdapterLayer):
         return factors.add_to(result, dropped, gates)
 
     def _at_once(self, adapter: str, x: Tensor) -> Tensor | None:
-        base: Any = self.base_layer
-        if not by_hand() or adapter in self.gates or not is_plain(base):
+        base = plain_weights(self.base_layer) if by_hand() and adapter not in self.gates else None
+        if base is None:
             return None
-        tensors = self._ready(adapter)
-        dtype = common_dtype(x, base.weight, next(iter(tensors.values())))
+        (weight, b), tensors = base, self._ready(adapter)
+        dtype = common_dtype(x, weight, next(iter(tensors.values())))
         if dtype is None:
             return None
-        dropped = self.rankwise_dropout[adapter](x)
+        dropped, W = self.rankwise_dropout[adapter](x), self.as_matrix(weight)
         z = None if dropped is x else dropped.to(dtype)
-        W, frozen, (B, s, A) = self._parts(adapter, tensors, None if z is not None else x, dtype)
+        W, frozen, (B, s, A) = self._parts(adapter, tensors, W, x if z is None else None, dtype)
         opened = self.methods[adapter].ranks_open(tensors) if self.training and torch.is_grad_enabled() else None
         if opened is not None:  # elsewhere others may have copied parameters in, and not the mask: TRL's reference
             k = self.tensors(adapter).open_prefix(opened)
             B, s, A = B[:, :k], s[:k], A[:k]
-        if not torch.is_autocast_enabled(x.device.type) and {B.dtype, A.dtype} != {dtype}:
+        if torch.is_autocast_enabled(x.device.type):
+            x, W, B, A = (t.to(dtype) for t in (x, W, B, A))
+            b = None if b is None else b.to(dtype)
+        elif B.dtype != dtype or A.dtype != dtype:
             return None
-        b = None if base.bias is None else base.bias.to(dtype)
-        return fused_linear(x.to(dtype), z, W.to(dtype), b, Factors(B.to(dtype), s, A.to(dtype)), frozen)
+        return fused_linear(x, z, W, b, Factors(B, s, A), frozen)
 
     def _parts(
-        self, adapter: str, tensors: dict[str, Tensor], x: Tensor | None, dtype: torch.dtype
+        self, adapter: str, tensors: dict[str, Tensor], W: Tensor, x: Tensor | None, dtype: torch.dtype
     ) -> tuple[Tensor, Factors | None, Factors]:
         """The weight (out, in), what is frozen of the update if it is to be added to it, and the (other) update.
 
         Adding r frozen ranks to the weight in every pass costs less than multiplying n inputs by them where
         n·(in + out) > in·out; the weight must have the digits for it. No x: dropout, which the whole update sees.
         """
-        method, W = self.methods[adapter], self.as_matrix(self.base_layer.weight)  # type: ignore[arg-type]
+        method = self.methods[adapter]
         frozen = None if x is None else method.frozen_part(tensors)
         if frozen is not None and x is not None:
             if method.caches_frozen_part:
@@ -107,14 +109,19 @@ class AdapterLinear(AdapterLayer):
         return tensors.folded[1]
 
 
-def is_plain(base: Any) -> bool:
-    """Whether a base layer computes W x + b of frozen tensors, and nobody has hooked into it."""
-    if type(base) not in AdapterLinear.wraps or "forward" in vars(base) or _has_any_global_hook():
-        return False
-    if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
-        return False
-    tensors = (base.weight,) if base.bias is None else (base.weight, base.bias)
-    return all(type(t) in (Tensor, nn.Parameter) and not t.requires_grad for t in tensors)
+def plain_weights(base: Any) -> tuple[Tensor, Tensor | None] | None:
+    """The weight and bias of a base layer that computes W x + b of frozen tensors, if nobody has hooked into it."""
+    own = vars(base)  # torch finds parameters and modules by a search, which every layer of a small model would feel
+    if type(base) not in AdapterLinear.wraps or "forward" in own or _has_any_global_hook():
+        return None
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return None
+    parameters = own["_parameters"]
+    if not parameters.keys() >= {"weight", "bias"}:
+        return None
+    weight, bias = parameters["weight"], parameters["bias"]
+    plain = all(type(t) in (Tensor, nn.Parameter) and not t.requires_grad for t in (weight, bias) if t is not None)
+    return (weight, bias) if plain and weight is not None else None
 
 
 def common_dtype(x: Tensor, weight: Tensor, parameters: Tensor) -> torch.dtype | None:
