@@ -32,6 +32,7 @@ OPTIONS = {
     "train": {"spec", "--out", "--processes"} | HELP,
     "compare": {"spec", "--out"} | HELP,
     "methods": {"--json"} | HELP,
+    "inspect": {"adapter", "--energy", "--base", "--all"} | HELP,
     "export": {"adapter", "--out", "--for", "--layout", "--rank", "--base", "--check", "--force"} | HELP,
     "check-export": {"folder", "--for", "--base"} | HELP,
     "shrink": {"adapter", "--out", "--energy", "--budget", "--rank", "--layout", "--base", "--calibration"}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
-from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
+
+from rankwise.cli.output import by_kind, span
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -67,23 +67,15 @@ def _table(report: ShrinkReport, every: bool) -> Table:
     """A row for each name that differs only in layer numbers, or for every module."""
     from rich.table import Column, Table
 
-    groups: dict[str, list[str]] = defaultdict(list)
-    for name in report.ranks:
-        groups[name if every else re.sub(r"(?<![^.])\d+(?![^.])", "*", name)].append(name)
     table = Table(Column("module", overflow="fold"), "modules", "rank", "→ kept", "mean", "largest error")
     for column in table.columns[1:]:
         column.justify = "right"
-    for group, names in groups.items():
+    for kind, names in by_kind(report.ranks, every).items():
         before, after = [[ranks[name] for name in names] for ranks in (report.ranks_before, report.ranks)]
         mean = f"{sum(after) / len(after):.1f}"
         worst = f"{max(report.errors[name] for name in names):.2%}"
-        table.add_row(group, str(len(names)), _range(before), _range(after), mean, worst)
+        table.add_row(kind, str(len(names)), span(before), span(after), mean, worst)
     return table
-
-
-def _range(ranks: list[int]) -> str:
-    least, most = min(ranks), max(ranks)
-    return str(least) if least == most else f"{least}–{most}"
 
 
 def _moments(adapter: Path, base: str, calibration: Path) -> dict[str, Any]:

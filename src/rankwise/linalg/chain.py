@@ -1,7 +1,7 @@
 """The product of a chain of square matrices.
 
 Its gradient is written out: autograd's keeps every partial product of float64, here they are made again. With
-L_l = W_L ⋯ W_{l+1}, R_l = W_{l−1} ⋯ W_1 and g the gradient of the product, ∂W_l = L_lᵀ g R_lᵀ.
+R_l = W_{l−1} ⋯ W_1 and g the gradient of the product, ∂W_l = G_l R_lᵀ, where G_L = g and G_{l−1} = W_lᵀ G_l.
 """
 
 from __future__ import annotations
@@ -45,16 +45,18 @@ class _Chain(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Tensor:  # type: ignore[override]  one output, one gradient
         """The gradient of every factor."""
         (W,) = ctx.saved_tensors
-        factors, g = exact(W).unbind(-3), exact(g)
-        right = accumulate(factors[:-1], lambda R, factor: factor @ R, initial=_eye_like(factors[0]))
-        left = accumulate(factors[:0:-1], torch.matmul, initial=_eye_like(factors[0]))
-        found = [L.mT @ g @ R.mT for L, R in zip([*left][::-1], right, strict=True)]
-        return torch.stack(found, -3).to(W.dtype)
+        factors, G = exact(W).unbind(-3), exact(g)
+        before = [*accumulate(factors[:-1], _after)]  # R_2 … R_L
+        found = []
+        for factor, R in zip(reversed(factors[1:]), reversed(before), strict=True):
+            found.append(G @ R.mT)
+            G = factor.mT @ G
+        return torch.stack([G, *found[::-1]], -3).to(W.dtype)
 
 
 def _product(W: Tensor) -> Tensor:
-    return reduce(torch.matmul, exact(W).unbind(-3)[::-1]).to(W.dtype)
+    return reduce(_after, exact(W).unbind(-3)).to(W.dtype)
 
 
-def _eye_like(factor: Tensor) -> Tensor:
-    return torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+def _after(product: Tensor, factor: Tensor) -> Tensor:
+    return factor @ product

@@ -1,0 +1,136 @@
+"""What `rankwise inspect` says of a folder is what the model that was saved there has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import BertForSequenceClassification
+from typer.testing import CliRunner
+
+import rankwise
+from conftest import tiny_bert
+from rankwise.adapters.configs import CONFIGS
+from rankwise.cli.main import app
+from rankwise.errors import AdapterFileError, ArgumentError
+from rankwise.spectral import spectra
+
+IDS = torch.arange(24).view(4, 6)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    tiny_bert().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+def adapted(base: Path, config: Any) -> PeftModel:
+    model: Any = BertForSequenceClassification.from_pretrained(base)
+    return get_peft_model(model, config)
+
+
+def inspect(*arguments: str | Path) -> Any:
+    runner = CliRunner(env={"COLUMNS": "250", "TERM": "dumb", "NO_COLOR": "1"})
+    return runner.invoke(app, ["inspect", *map(str, arguments)])
+
+
+def rows(output: str) -> dict[str, list[str]]:
+    """The cells of the table's rows by their first."""
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in output.splitlines() if line.startswith("│")]
+    return {first: rest for first, *rest in cells}
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_every_module_as_the_live_model_has_it(method: str, base: Path, tmp_path: Path) -> None:
+    config = CONFIGS[method](r=3, target_modules="all-linear", task_type="SEQ_CLS", init_weights=False)
+    model = adapted(base, config)
+    model.save_pretrained(str(tmp_path / "saved"))
+    done = inspect(tmp_path / "saved", "--all", "--energy", "0.9")
+    assert done.exit_code == 0, done.output
+    found, updates, kept = rows(done.stdout), rankwise.factors(model), rankwise.ranks(model)
+    assert found.keys() == updates.keys()
+    for name, spectrum in spectra(updates).items():
+        norm = f"{float(torch.linalg.matrix_norm(updates[name].delta().double())):.3g}"
+        measures = [f"{spectrum.effective_rank:.1f}", f"{spectrum.stable_rank:.1f}", str(spectrum.energy_rank(0.9))]
+        assert found[name] == ["1", str(updates[name].r), str(kept[name]), norm, *measures]
+    told = sum(f.r for f in updates.values())
+    assert f"ranks    {sum(kept.values())} kept of {told}\n" in done.stdout
+    assert f"adapter  {method} on BertForSequenceClassification\n" in done.stdout
+    assert "trained  not yet\n" in done.stdout
+
+
+def test_modules_that_differ_in_their_layers_number_share_a_row(base: Path, tmp_path: Path) -> None:
+    config = rankwise.LoraConfig(
+        r=3, rank_pattern={"layer.1.attention.self.query": 5}, target_modules=["query"], init_weights=False
+    )
+    model = adapted(base, config)
+    model.save_pretrained(str(tmp_path / "saved"))
+    (row,) = rows(inspect(tmp_path / "saved").stdout).items()
+    norms = sorted(float(f.delta().norm()) for f in rankwise.factors(model).values())
+    assert row[0] == "bert.encoder.layer.*.attention.self.query"
+    assert row[1][:4] == ["2", "3–5", "3–5", "–".join(f"{norm:.3g}" for norm in norms)]
+
+
+def test_a_lora_of_pefts(base: Path, tmp_path: Path) -> None:
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query"], init_lora_weights=False)
+    model = adapted(base, config)
+    model.save_pretrained(str(tmp_path / "saved"))
+    file = tmp_path / "saved" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for key in [key for key in tensors if "lora_B" in key]:
+        tensors[key][:, 1:] = 0
+    save_file(tensors, file, {"format": "pt"})
+    done = inspect(tmp_path / "saved")
+    (cells,) = rows(done.stdout).values()
+    assert cells[:3] == ["2", "4", "1"]
+    assert cells[4:] == ["1.0", "1.0", "1"]
+    assert "ranks    2 kept of 8\n" in done.stdout
+    assert "adapter  a plain LoRA\n" in done.stdout
+
+
+def test_a_run_that_stopped_before_its_ranks_were_final_is_told(base: Path, tmp_path: Path) -> None:
+    config = rankwise.AdaLoraConfig(r=2, target_modules=["query"], total_step=20, tinit=2, tfinal=4)
+    model = adapted(base, config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(3):
+        model(input_ids=IDS, labels=IDS[:, 0] % 3).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    with pytest.warns(UserWarning, match="would have become final at step 16"):
+        model.save_pretrained(str(tmp_path / "saved"))
+    done = inspect(tmp_path / "saved")
+    assert done.exit_code == 0
+    assert "trained  3 of 20 steps\n" in done.stdout
+    assert "would have become final at step 16" in done.stderr
+
+
+@pytest.mark.parametrize("energy", ["0", "1.5", "nan"])
+def test_an_impossible_share_is_refused(energy: str, base: Path) -> None:
+    error = inspect(base, "--energy", energy).exception
+    assert isinstance(error, ArgumentError)
+    assert "--energy" in str(error)
+    assert energy in str(error)
+
+
+def test_a_folder_without_an_adapter_is_refused(base: Path) -> None:
+    error = inspect(base).exception
+    assert isinstance(error, AdapterFileError)
+    assert str(base) in str(error)
+
+
+def test_nan_is_named(base: Path, tmp_path: Path) -> None:
+    adapted(base, rankwise.LoraConfig(r=2, target_modules=["query"])).save_pretrained(str(tmp_path / "saved"))
+    file = tmp_path / "saved" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith(".A"))
+    tensors[key][0, 0] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    error = inspect(tmp_path / "saved").exception
+    assert isinstance(error, AdapterFileError)
+    assert "NaN" in str(error)
+    assert "layer.0.attention.self.query" in str(error)
