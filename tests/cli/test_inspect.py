@@ -18,7 +18,7 @@ from conftest import tiny_bert
 from rankwise.adapters.configs import CONFIGS
 from rankwise.cli.main import app
 from rankwise.errors import AdapterFileError, ArgumentError
-from rankwise.spectral import spectra
+from rankwise.spectral import effective_rank, energy_rank
 
 IDS = torch.arange(24).view(4, 6)
 
@@ -47,27 +47,37 @@ def rows(output: str) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("method", CONFIGS)
 def test_every_module_as_the_live_model_has_it(method: str, base: Path, tmp_path: Path) -> None:
-    config = CONFIGS[method](r=3, target_modules="all-linear", task_type="SEQ_CLS", init_weights=False)
+    config = CONFIGS[method](r=2, target_modules="all-linear", task_type="SEQ_CLS", init_weights=False)
     model = adapted(base, config)
     model.save_pretrained(str(tmp_path / "saved"))
     done = inspect(tmp_path / "saved", "--all", "--energy", "0.9")
     assert done.exit_code == 0, done.output
     found, updates, kept = rows(done.stdout), rankwise.factors(model), rankwise.ranks(model)
     assert found.keys() == updates.keys()
-    for name, spectrum in spectra(updates).items():
-        norm = f"{float(torch.linalg.matrix_norm(updates[name].delta().double())):.3g}"
-        measures = [f"{spectrum.effective_rank:.1f}", f"{spectrum.stable_rank:.1f}", str(spectrum.energy_rank(0.9))]
-        assert found[name] == ["1", str(updates[name].r), str(kept[name]), norm, *measures]
-    told = sum(f.r for f in updates.values())
-    assert f"ranks    {sum(kept.values())} kept of {told}\n" in done.stdout
+    for name, f in updates.items():
+        dense = torch.linalg.svdvals(f.delta().double())
+        measures = [f"{float(effective_rank(dense)):.1f}", str(int(energy_rank(dense, 0.9)))]
+        assert found[name] == ["1", str(f.r), str(kept[name]), f"{float(dense.norm()):.3g}", *measures]
+    held = sum(f.r for f in updates.values())
+    exported = rankwise.export_lora(model, tmp_path / "lora", layout="compact").ranks
+    told = f"{sum(kept.values())} kept; tensors hold {held}, an export {sum(exported.values())}"
+    assert f"ranks    {told}\n" in done.stdout
     assert f"adapter  {method} on BertForSequenceClassification\n" in done.stdout
-    assert "trained  not yet\n" in done.stdout
+    assert "trained  no step yet\n" in done.stdout
+
+
+def test_an_update_of_rounding_has_rank_0(base: Path, tmp_path: Path) -> None:
+    adapted(base, rankwise.SorsaConfig(r=3, target_modules=["query"])).save_pretrained(str(tmp_path / "saved"))
+    done = inspect(tmp_path / "saved")
+    (cells,) = rows(done.stdout).values()
+    assert cells == ["2", "6", "3", "0", "0.0", "0"]
+    assert "ranks    6 kept; tensors hold 12, an export 0\n" in done.stdout
 
 
 def test_modules_that_differ_in_their_layers_number_share_a_row(base: Path, tmp_path: Path) -> None:
-    config = rankwise.LoraConfig(
-        r=3, rank_pattern={"layer.1.attention.self.query": 5}, target_modules=["query"], init_weights=False
-    )
+    second = "layer.1.attention.self.query"
+    patterns = {"rank_pattern": {second: 5}, "alpha_pattern": {second: 20}}
+    config = rankwise.LoraConfig(r=3, target_modules=["query"], init_weights=False, **patterns)
     model = adapted(base, config)
     model.save_pretrained(str(tmp_path / "saved"))
     (row,) = rows(inspect(tmp_path / "saved").stdout).items()
@@ -88,9 +98,10 @@ def test_a_lora_of_pefts(base: Path, tmp_path: Path) -> None:
     done = inspect(tmp_path / "saved")
     (cells,) = rows(done.stdout).values()
     assert cells[:3] == ["2", "4", "1"]
-    assert cells[4:] == ["1.0", "1.0", "1"]
-    assert "ranks    2 kept of 8\n" in done.stdout
+    assert cells[4:] == ["1.0", "1"]
+    assert "ranks    2 kept; tensors hold 8, an export 2\n" in done.stdout
     assert "adapter  a plain LoRA\n" in done.stdout
+    assert "trained  a plain LoRA does not say how far\n" in done.stdout
 
 
 def test_a_run_that_stopped_before_its_ranks_were_final_is_told(base: Path, tmp_path: Path) -> None:
@@ -105,11 +116,11 @@ def test_a_run_that_stopped_before_its_ranks_were_final_is_told(base: Path, tmp_
         model.save_pretrained(str(tmp_path / "saved"))
     done = inspect(tmp_path / "saved")
     assert done.exit_code == 0
-    assert "trained  3 of 20 steps\n" in done.stdout
+    assert "trained  to step 3 of 20\n" in done.stdout
     assert "would have become final at step 16" in done.stderr
 
 
-@pytest.mark.parametrize("energy", ["0", "1.5", "nan"])
+@pytest.mark.parametrize("energy", ["-1", "1.5", "nan"])
 def test_an_impossible_share_is_refused(energy: str, base: Path) -> None:
     error = inspect(base, "--energy", energy).exception
     assert isinstance(error, ArgumentError)
@@ -117,10 +128,30 @@ def test_an_impossible_share_is_refused(energy: str, base: Path) -> None:
     assert energy in str(error)
 
 
-def test_a_folder_without_an_adapter_is_refused(base: Path) -> None:
-    error = inspect(base).exception
+@pytest.mark.parametrize("folder", ["base", "nowhere"])
+def test_a_folder_without_an_adapter_is_refused(folder: str, base: Path) -> None:
+    error = inspect(base.parent / folder).exception
+    assert isinstance(error, AdapterFileError)
+    assert str(error) == f"{base.parent / folder / 'adapter_config.json'} is missing"
+
+
+def test_a_base_model_that_does_not_open_is_named_and_can_be_given(base: Path, tmp_path: Path) -> None:
+    adapted(base, rankwise.LoraConfig(r=2, target_modules=["query"])).save_pretrained(str(tmp_path / "saved"))
+    elsewhere = base.rename(tmp_path / "elsewhere")
+    error = inspect(tmp_path / "saved").exception
     assert isinstance(error, AdapterFileError)
     assert str(base) in str(error)
+    assert inspect(tmp_path / "saved", "--base", elsewhere).exit_code == 0
+
+
+def test_numbers_are_whole_on_a_narrow_terminal(base: Path, tmp_path: Path) -> None:
+    config = rankwise.LoraConfig(r=16, target_modules="all-linear", task_type="SEQ_CLS", init_weights=False)
+    adapted(base, config).save_pretrained(str(tmp_path / "saved"))
+    arguments = ["inspect", str(tmp_path / "saved")]
+    done = CliRunner(env={"COLUMNS": "80", "TERM": "dumb", "NO_COLOR": "1"}).invoke(app, arguments)
+    assert "…" not in done.stdout
+    lines = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
+    assert len([cells for cells in lines if cells[2].strip().isdigit()]) == 7
 
 
 def test_nan_is_named(base: Path, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ class AdapterLinear(AdapterLayer):
         if torch.is_autocast_enabled(x.device.type):
             x, W, B, A = (t.to(dtype) for t in (x, W, B, A))
             b = None if b is None else b.to(dtype)
-        elif B.dtype != dtype or A.dtype != dtype:
+        elif {B.dtype, A.dtype, dtype if b is None else b.dtype} != {dtype}:
             return None
         return fused_linear(x, z, W, b, Factors(B, s, A), frozen)
 

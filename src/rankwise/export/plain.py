@@ -126,5 +126,7 @@ def _update(config: peft.LoraConfig, name: str, parts: dict[str, Tensor], folder
     alpha = alphas.get(get_pattern_key(list(alphas), name), config.lora_alpha)
     if A.shape[0] != r or B.shape[1] != r:
         raise AdapterFileError(f"{name!r} should have rank {r} by {CONFIG}; found {A.shape[0]} and {B.shape[1]}")
-    scale = alpha / (r**0.5 if config.use_rslora else r)
+    if alpha is None:
+        raise AdapterFileError(f"{folder / CONFIG} must give {name!r} a number as lora_alpha; found None")
+    scale = alpha / (r**0.5 if config.use_rslora else r) if r else 1.0
     return Factors(B, torch.full((r,), scale, dtype=torch.float32), A)
