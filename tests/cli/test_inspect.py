@@ -132,7 +132,7 @@ def test_an_impossible_share_is_refused(energy: str, base: Path) -> None:
 def test_a_folder_without_an_adapter_is_refused(folder: str, base: Path) -> None:
     error = inspect(base.parent / folder).exception
     assert isinstance(error, AdapterFileError)
-    assert str(error) == f"{base.parent / folder / 'adapter_config.json'} is missing"
+    assert str(error) == f"{base.parent / folder} holds no LoRA adapter: adapter_config.json is missing"
 
 
 def test_a_base_model_that_does_not_open_is_named_and_can_be_given(base: Path, tmp_path: Path) -> None:

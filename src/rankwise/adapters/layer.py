@@ -10,6 +10,7 @@ update of that matrix is added to an output. The kinds are in `linear.py`, `conv
 from __future__ import annotations
 
 import warnings
+from abc import abstractmethod
 from functools import partial
 from typing import Any, ClassVar
 
@@ -63,26 +64,26 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     # --- what a kind of layer decides -------------------------------------------------------------------------------
 
     @staticmethod
+    @abstractmethod
     def matrix_shape(root: nn.Module) -> tuple[int, int]:
         """(out, in) of the base weight as a matrix."""
-        raise NotImplementedError
 
     @staticmethod
     def refusal(root: nn.Module) -> tuple[str, str] | None:
         """The rule that a base layer of this kind breaks, and what was found in it."""
         return None
 
+    @abstractmethod
     def as_matrix(self, weight: Tensor) -> Tensor:
         """The base weight, or an update of it, as a matrix (out, in)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def as_weight(self, matrix: Tensor) -> Tensor:
         """A matrix (out, in) in the base weight's shape."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _add(self, adapter: str, factors: Factors, result: Tensor, x: Tensor) -> Tensor:
         """Result + the update of the input x, with the gates of `adapter` where it has some."""
-        raise NotImplementedError
 
     def _at_once(self, adapter: str, x: Tensor) -> Tensor | None:
         """Base layer and update as one, where there is a faster way than one after the other."""

@@ -74,12 +74,10 @@ def _read(folder: Path, base: str | None) -> _Found:
     from rankwise.adapters.progress import unfinished
     from rankwise.errors import AdapterFileError
     from rankwise.export.plain import read_plain
-    from rankwise.export.source import CONFIG, TENSORS, finite, from_folder, opened_config, recorded
+    from rankwise.export.source import TENSORS, finite, from_folder, opened_config, recorded
 
     config, command = opened_config(folder), recorded(folder)
     told = f", by `{command}`" if command else ""
-    if config is None:
-        raise AdapterFileError(f"{folder / CONFIG} is missing")
     if not isinstance(config, AdapterConfig):
         updates = read_plain(folder).updates
         ranks, exported = {name: f.r for name, f in updates.items()}, {name: f.kept() for name, f in updates.items()}

@@ -82,6 +82,8 @@ def read_plain(folder: Path) -> PlainLora:
 
 def _plain_config(folder: Path) -> peft.LoraConfig:
     config = opened_config(folder)
+    if config is None:
+        raise AdapterFileError(f"{folder} holds no LoRA adapter: {CONFIG} is missing")
     if isinstance(config, AdapterConfig):
         raise AdapterFileError(f"{folder} holds a {config.method} adapter of rankwise: export it first")
     if type(config) is not peft.LoraConfig:
