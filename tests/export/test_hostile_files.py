@@ -171,6 +171,7 @@ BOTH: dict[str, Edit] = {
     "an empty name": renamed(""),
 }
 PLAIN: dict[str, Edit] = {
+    "no alpha": config_with(lora_alpha=None),
     "no B": tensors_with(lambda tensors: tensors.pop(B)),
     "no A": tensors_with(lambda tensors: tensors.pop(A)),
     "DoRA": config_with(use_dora=True),

@@ -211,6 +211,8 @@ def opened_config(folder: Path) -> PeftConfig | None:
 def wrong_entry(config: Mapping[str, Any]) -> str | None:
     """What is wrong with the entries of a config that choose modules and give ranks and scales."""
     wrong = [key for key, least in (("r", 1), ("lora_alpha", None)) if not _number(config.get(key, 8), least)]
+    if config.get("peft_type") == "LORA" and config.get("lora_alpha", 8) is None:  # ours may leave it out: r then
+        wrong.append("lora_alpha")
     for key, least in (("rank_pattern", 0), ("alpha_pattern", None)):
         pattern = config.get(key) or {}
         if not isinstance(pattern, dict) or not all(_expression(k) and _number(v, least) for k, v in pattern.items()):
