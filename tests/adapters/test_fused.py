@@ -18,7 +18,7 @@ from cases import CASES, Case
 from conftest import tiny_bert, tiny_gpt2, tiny_llama
 from rankwise.adapters import linear
 from rankwise.adapters.configs import CONFIGS
-from rankwise.adapters.fused import fused_linear
+from rankwise.adapters.fused import fused_linear, worth_adding
 from rankwise.adapters.lookup import adapted_layers
 from rankwise.update import Factors
 
@@ -105,13 +105,15 @@ def test_every_method_in_double_precision(name: str, case: Case, model: str) -> 
     assert_same(fast, outcome(made, batch, fast=False), 1e-12 if exact else 1e-5)  # gates and the like stay float32
 
 
-def of_layer(name: str, case: Case, *, fast: bool, autocast: bool = False, **fields: Any) -> dict[str, Tensor]:
+def of_layer(
+    name: str, case: Case, *, fast: bool, autocast: bool = False, tokens: int = 128, **fields: Any
+) -> dict[str, Tensor]:
     """Output and gradients of one layer that is not at its start."""
     torch.manual_seed(4)
     shared = {"r": 4, "target_modules": ["0"], "init_weights": False} | case.alone
     net = get_peft_model(nn.Sequential(nn.Linear(64, 48)), CONFIGS[name](**shared | fields)).train()
-    x = torch.randn(2, 128, 64, requires_grad=True)
-    weights = torch.randn(2, 128, 48)
+    x = torch.randn(2, tokens, 64, requires_grad=True)
+    weights = torch.randn(2, tokens, 48)
     patched = mock.patch.object(linear, "plain_weights", linear.plain_weights if fast else lambda _: None)
     with patched, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         y = net(x)
@@ -121,10 +123,39 @@ def of_layer(name: str, case: Case, *, fast: bool, autocast: bool = False, **fie
 
 
 @ROWS
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_every_method_in_single_precision(name: str, case: Case, dropout: float) -> None:
-    fast, plain = (of_layer(name, case, fast=fast, lora_dropout=dropout) for fast in (True, False))
+@pytest.mark.parametrize(("dropout", "tokens"), [(0.0, 16), (0.0, 128), (0.5, 128)], ids=["few", "many", "dropped"])
+def test_every_method_in_single_precision(name: str, case: Case, dropout: float, tokens: int) -> None:
+    fast, plain = (of_layer(name, case, fast=fast, tokens=tokens, lora_dropout=dropout) for fast in (True, False))
     assert_same(fast, plain, 1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 1.0])
+def test_an_update_in_the_weight_is_as_exact_as_one_beside_it(size: float) -> None:
+    torch.manual_seed(0)
+    x, W, g = draw(512, 64, gradient=True), draw(48, 64), draw(512, 48)
+    update = Factors(*((size * draw(*shape)).requires_grad_() for shape in ((48, 8), (8,), (8, 64))))
+    assert worth_adding(x, W, torch.float32, passes=2)
+    exact = torch.autograd.grad(written_out(x, None, W, None, update), [x, *update], g)
+    errors = []
+    for way in (fused_linear, written_out):
+        single = [t.detach().float().requires_grad_() for t in (x, *update)]
+        y = way(single[0], None, W.float(), None, Factors(*single[1:]))
+        found = torch.autograd.grad(y, single, g.float())
+        errors.append([float((f - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True)])
+    assert all(fused <= 2 * plain + 1e-7 for fused, plain in zip(*errors, strict=True))
+
+
+def test_an_update_stays_beside_a_weight_whose_products_round() -> None:
+    x, W = torch.randn(64, 8), torch.randn(8, 8)
+    assert worth_adding(x, W, torch.float32)
+    assert not worth_adding(x, W, torch.bfloat16)
+    assert not worth_adding(x[:4], W, torch.float32)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert not worth_adding(x, W, torch.float32)
+        assert worth_adding(x, W, torch.float64)
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 @ROWS

@@ -8,7 +8,12 @@ z and h = A z alone are kept. With g = ∂L/∂y and e = s ∘ Bᵀg:
 
     ∂x = (W + F)ᵀ g,   ∂z = Aᵀ e,   ∂B = g (s ∘ h)ᵀ,   ∂s = Σ h ∘ Bᵀg,   ∂A = e zᵀ,
 
-the first two as one where z is x.
+the first two as one where z is x. Where that takes fewer operations and the weight has the digits for it, the update is
+added to a copy of the weight in each pass, V = W + F + B·diag(s)·A,
+
+    y = V x + b,   ∂x = Vᵀ g,
+
+which saves a thin product in either pass for one of out·in·r; the backward pass then makes h itself.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rankwise.derivatives import outside_autocast
+from rankwise.precision import multiplied_whole
 from rankwise.update import Factors
 
 
@@ -39,9 +45,20 @@ def fused_linear(
         frozen: F, without a gradient.
     """
     B0, A0 = (None, None) if frozen is None else ((frozen.B * frozen.s).to(W.dtype), frozen.A.to(W.dtype))
-    y: Tensor = _FusedLinear.apply(x, z, W, b, *update, B0, A0)
+    into_weight = z is None and worth_adding(x, W, W.dtype, passes=2)
+    y: Tensor = _FusedLinear.apply(x, z, W, b, *update, B0, A0, into_weight)
     # Shaped out here: what a function of one's own returns as a view cannot be changed in place.
     return y.view(*x.shape[:-1], W.shape[0])
+
+
+def worth_adding(x: Tensor, W: Tensor, dtype: torch.dtype, *, passes: int = 1) -> bool:
+    """Whether ranks cost less where they are added to a copy of W than where n inputs x are multiplied by them.
+
+    Each then takes out·in operations for each of the `passes` that make a copy, in place of n·(in + out) in all. Not
+    where products in `dtype` would round a small update away in the weight (bfloat16, TF32).
+    """
+    n = x.shape[:-1].numel()
+    return n * sum(W.shape) > passes * W.numel() and multiplied_whole(dtype, W.device)
 
 
 class _FusedLinear(torch.autograd.Function):
@@ -59,15 +76,16 @@ class _FusedLinear(torch.autograd.Function):
         A: Tensor,
         B0: Tensor | None,
         A0: Tensor | None,
+        into_weight: bool,
     ) -> Tensor:
         """The rows of y."""
-        rows = _rows(x)
-        y = F.linear(rows, _with(W, B0, A0), b)
-        h = _narrow(rows if z is None else _rows(z), A.mT)
-        ctx.shape, ctx.dropped = x.shape, z is not None
+        rows, V, Bs = _rows(x), _with(W, B0, A0), _scaled(B, s)
+        h = None if into_weight else _narrow(rows if z is None else _rows(z), A.mT)
+        y = F.linear(rows, _with(V, Bs, A) if h is None else V, b)
+        ctx.shape, ctx.dropped, ctx.into_weight = x.shape, z is not None, into_weight
         trained = any(ctx.needs_input_grad[4:7])  # of a frozen update, no gradient needs the inputs
         ctx.save_for_backward(*((x if z is None else z, h) if trained else (None, None)), W, B, s, A, B0, A0)
-        return y.addmm_(h, _scaled(B, s).mT)
+        return y if h is None else y.addmm_(h, Bs.mT)
 
     @staticmethod
     @outside_autocast
@@ -77,20 +95,21 @@ class _FusedLinear(torch.autograd.Function):
         z, h, W, B, s, A, B0, A0 = ctx.saved_tensors
         wants_x, wants_z, _, _, wants_B, wants_s, wants_A, *_ = ctx.needs_input_grad
         rows = None if z is None else _rows(z)
-        if rows is not None and torch.is_grad_enabled():  # second derivatives go through h, too
-            h = rows @ A.mT
-        e = _narrow(g, _scaled(B, s))
+        Bs, V = _scaled(B, s), _with(W, B0, A0)
+        e = _narrow(g, Bs)
         dx = dz = dB = ds = None
         if wants_x:
-            dx = g @ _with(W, B0, A0)
-            dx = (dx if ctx.dropped else dx.addmm_(e, A)).view(ctx.shape)
+            dx = g @ (_with(V, Bs, A) if ctx.into_weight else V)
+            dx = (dx if ctx.dropped or ctx.into_weight else dx.addmm_(e, A)).view(ctx.shape)
         if ctx.dropped and wants_z:
             dz = (e @ A).view(ctx.shape)
         dA = e.mT @ rows if wants_A and rows is not None else None
-        if wants_B or wants_s:
+        if rows is not None and (wants_B or wants_s):
+            if h is None or torch.is_grad_enabled():  # second derivatives go through h, too
+                h = _narrow(rows, A.mT)
             G = _narrow(g.mT, h)
             dB, ds = _scaled(G, s), (B * G).sum(0, dtype=s.dtype) if wants_s else None
-        return dx, dz, None, None, dB, ds, dA, None, None
+        return dx, dz, None, None, dB, ds, dA, None, None, None
 
 
 def _rows(x: Tensor) -> Tensor:

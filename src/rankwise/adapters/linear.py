@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.adapters.fused import fused_linear
+from rankwise.adapters.fused import fused_linear, worth_adding
 from rankwise.adapters.layer import AdapterLayer, check_samples
 from rankwise.derivatives import by_hand
 from rankwise.update import Factors
@@ -87,15 +87,14 @@ class AdapterLinear(AdapterLayer):
     ) -> tuple[Tensor, Factors | None, Factors]:
         """The weight (out, in), what is frozen of the update if it is to be added to it, and the (other) update.
 
-        Adding r frozen ranks to the weight in every pass costs less than multiplying n inputs by them where
-        n·(in + out) > in·out; the weight must have the digits for it. No x: dropout, which the whole update sees.
+        No x: dropout, which the whole update sees.
         """
         method = self.methods[adapter]
         frozen = None if x is None else method.frozen_part(tensors)
         if frozen is not None and x is not None:
             if method.caches_frozen_part:
                 return self._folded(adapter, frozen), None, method.moving_part(tensors, self.scaling[adapter])
-            if dtype.itemsize >= 4 and x.numel() // x.shape[-1] * sum(W.shape) > W.numel():
+            if worth_adding(x, W, dtype):
                 return W, frozen, method.moving_part(tensors, self.scaling[adapter])
         return W, None, self._update(adapter, tensors)
 
