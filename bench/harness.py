@@ -7,6 +7,7 @@ import json
 import platform
 import random
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -140,9 +141,15 @@ def machine() -> dict[str, Any]:
     return found | {library.__name__: library.__version__ for library in libraries}
 
 
+def revision() -> str:
+    """Of this tree, by git."""
+    command = ["git", "describe", "--always", "--exclude", "*"]
+    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
+
+
 def write(file: Path | None, results: Mapping[str, Any]) -> None:
-    """The results with the machine they are from, as JSON."""
+    """The results with the machine and the revision they are from, as JSON."""
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"machine": machine(), **results}, indent=1, ensure_ascii=False)
+        text = json.dumps({"machine": machine(), "revision": revision(), **results}, indent=1, ensure_ascii=False)
         file.write_text(text + "\n", encoding="utf-8")
