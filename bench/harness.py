@@ -6,6 +6,7 @@ import argparse
 import json
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import time
@@ -142,9 +143,11 @@ def machine() -> dict[str, Any]:
 
 
 def revision() -> str:
-    """Of this tree, by git."""
-    command = ["git", "describe", "--always", "--exclude", "*"]
-    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
+    """Of this tree, if it is one of git's."""
+    if shutil.which("git") is None:
+        return ""
+    command = ["git", "-C", Path(__file__).parent, "describe", "--always", "--exclude", "*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def write(file: Path | None, results: Mapping[str, Any]) -> None:
