@@ -15,11 +15,9 @@ def exact(x: Tensor) -> Tensor:
 
 
 def multiplied_whole(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether products take all digits of a float32 or wider: not as TF32 or bfloat16, which torch can be told to."""
-    if dtype.itemsize < 4:
-        return False
+    """Whether products take all digits of a float32 or wider; torch can be told to take TF32's or bfloat16's."""
+    if dtype.itemsize != 4:
+        return dtype.itemsize > 4
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     chosen = getattr(getattr(backend, "matmul", None), "fp32_precision", None)  # from torch 2.9 on
-    if chosen is None:
-        return torch.get_float32_matmul_precision() == "highest"
-    return dtype == torch.float64 or chosen in ("none", "ieee")
+    return torch.get_float32_matmul_precision() == "highest" if chosen is None else chosen in ("none", "ieee")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import combinations
 from typing import Any
 from unittest import mock
 
@@ -57,11 +58,40 @@ def test_values_and_first_and_second_derivatives(r: int, own_input: bool, frozen
     assert torch.autograd.gradgradcheck(fused, args)
 
 
-def test_only_what_is_wanted_gets_a_gradient() -> None:
-    x, A = draw(3, 6), draw(2, 6, gradient=True)
-    fused_linear(x, None, draw(5, 6), None, Factors(draw(5, 2), draw(2), A)).sum().backward()
-    assert x.grad is None
-    assert A.grad is not None
+@pytest.mark.parametrize("rows", [3, 30], ids=["beside", "in the weight"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize("wanted", [wanted for k in range(1, 5) for wanted in combinations(range(4), k)], ids=str)
+def test_only_what_is_wanted_gets_a_gradient(rows: int, frozen: bool, wanted: tuple[int, ...]) -> None:
+    tensors = [draw(rows, 6), draw(5, 2), draw(2), draw(2, 6)]
+    W, F0 = draw(5, 6), Factors(draw(5, 2), draw(2), draw(2, 6)) if frozen else None
+    for i in wanted:
+        tensors[i].requires_grad_()
+    found = []
+    for way in (fused_linear, written_out):
+        x, *update = tensors
+        way(x, None, W, None, Factors(*update), F0).square().sum().backward()
+        found.append([t.grad for t in tensors])
+        for t in tensors:
+            t.grad = None
+    torch.testing.assert_close(*found)
+    assert [g is not None for g in found[0]] == [i in wanted for i in range(4)]
+
+
+def test_an_update_in_the_weight_keeps_the_inputs_alone() -> None:
+    kept: list[Any] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        update = Factors(*(draw(*shape, gradient=True) for shape in ((5, 2), (2,), (2, 6))))
+        fused_linear(draw(30, 6), None, draw(5, 6), None, update)
+    assert [shape for shape in kept if 30 in shape] == [(30, 6)]
+
+
+def test_no_open_rank_copies_no_weight() -> None:
+    update = Factors(draw(5, 0, gradient=True), draw(0), draw(0, 6))
+    W = draw(5, 6)
+    with mock.patch.object(torch, "addmm") as spy:
+        y = fused_linear(x := draw(30, 6), None, W, None, update)
+    spy.assert_not_called()
+    torch.testing.assert_close(y, F.linear(x, W))
 
 
 def ways(name: str, case: Case, model: str = "bert", **fields: Any) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -133,16 +163,20 @@ def test_every_method_in_single_precision(name: str, case: Case, dropout: float,
 def test_an_update_in_the_weight_is_as_exact_as_one_beside_it(size: float) -> None:
     torch.manual_seed(0)
     x, W, g = draw(512, 64, gradient=True), draw(48, 64), draw(512, 48)
-    update = Factors(*((size * draw(*shape)).requires_grad_() for shape in ((48, 8), (8,), (8, 64))))
-    assert worth_adding(x, W, torch.float32, passes=2)
-    exact = torch.autograd.grad(written_out(x, None, W, None, update), [x, *update], g)
-    errors = []
-    for way in (fused_linear, written_out):
-        single = [t.detach().float().requires_grad_() for t in (x, *update)]
-        y = way(single[0], None, W.float(), None, Factors(*single[1:]))
-        found = torch.autograd.grad(y, single, g.float())
-        errors.append([float((f - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True)])
-    assert all(fused <= 2 * plain + 1e-7 for fused, plain in zip(*errors, strict=True))
+    update = Factors(draw(48, 8, gradient=True), (size * draw(8)).requires_grad_(), draw(8, 64, gradient=True))
+    assert worth_adding(x, W, torch.float32, copies=2)
+
+    def outcome(way: Any, dtype: torch.dtype) -> list[Tensor]:
+        args = [t.detach().to(dtype).requires_grad_() for t in (x, *update)]
+        y = way(args[0], None, W.to(dtype), None, Factors(*args[1:]))
+        return [y, *torch.autograd.grad(y, args, g.to(dtype))]
+
+    exact = outcome(written_out, torch.float64)
+    fused, plain = (
+        [float((f - e).norm() / e.norm()) for f, e in zip(outcome(way, torch.float32), exact, strict=True)]
+        for way in (fused_linear, written_out)
+    )
+    assert all(ours <= 2 * theirs + 1e-8 for ours, theirs in zip(fused, plain, strict=True))
 
 
 def test_an_update_stays_beside_a_weight_whose_products_round() -> None:
@@ -213,11 +247,12 @@ def chain() -> tuple[Any, Chain]:
     return get_peft_model(net, rankwise.SoraConfig(r=2, target_modules=["lin"], init_weights=False)).train(), net
 
 
+@pytest.mark.parametrize("rows", [4, 32], ids=["beside", "in the weight"])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_used_twice_changed_in_place_and_recomputed(recompute: bool) -> None:
+def test_used_twice_changed_in_place_and_recomputed(recompute: bool, rows: int) -> None:
     model, net = chain()
     net.recompute = recompute
-    x = torch.randn(4, 8, requires_grad=True)
+    x = torch.randn(rows, 8, requires_grad=True)
     found = []
     for plain in (False, True):
         with mock.patch.object(linear, "plain_weights", (lambda _: None) if plain else linear.plain_weights):

@@ -13,7 +13,7 @@ added to a copy of the weight in each pass, V = W + F + B·diag(s)·A,
 
     y = V x + b,   ∂x = Vᵀ g,
 
-which saves a thin product in either pass for one of out·in·r; the backward pass then makes h itself.
+which saves A x and B h in the forward pass and Aᵀ e in the backward pass, where h is made instead, for out·in·r each.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def fused_linear(
 ) -> Tensor:
     """(W + F) x + b + B·diag(s)·A z; all of one dtype, but for s.
 
-    F is added to a copy of W that is made anew in each pass: it takes time out·in·r, and no memory between passes.
+    What is added to W is added to a copy that is made anew in each pass: none is kept between them.
 
     Args:
         x: (…, in).
@@ -45,20 +45,20 @@ def fused_linear(
         frozen: F, without a gradient.
     """
     B0, A0 = (None, None) if frozen is None else ((frozen.B * frozen.s).to(W.dtype), frozen.A.to(W.dtype))
-    into_weight = z is None and worth_adding(x, W, W.dtype, passes=2)
+    into_weight = z is None and update.r > 0 and worth_adding(x, W, W.dtype, copies=2)
     y: Tensor = _FusedLinear.apply(x, z, W, b, *update, B0, A0, into_weight)
     # Shaped out here: what a function of one's own returns as a view cannot be changed in place.
     return y.view(*x.shape[:-1], W.shape[0])
 
 
-def worth_adding(x: Tensor, W: Tensor, dtype: torch.dtype, *, passes: int = 1) -> bool:
-    """Whether ranks cost less where they are added to a copy of W than where n inputs x are multiplied by them.
+def worth_adding(x: Tensor, W: Tensor, dtype: torch.dtype, *, copies: int = 1) -> bool:
+    """Whether ranks cost less where they are added to W than where n inputs x are multiplied by them.
 
-    Each then takes out·in operations for each of the `passes` that make a copy, in place of n·(in + out) in all. Not
-    where products in `dtype` would round a small update away in the weight (bfloat16, TF32).
+    Each then takes out·in operations for each of the `copies` of W that save it n·(in + out), one multiplication by all
+    inputs and outputs. Not where products in `dtype` would round a small update away in W (bfloat16, TF32).
     """
     n = x.shape[:-1].numel()
-    return n * sum(W.shape) > passes * W.numel() and multiplied_whole(dtype, W.device)
+    return n * sum(W.shape) > copies * W.numel() and multiplied_whole(dtype, W.device)
 
 
 class _FusedLinear(torch.autograd.Function):
@@ -79,9 +79,9 @@ class _FusedLinear(torch.autograd.Function):
         into_weight: bool,
     ) -> Tensor:
         """The rows of y."""
-        rows, V, Bs = _rows(x), _with(W, B0, A0), _scaled(B, s)
+        rows, Bs = _rows(x), _scaled(B, s)
         h = None if into_weight else _narrow(rows if z is None else _rows(z), A.mT)
-        y = F.linear(rows, _with(V, Bs, A) if h is None else V, b)
+        y = F.linear(rows, _with(W, (B0, A0), (Bs if into_weight else None, A)), b)
         ctx.shape, ctx.dropped, ctx.into_weight = x.shape, z is not None, into_weight
         trained = any(ctx.needs_input_grad[4:7])  # of a frozen update, no gradient needs the inputs
         ctx.save_for_backward(*((x if z is None else z, h) if trained else (None, None)), W, B, s, A, B0, A0)
@@ -95,15 +95,15 @@ class _FusedLinear(torch.autograd.Function):
         z, h, W, B, s, A, B0, A0 = ctx.saved_tensors
         wants_x, wants_z, _, _, wants_B, wants_s, wants_A, *_ = ctx.needs_input_grad
         rows = None if z is None else _rows(z)
-        Bs, V = _scaled(B, s), _with(W, B0, A0)
-        e = _narrow(g, Bs)
-        dx = dz = dB = ds = None
+        Bs, beside = _scaled(B, s), not (ctx.dropped or ctx.into_weight)
+        e = _narrow(g, Bs) if wants_A or wants_z or (wants_x and beside) else None
+        dx = dz = dA = dB = ds = None
         if wants_x:
-            dx = g @ (_with(V, Bs, A) if ctx.into_weight else V)
-            dx = (dx if ctx.dropped or ctx.into_weight else dx.addmm_(e, A)).view(ctx.shape)
-        if ctx.dropped and wants_z:
-            dz = (e @ A).view(ctx.shape)
-        dA = e.mT @ rows if wants_A and rows is not None else None
+            dx = g @ _with(W, (B0, A0), (Bs if ctx.into_weight else None, A))
+            dx = (dx if e is None or not beside else dx.addmm_(e, A)).view(ctx.shape)
+        if e is not None:
+            dz = (e @ A).view(ctx.shape) if wants_z else None
+            dA = e.mT @ rows if wants_A and rows is not None else None
         if rows is not None and (wants_B or wants_s):
             if h is None or torch.is_grad_enabled():  # second derivatives go through h, too
                 h = _narrow(rows, A.mT)
@@ -126,5 +126,9 @@ def _narrow(a: Tensor, b: Tensor) -> Tensor:
     return a @ b if b.shape[1] >= 16 else (b.mT @ a.mT).mT
 
 
-def _with(W: Tensor, B0: Tensor | None, A0: Tensor | None) -> Tensor:
-    return W if B0 is None or A0 is None else torch.addmm(W, B0, A0)
+def _with(W: Tensor, *parts: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    """W + Σ B A over the parts that are there, in one pass over W."""
+    held = [(B, A) for B, A in parts if B is not None and A is not None]
+    if len(held) < 2:
+        return torch.addmm(W, *held[0]) if held else W
+    return torch.addmm(W, torch.cat([B for B, _ in held], 1), torch.cat([A for _, A in held], 0))
