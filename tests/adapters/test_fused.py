@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from itertools import combinations
 from typing import Any
 from unittest import mock
@@ -17,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import rankwise
 from cases import CASES, Case
 from conftest import tiny_bert, tiny_gpt2, tiny_llama
-from rankwise.adapters import linear
+from rankwise.adapters import fused, linear
 from rankwise.adapters.configs import CONFIGS
 from rankwise.adapters.fused import fused_linear, worth_adding
 from rankwise.adapters.lookup import adapted_layers
@@ -38,38 +40,55 @@ def written_out(
     return y + F.linear((x if z is None else z), update.delta())
 
 
+@contextmanager
+def added_to_weight(always: bool) -> Iterator[None]:
+    """The update in the weight always, or never."""
+    with ExitStack() as stack:
+        for module in (fused, linear):
+            stack.enter_context(mock.patch.object(module, "worth_adding", return_value=always))
+        yield
+
+
+PLACES = pytest.mark.parametrize("added", [False, True], ids=["beside", "in the weight"])
+
+
+@PLACES
 @pytest.mark.parametrize("r", [3, 17], ids=["narrow", "wide"])
 @pytest.mark.parametrize("own_input", [False, True], ids=["x", "dropped"])
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
 @pytest.mark.parametrize("shape", [(), (4,), (2, 3)], ids=str)
-def test_values_and_first_and_second_derivatives(r: int, own_input: bool, frozen: bool, shape: tuple[int, ...]) -> None:
+def test_values_and_first_and_second_derivatives(
+    r: int, own_input: bool, frozen: bool, shape: tuple[int, ...], added: bool
+) -> None:
     x, z = draw(*shape, 6, gradient=True), draw(*shape, 6, gradient=True) if own_input else None
     W, b = draw(5, 6), draw(5) if shape else None
     B, s, A = draw(5, r, gradient=True), draw(r, gradient=True), draw(r, 6, gradient=True)
     F0 = Factors(draw(5, 2), draw(2), draw(2, 6)) if frozen else None
     args = [t for t in (x, z, B, s, A) if t is not None]
 
-    def fused(*args: Tensor) -> Tensor:
+    def fast(*args: Tensor) -> Tensor:
         x, *rest = args
         return fused_linear(x, rest[0] if own_input else None, W, b, Factors(*rest[own_input:]), F0)
 
-    torch.testing.assert_close(fused(*args), written_out(x, z, W, b, Factors(B, s, A), F0), rtol=1e-12, atol=1e-12)
-    assert torch.autograd.gradcheck(fused, args)
-    assert torch.autograd.gradgradcheck(fused, args)
+    with added_to_weight(added):
+        torch.testing.assert_close(fast(*args), written_out(x, z, W, b, Factors(B, s, A), F0), rtol=1e-12, atol=1e-12)
+        assert torch.autograd.gradcheck(fast, args)
+        assert torch.autograd.gradgradcheck(fast, args)
 
 
-@pytest.mark.parametrize("rows", [3, 30], ids=["beside", "in the weight"])
+@PLACES
 @pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
 @pytest.mark.parametrize("wanted", [wanted for k in range(1, 5) for wanted in combinations(range(4), k)], ids=str)
-def test_only_what_is_wanted_gets_a_gradient(rows: int, frozen: bool, wanted: tuple[int, ...]) -> None:
-    tensors = [draw(rows, 6), draw(5, 2), draw(2), draw(2, 6)]
+def test_only_what_is_wanted_gets_a_gradient(added: bool, frozen: bool, wanted: tuple[int, ...]) -> None:
+    tensors = [draw(3, 6), draw(5, 2), draw(2), draw(2, 6)]
     W, F0 = draw(5, 6), Factors(draw(5, 2), draw(2), draw(2, 6)) if frozen else None
     for i in wanted:
         tensors[i].requires_grad_()
     found = []
     for way in (fused_linear, written_out):
         x, *update = tensors
-        way(x, None, W, None, Factors(*update), F0).square().sum().backward()
+        with added_to_weight(added):
+            way(x, None, W, None, Factors(*update), F0).square().sum().backward()
         found.append([t.grad for t in tensors])
         for t in tensors:
             t.grad = None
@@ -81,15 +100,15 @@ def test_an_update_in_the_weight_keeps_the_inputs_alone() -> None:
     kept: list[Any] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
         update = Factors(*(draw(*shape, gradient=True) for shape in ((5, 2), (2,), (2, 6))))
-        fused_linear(draw(30, 6), None, draw(5, 6), None, update)
-    assert [shape for shape in kept if 30 in shape] == [(30, 6)]
+        fused_linear(draw(300, 6), None, draw(5, 6), None, update)
+    assert [shape for shape in kept if 300 in shape] == [(300, 6)]
 
 
 def test_no_open_rank_copies_no_weight() -> None:
     update = Factors(draw(5, 0, gradient=True), draw(0), draw(0, 6))
     W = draw(5, 6)
     with mock.patch.object(torch, "addmm") as spy:
-        y = fused_linear(x := draw(30, 6), None, W, None, update)
+        y = fused_linear(x := draw(300, 6), None, W, None, update)
     spy.assert_not_called()
     torch.testing.assert_close(y, F.linear(x, W))
 
@@ -123,10 +142,11 @@ def assert_same(fast: dict[str, Tensor], plain: dict[str, Tensor], tolerance: fl
 
 @ROWS
 @pytest.mark.parametrize("model", MODELS)
-def test_every_method_in_double_precision(name: str, case: Case, model: str) -> None:
+@PLACES
+def test_every_method_in_double_precision(name: str, case: Case, model: str, added: bool) -> None:
     made, batch = ways(name, case, model)
     made.double()
-    with mock.patch.object(linear, "fused_linear", wraps=fused_linear) as spy:
+    with mock.patch.object(linear, "fused_linear", wraps=fused_linear) as spy, added_to_weight(added):
         fast = outcome(made, batch, fast=True)
         assert spy.call_count == len(adapted_layers(made))
     exact = not any(
@@ -153,7 +173,7 @@ def of_layer(
 
 
 @ROWS
-@pytest.mark.parametrize(("dropout", "tokens"), [(0.0, 16), (0.0, 128), (0.5, 128)], ids=["few", "many", "dropped"])
+@pytest.mark.parametrize(("dropout", "tokens"), [(0.0, 128), (0.0, 512), (0.5, 512)], ids=["few", "many", "dropped"])
 def test_every_method_in_single_precision(name: str, case: Case, dropout: float, tokens: int) -> None:
     fast, plain = (of_layer(name, case, fast=fast, tokens=tokens, lora_dropout=dropout) for fast in (True, False))
     assert_same(fast, plain, 1e-5)
@@ -164,7 +184,7 @@ def test_an_update_in_the_weight_is_as_exact_as_one_beside_it(size: float) -> No
     torch.manual_seed(0)
     x, W, g = draw(512, 64, gradient=True), draw(48, 64), draw(512, 48)
     update = Factors(draw(48, 8, gradient=True), (size * draw(8)).requires_grad_(), draw(8, 64, gradient=True))
-    assert worth_adding(x, W, torch.float32, copies=2)
+    assert worth_adding(x, W, 8, torch.float32, copies=2)
 
     def outcome(way: Any, dtype: torch.dtype) -> list[Tensor]:
         args = [t.detach().to(dtype).requires_grad_() for t in (x, *update)]
@@ -172,22 +192,22 @@ def test_an_update_in_the_weight_is_as_exact_as_one_beside_it(size: float) -> No
         return [y, *torch.autograd.grad(y, args, g.to(dtype))]
 
     exact = outcome(written_out, torch.float64)
-    fused, plain = (
+    fast, plain = (
         [float((f - e).norm() / e.norm()) for f, e in zip(outcome(way, torch.float32), exact, strict=True)]
         for way in (fused_linear, written_out)
     )
-    assert all(ours <= 2 * theirs + 1e-8 for ours, theirs in zip(fused, plain, strict=True))
+    assert all(ours <= 2 * theirs + 1e-8 for ours, theirs in zip(fast, plain, strict=True))
 
 
 def test_an_update_stays_beside_a_weight_whose_products_round() -> None:
-    x, W = torch.randn(64, 8), torch.randn(8, 8)
-    assert worth_adding(x, W, torch.float32)
-    assert not worth_adding(x, W, torch.bfloat16)
-    assert not worth_adding(x[:4], W, torch.float32)
+    x, W = torch.randn(128, 8), torch.randn(8, 8)
+    assert worth_adding(x, W, 2, torch.float32)
+    assert not worth_adding(x, W, 2, torch.bfloat16)
+    assert not worth_adding(x[:4], W, 16, torch.float32)
     torch.set_float32_matmul_precision("medium")
     try:
-        assert not worth_adding(x, W, torch.float32)
-        assert worth_adding(x, W, torch.float64)
+        assert not worth_adding(x, W, 2, torch.float32)
+        assert worth_adding(x, W, 2, torch.float64)
     finally:
         torch.set_float32_matmul_precision("highest")
 
@@ -203,7 +223,7 @@ def test_every_method_under_autocast(name: str, case: Case) -> None:
 
 
 @pytest.mark.parametrize("residual", ["offset", "cached"])
-@pytest.mark.parametrize("tokens", [1, 64], ids=["few", "many"])
+@pytest.mark.parametrize("tokens", [1, 256], ids=["few", "many"])
 def test_sorsas_residual(residual: str, tokens: int) -> None:
     torch.manual_seed(0)
     net = get_peft_model(
@@ -247,17 +267,18 @@ def chain() -> tuple[Any, Chain]:
     return get_peft_model(net, rankwise.SoraConfig(r=2, target_modules=["lin"], init_weights=False)).train(), net
 
 
-@pytest.mark.parametrize("rows", [4, 32], ids=["beside", "in the weight"])
+@PLACES
 @pytest.mark.parametrize("recompute", [False, True])
-def test_used_twice_changed_in_place_and_recomputed(recompute: bool, rows: int) -> None:
+def test_used_twice_changed_in_place_and_recomputed(recompute: bool, added: bool) -> None:
     model, net = chain()
     net.recompute = recompute
-    x = torch.randn(rows, 8, requires_grad=True)
+    x = torch.randn(4, 8, requires_grad=True)
     found = []
     for plain in (False, True):
         with mock.patch.object(linear, "plain_weights", (lambda _: None) if plain else linear.plain_weights):
             wanted = [x, *(p for p in model.parameters() if p.requires_grad)]
-            found.append(torch.autograd.grad(model(x).square().sum(), wanted))
+            with added_to_weight(added):
+                found.append(torch.autograd.grad(model(x).square().sum(), wanted))
     for fast, slow in zip(*found, strict=True):
         torch.testing.assert_close(fast, slow, rtol=1e-5, atol=1e-5)
 

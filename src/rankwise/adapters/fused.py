@@ -8,8 +8,8 @@ z and h = A z alone are kept. With g = ∂L/∂y and e = s ∘ Bᵀg:
 
     ∂x = (W + F)ᵀ g,   ∂z = Aᵀ e,   ∂B = g (s ∘ h)ᵀ,   ∂s = Σ h ∘ Bᵀg,   ∂A = e zᵀ,
 
-the first two as one where z is x. Where that takes fewer operations and the weight has the digits for it, the update is
-added to a copy of the weight in each pass, V = W + F + B·diag(s)·A,
+the first two as one where z is x. Where that takes less time and the weight has the digits for it, the update is added
+to a copy of the weight in each pass, V = W + F + B·diag(s)·A,
 
     y = V x + b,   ∂x = Vᵀ g,
 
@@ -28,6 +28,9 @@ from rankwise.derivatives import outside_autocast
 from rankwise.precision import multiplied_whole
 from rankwise.update import Factors
 
+COPY = 32
+"""Multiplications in the time of copying one element of a weight, about (`bench/README.md`)."""
+
 
 def fused_linear(
     x: Tensor, z: Tensor | None, W: Tensor, b: Tensor | None, update: Factors, frozen: Factors | None = None
@@ -45,20 +48,21 @@ def fused_linear(
         frozen: F, without a gradient.
     """
     B0, A0 = (None, None) if frozen is None else ((frozen.B * frozen.s).to(W.dtype), frozen.A.to(W.dtype))
-    into_weight = z is None and update.r > 0 and worth_adding(x, W, W.dtype, copies=2)
+    into_weight = z is None and worth_adding(x, W, update.r, W.dtype, copies=2)
     y: Tensor = _FusedLinear.apply(x, z, W, b, *update, B0, A0, into_weight)
     # Shaped out here: what a function of one's own returns as a view cannot be changed in place.
     return y.view(*x.shape[:-1], W.shape[0])
 
 
-def worth_adding(x: Tensor, W: Tensor, dtype: torch.dtype, *, copies: int = 1) -> bool:
-    """Whether ranks cost less where they are added to W than where n inputs x are multiplied by them.
+def worth_adding(x: Tensor, W: Tensor, r: int, dtype: torch.dtype, *, copies: int = 1) -> bool:
+    """Whether r ranks cost less where they are added to W than where n inputs x are multiplied by them.
 
-    Each then takes out·in operations for each of the `copies` of W that save it n·(in + out), one multiplication by all
-    inputs and outputs. Not where products in `dtype` would round a small update away in W (bfloat16, TF32).
+    A rank then takes out·in operations for each of the `copies` of W that save it n·(in + out), one multiplication by
+    all inputs and outputs; and a copy itself takes time. Not where products in `dtype` would round a small update away
+    in W (bfloat16, TF32).
     """
-    n = x.shape[:-1].numel()
-    return n * sum(W.shape) > copies * W.numel() and multiplied_whole(dtype, W.device)
+    saved = r * (x.shape[:-1].numel() * sum(W.shape) - copies * W.numel())
+    return saved > COPY * copies * W.numel() and multiplied_whole(dtype, W.device)
 
 
 class _FusedLinear(torch.autograd.Function):

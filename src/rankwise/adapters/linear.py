@@ -94,7 +94,7 @@ class AdapterLinear(AdapterLayer):
         if frozen is not None and x is not None:
             if method.caches_frozen_part:
                 return self._folded(adapter, frozen), None, method.moving_part(tensors, self.scaling[adapter])
-            if worth_adding(x, W, dtype):
+            if worth_adding(x, W, frozen.r, dtype):
                 return W, frozen, method.moving_part(tensors, self.scaling[adapter])
         return W, None, self._update(adapter, tensors)
 
