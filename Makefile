@@ -22,7 +22,7 @@ test-peft: .venv/ready
 test-servers: .venv/ready
 	$(BIN)/python tests/servers/run.py
 
-# Speed against PEFT's LoRA, memory, rules as models grow, starts: seven minutes, into bench/results.
+# Speed against PEFT's LoRA, memory, rules as models grow, starts: four to seven minutes, into bench/results.
 bench: .venv/ready
 	$(BIN)/python bench/step_time.py --json bench/results/step_time.json
 	$(BIN)/python bench/memory.py --json bench/results/memory.json
