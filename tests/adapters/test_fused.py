@@ -104,6 +104,17 @@ def test_an_update_in_the_weight_keeps_the_inputs_alone() -> None:
     assert [shape for shape in kept if 300 in shape] == [(300, 6)]
 
 
+@PLACES
+def test_of_a_frozen_part_its_own_tensors_are_kept_and_nothing_made_of_them(added: bool) -> None:
+    kept: list[Tensor] = []
+    update = Factors(draw(5, 2, gradient=True), draw(2, gradient=True), draw(2, 6, gradient=True))
+    part, x, W = Factors(draw(5, 3), draw(3), draw(3, 6)), draw(7, 6, gradient=True), draw(5, 6)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t), added_to_weight(added):
+        fused_linear(x, None, W, None, update, part)
+    given = {t.data_ptr() for t in (x, W, *update, *part)}
+    assert [tuple(t.shape) for t in kept if t.data_ptr() not in given] == ([] if added else [(7, 2)])  # h
+
+
 def test_no_open_rank_copies_no_weight() -> None:
     update = Factors(draw(5, 0, gradient=True), draw(0), draw(0, 6))
     W = draw(5, 6)

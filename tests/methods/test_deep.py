@@ -229,11 +229,14 @@ def test_the_bases_move_at_a_rate_of_their_own(kind: Any, decay: float, batch: B
 
 @pytest.mark.parametrize("depth", [2, 3, 5])
 @pytest.mark.parametrize("stack", [(), (3,)])
-def test_factors_are_the_plain_product(depth: int, stack: tuple[int, ...]) -> None:
-    U, V, W = torch.randn(*stack, 7, 4), torch.randn(*stack, 9, 4), torch.randn(*stack, depth, 4, 4)
-    found = Deep(depth=depth).factors({"U": U, "V": V, "W": W}, 123.0).delta()
+@pytest.mark.parametrize(("out", "into"), [(7, 9), (9, 7)], ids=["into U", "into V"])
+def test_factors_are_the_plain_product(depth: int, stack: tuple[int, ...], out: int, into: int) -> None:
+    U, V, W = torch.randn(*stack, out, 4), torch.randn(*stack, into, 4), torch.randn(*stack, depth, 4, 4)
+    found = Deep(depth=depth).factors({"U": U, "V": V, "W": W}, 123.0)
     core = functools.reduce(lambda P, factor: factor @ P, W.double().unbind(-3))  # W_1 is the first
-    assert torch.allclose(found.double(), U.double() @ core @ V.double().mT, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(found.delta().double(), U.double() @ core @ V.double().mT, rtol=1e-4, atol=1e-4)
+    larger = (found.A, V) if into > out else (found.B, U)
+    assert larger[0].data_ptr() == larger[1].data_ptr()  # as it is: what is made has the smaller one's size
 
 
 def test_under_float16_autocast_the_core_gets_its_gradient() -> None:

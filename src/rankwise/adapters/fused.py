@@ -47,9 +47,8 @@ def fused_linear(
         update: B (out, r), s (r,), A (r, in).
         frozen: F, without a gradient.
     """
-    B0, A0 = (None, None) if frozen is None else ((frozen.B * frozen.s).to(W.dtype), frozen.A.to(W.dtype))
     into_weight = z is None and worth_adding(x, W, update.r, W.dtype, copies=2)
-    y: Tensor = _FusedLinear.apply(x, z, W, b, *update, B0, A0, into_weight)
+    y: Tensor = _FusedLinear.apply(x, z, W, b, *update, *(frozen or (None, None, None)), into_weight)
     # Shaped out here: what a function of one's own returns as a view cannot be changed in place.
     return y.view(*x.shape[:-1], W.shape[0])
 
@@ -79,16 +78,17 @@ class _FusedLinear(torch.autograd.Function):
         s: Tensor,
         A: Tensor,
         B0: Tensor | None,
+        s0: Tensor | None,
         A0: Tensor | None,
         into_weight: bool,
     ) -> Tensor:
         """The rows of y."""
         rows, Bs = _rows(x), _scaled(B, s)
         h = None if into_weight else _narrow(rows if z is None else _rows(z), A.mT)
-        y = F.linear(rows, _with(W, (B0, A0), (Bs if into_weight else None, A)), b)
+        y = F.linear(rows, _with(W, _frozen(W, B0, s0, A0), (Bs, A) if into_weight else None), b)
         ctx.shape, ctx.dropped, ctx.into_weight = x.shape, z is not None, into_weight
         trained = any(ctx.needs_input_grad[4:7])  # of a frozen update, no gradient needs the inputs
-        ctx.save_for_backward(*((x if z is None else z, h) if trained else (None, None)), W, B, s, A, B0, A0)
+        ctx.save_for_backward(*((x if z is None else z, h) if trained else (None, None)), W, B, s, A, B0, s0, A0)
         return y if h is None else y.addmm_(h, Bs.mT)
 
     @staticmethod
@@ -96,14 +96,14 @@ class _FusedLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients of x, z, B, s and A, those that are wanted."""
         (g,) = gradients
-        z, h, W, B, s, A, B0, A0 = ctx.saved_tensors
+        z, h, W, B, s, A, *frozen = ctx.saved_tensors
         wants_x, wants_z, _, _, wants_B, wants_s, wants_A, *_ = ctx.needs_input_grad
         rows = None if z is None else _rows(z)
         Bs, beside = _scaled(B, s), not (ctx.dropped or ctx.into_weight)
         e = _narrow(g, Bs) if wants_A or wants_z or (wants_x and beside) else None
         dx = dz = dA = dB = ds = None
         if wants_x:
-            dx = g @ _with(W, (B0, A0), (Bs if ctx.into_weight else None, A))
+            dx = g @ _with(W, _frozen(W, *frozen), (Bs, A) if ctx.into_weight else None)
             dx = (dx if e is None or not beside else dx.addmm_(e, A)).view(ctx.shape)
         if e is not None:
             dz = (e @ A).view(ctx.shape) if wants_z else None
@@ -113,7 +113,7 @@ class _FusedLinear(torch.autograd.Function):
                 h = _narrow(rows, A.mT)
             G = _narrow(g.mT, h)
             dB, ds = _scaled(G, s), (B * G).sum(0, dtype=s.dtype) if wants_s else None
-        return dx, dz, None, None, dB, ds, dA, None, None, None
+        return dx, dz, None, None, dB, ds, dA, None, None, None, None
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -130,9 +130,14 @@ def _narrow(a: Tensor, b: Tensor) -> Tensor:
     return a @ b if b.shape[1] >= 16 else (b.mT @ a.mT).mT
 
 
-def _with(W: Tensor, *parts: tuple[Tensor | None, Tensor | None]) -> Tensor:
+def _frozen(W: Tensor, B: Tensor | None, s: Tensor | None, A: Tensor | None) -> tuple[Tensor, Tensor] | None:
+    """B·diag(s) and A in W's dtype, anew in each pass: kept from one to the other, they would take half an adapter."""
+    return None if B is None or s is None or A is None else ((B * s).to(W.dtype), A.to(W.dtype))
+
+
+def _with(W: Tensor, *parts: tuple[Tensor, Tensor] | None) -> Tensor:
     """W + Σ B A over the parts that are there, in one pass over W."""
-    held = [(B, A) for B, A in parts if B is not None and A is not None]
+    held = [part for part in parts if part is not None]
     if len(held) < 2:
         return torch.addmm(W, *held[0]) if held else W
     return torch.addmm(W, torch.cat([B for B, _ in held], 1), torch.cat([A for _, A in held], 0))

@@ -102,9 +102,12 @@ class Deep(Method):
         return {"U": U, "V": V}
 
     def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
-        """B = U·(W_L ⋯ W_1)."""
-        B = t["U"] @ chain(t["W"]) if t["W"].shape[-3] else t["U"]
-        return Factors(B, torch.ones_like(B[..., 0, :]), t["V"].mT)
+        """B = U·(W_L ⋯ W_1) and A = Vᵀ, or the product goes to Vᵀ where that is smaller: a training step keeps it."""
+        B, A = t["U"], t["V"].mT
+        if t["W"].shape[-3]:
+            square = chain(t["W"])
+            B, A = (B @ square, A) if B.shape[-2] <= A.shape[-1] else (B, square @ A)
+        return Factors(B, torch.ones_like(B[..., 0, :]), A)
 
     def kept(self, t: Mapping[str, Tensor]) -> Tensor:
         """All r directions; an export drops those that hold next to nothing."""
