@@ -85,7 +85,7 @@ def _recombined(f: Factors) -> Factors:
 
 def _without_least(updates: Mapping[str, Factors], share: float) -> Mapping[str, Factors]:
     """Decomposed updates less the smallest directions of all, which together hold at most `share` of the norm."""
-    energy = torch.cat([f.s.cpu().square() for f in updates.values()]).sort().values
+    energy = torch.cat([f.s.detach().cpu().square() for f in updates.values()]).sort().values
     least = energy[energy.cumsum(0) <= share**2 * energy.sum()]
     floor = float(least.max().sqrt()) if len(least) else 0.0
     return {name: Factors(f.B, torch.where(f.s > floor, f.s, 0), f.A) for name, f in updates.items()}
