@@ -148,11 +148,16 @@ def stack_of(modules: Modules) -> Stack:
 
 
 def round_of(modules: Modules, split: int, count: int) -> list[dict[str, Tensor]]:
-    """One round over two stacks, at a step where it is due; IS = S(M) − S(M∖r) + S(M_r) is the planted score."""
+    """One round over two stacks, at a step where it is due; IS = S(M) − S(M∖r) + S(M_r) is the planted score.
+
+    Neither half of it ranks as the whole does: what a rank does alone is planted apart, and large.
+    """
     parts = [part for part in (modules[:split], modules[split:]) if part]
     stacks = [stack_of(part) for part in parts]
     scores = [torch.tensor([[math.nan if s is None else s for s in m] for m in part]) for part in parts]
-    ablation = Ablation(3.0, [3.0 - 0.25 * s for s in scores], [0.75 * s for s in scores])
+    alone = [(100 * torch.randperm(s.numel())).float().view_as(s).where(s.isfinite(), math.nan) for s in scores]
+    without = [3.0 - (s - a) for s, a in zip(scores, alone, strict=True)]
+    ablation = Ablation(3.0, without, alone)
     step = Step(4, 3, 100, ablate=lambda: ablation)
     updates = method(prune_per_round=count).after_step(stacks, step)
     for stack, update in zip(stacks, updates, strict=True):
