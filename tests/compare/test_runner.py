@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import time
@@ -26,6 +27,7 @@ from transformers import Trainer, TrainerCallback
 import rankwise
 from rankwise.adapters.configs import CONFIGS
 from rankwise.compare import runner, train
+from rankwise.compare.candidates.adapter import AdapterCandidate
 from rankwise.compare.models import open_model, open_tokenizer
 from rankwise.compare.plan import Plan, Run, make_plan
 from rankwise.compare.results import Result, read_results
@@ -246,8 +248,11 @@ def test_the_ranks_of_an_export_are_in_the_result(comparison: Comparison) -> Non
     assert set(comparison.result("lora").exported_ranks.values()) == {4}
     assert set(comparison.result("sorsa").exported_ranks.values()) == {8}
     deep = comparison.result("deep")
-    assert max(deep.exported_ranks.values()) < 4, "the directions that Deep LoRA left near 0 are not exported"
     assert set(deep.ranks.values()) == {4}
+    assert min(deep.exported_ranks.values()) < 4  # directions that stayed near 0 are not exported
+    wide = re.compile(r"layer\.\d+\.(intermediate|output)\.dense")  # 32 to 64 and back; the others are 32 × 32
+    exported = sum(rank * (96 if wide.search(name) else 64) for name, rank in deep.exported_ranks.items())
+    assert deep.parameters["exported"] == exported
 
 
 def test_the_floor_trains_the_head_and_nothing_else(comparison: Comparison) -> None:
@@ -341,11 +346,11 @@ def test_a_run_that_crashed_after_its_export_is_done_again(
     plan = make_plan(read_spec(write_spec(tmp_path, training={"steps": 2})))
     exports = plan.spec.output / "exports"
 
-    def full(model: object) -> None:
+    def full(candidate: object, model: object) -> None:
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "status", full)
+        patch.setattr(AdapterCandidate, "measure", full)
         with pytest.raises(OSError, match="no space"):
             run_plan(plan, COMMAND)
     assert [path.name for path in exports.iterdir()] == [plan.runs[0].key]
