@@ -32,7 +32,7 @@ class AdapterCandidate(Candidate):
     def __init__(self, config: AdapterConfig) -> None:
         self.config = config
         self.name = config.method
-        self.suggested_rate = METHODS[config.method].suggested_rate
+        self.suggested_rate = config.suggest_rate()
         self.starting_scale = config.scale_of("")
         own_fields = dataclasses.fields(METHODS[config.method])
         self.fields = {field.name: getattr(config, field.name) for field in own_fields}
