@@ -16,6 +16,10 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
+    from rankwise import compare as compare
+    from rankwise import completion as completion
+    from rankwise import errors as errors
+    from rankwise import spectral as spectral
     from rankwise.adapters.configs import *  # noqa: F403  every config class, without naming them here
     from rankwise.adapters.lookup import factors, ranks
     from rankwise.export.importing import import_lora
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
     from rankwise.update import Factors
 
 __version__ = "0.1.0"
+
+_MODULES = ("compare", "completion", "errors", "spectral")
+"""Public modules, imported when first used."""
 
 _HOMES = {
     "Factors": "rankwise.update",
@@ -57,7 +64,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("compare", "spectral"):
+    if name in _MODULES:
         return importlib.import_module(f"rankwise.{name}")
     if name in _HOMES:
         found = getattr(importlib.import_module(_HOMES[name]), name)
@@ -72,7 +79,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__", "compare", "spectral", *_configs()])
+    return sorted([*__all__, "__version__", *_MODULES, *_configs()])
 
 
 def _configs() -> dict[str, Any]:
