@@ -116,8 +116,17 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return self._modules["rankwise_tensors"]._modules[adapter]  # type: ignore[return-value,union-attr]
 
     def started(self, adapter: str) -> AdapterTensors:
-        """The tensors of `adapter`, given their start if they still await it."""
+        """The tensors of `adapter`, given their start if they still await it.
+
+        Raises:
+            RankwiseError: accelerate has moved them out of memory.
+        """
         tensors = self.tensors(adapter)
+        if "_hf_hook" in vars(tensors) and tensors.trained()[0].is_meta:
+            raise RankwiseError(
+                f"accelerate has offloaded the tensors of adapter {adapter!r}, which are needed between passes, too: "
+                'leave the adapted layers out of "cpu" and "disk" in the device map'
+            )
         if tensors.awaits_start:
             tensors.awaits_start = False
             method = self.methods[adapter]
