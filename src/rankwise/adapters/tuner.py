@@ -47,8 +47,10 @@ class RankwiseTuner(BaseTuner):
         """As PEFT, with one roster per adapter and unknown module names refused before anything is changed."""
         config: AdapterConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         check_names("target_modules", config.target_modules, model)
-        # PEFT lists the head's two usual names for every classifier, of which a model has one.
-        check_names("modules_to_save", set(config.modules_to_save or ()) - {"classifier", "score"}, model)
+        # PEFT lists the head's two usual names for every classifier, of which a model has one; TRL, where it adds
+        # tokens, lists "lm_head" for a reward model, too, which has none.
+        listed_by_others = {"classifier", "score"} | ({"lm_head"} if config.trainable_token_indices else set())
+        check_names("modules_to_save", set(config.modules_to_save or ()) - listed_by_others, model)
         _warn_of_experts(config, model)
         self._roster = Roster(adapter_name, config)
         self._roster.attach(model)
