@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from rankwise.export.merge import merge_adapters
     from rankwise.export.servers import check_export
     from rankwise.export.shrink import shrink_adapter
+    from rankwise.training.loraplus import loraplus_groups
     from rankwise.training.status import Status, finalize, status
     from rankwise.update import Factors
 
@@ -43,6 +44,7 @@ _HOMES = {
     "factors": "rankwise.adapters.lookup",
     "finalize": "rankwise.training.status",
     "import_lora": "rankwise.export.importing",
+    "loraplus_groups": "rankwise.training.loraplus",
     "merge_adapters": "rankwise.export.merge",
     "ranks": "rankwise.adapters.lookup",
     "shrink_adapter": "rankwise.export.shrink",
@@ -56,6 +58,7 @@ __all__ = [
     "factors",
     "finalize",
     "import_lora",
+    "loraplus_groups",
     "merge_adapters",
     "ranks",
     "shrink_adapter",
@@ -90,6 +93,7 @@ def _configs() -> dict[str, Any]:
 def _when_peft_is_imported(_: object) -> None:
     importlib.import_module("rankwise.adapters.register").register()
     importlib.import_module("rankwise.training.hooks").install()
+    importlib.import_module("rankwise.training.first_step").install()
 
 
 def _when_the_trainer_is_imported(_: object) -> None:
