@@ -28,7 +28,7 @@ from rankwise.checks import require_batch, require_int
 from rankwise.errors import ArgumentError
 from rankwise.linalg.allocate import keep_top, share_out
 from rankwise.methods.base import Method, kaiming_uniform, register
-from rankwise.methods.stack import Size, Slot, Stack, Step, Updates
+from rankwise.methods.stack import CLOSED, Size, Slot, Stack, Step, Updates, closed_slot
 from rankwise.schedules import Rounds
 
 MOST_ROUNDS = 8
@@ -82,8 +82,8 @@ class Alora(Method):
         return 2 * r if self.max_r is None else max(r, self.max_r)
 
     def slots(self, size: Size) -> dict[str, Slot]:
-        """A (capacity, in), B (out, capacity) and which ranks are in use."""
-        return super().slots(size) | {"active": Slot((size.r,), trained=False, dtype=torch.bool)}
+        """A (capacity, in), B (out, capacity), which ranks are in use, and which the last round has left closed."""
+        return super().slots(size) | {"active": Slot((size.r,), trained=False, dtype=torch.bool)} | closed_slot(size)
 
     def start(self, size: Size, weight: Callable[[], Tensor], *, zero: bool = True) -> dict[str, Tensor]:
         """As LoRA in the first r ranks; the others are closed."""
@@ -140,12 +140,16 @@ class Alora(Method):
         """A round, if one is due; closed ranks stay zero whatever an optimiser remembers of them."""
         plan = self.plan(step.total, step.epoch)
         if step.finalized or plan is None or not plan.due(step.last, step.number):
-            return [_closed(layers, layers["active"]) for layers in stacks]
+            return self.close_again(stacks)
         assert step.ablate is not None
         whole, without, alone = step.ablate()
         importance = [whole - out + one for out, one in zip(without, alone, strict=True)]
         fates = self._reallocate(importance, [layers["active"].cpu() for layers in stacks])
         return [_moved(layers, *fate, step.number) for layers, fate in zip(stacks, fates, strict=True)]
+
+    def close_again(self, stacks: Sequence[Stack]) -> Updates:
+        """Zeros in A and B of ranks that are not in use."""
+        return [_closed(layers, layers["active"]) for layers in stacks]
 
     def _reallocate(self, importance: Sequence[Tensor], active: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """(kept, opened) masks (n, capacity) per stack: n_A ranks dropped, as many opened elsewhere.
@@ -193,4 +197,4 @@ def _moved(layers: Stack, kept: Tensor, opened: Tensor, number: int) -> dict[str
     generator = torch.Generator().manual_seed(number)  # the same on every process and after a restart
     fresh = torch.stack([kaiming_uniform(size.r, size.into, generator) for size in layers.sizes]).to(found["A"])
     found["A"] = torch.where(opened[:, :, None], fresh, found["A"])
-    return found | {"active": kept | opened}
+    return found | {"active": kept | opened, CLOSED: ~(kept | opened)}

@@ -72,7 +72,7 @@ def _run_before(optimizer: torch.optim.Optimizer) -> None:
     overflowed = overflow is not None and bool(overflow > 0)
     if not overflowed and all(session.finite() for session in sessions):
         for session in sessions:
-            session.before(getattr(optimizer, "grad_scale", None))
+            session.before(getattr(optimizer, "grad_scale", None), optimizer.state)
         return
     if not overflowed:  # leave nothing that the optimiser could move by
         for group in optimizer.param_groups:
