@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from schedulefree import AdamWScheduleFree, RAdamScheduleFree, ScheduleFreeWrapper, SGDScheduleFree
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import Trainer, TrainingArguments
 
 import rankwise
@@ -231,6 +232,20 @@ def test_a_schedule_free_run_resumes_bit_identical(batch: Batch, tmp_path: Path)
 
 
 # --- averages of the model, and interpolations ----------------------------------------------------------------------
+
+
+@PRUNING
+@pytest.mark.parametrize("use_buffers", [False, True])
+def test_an_averaged_model_has_the_ranks_of_the_model(
+    name: str, use_buffers: bool, batch: Batch, tmp_path: Path
+) -> None:
+    model = adapted(name)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.95), use_buffers=use_buffers)
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    train(model, optimizer, batch, STEPS + 2, lambda: average.update_parameters(model))
+    assert rankwise.ranks(average.module) == rankwise.ranks(model)
+    assert rankwise.status(average.module).step == rankwise.status(model).step
+    check_pruned(average.module, name, batch, tmp_path)
 
 
 def lookahead(parameters: list[nn.Parameter]) -> Callable[[], None]:
