@@ -47,6 +47,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("AdaLoraConfig", {"deltaT": 0}, "`deltaT` must be a whole number of steps ≥ 1"),
     ("AdaLoraConfig", {"tfinal": 7.3}, "`tfinal` must be a whole number of steps"),
     ("NnmLoraConfig", {"scale_by_frobenius": "no"}, "`scale_by_frobenius` must be True or False; found 'no'"),
+    ("NnmLoraConfig", {"frobenius": "free"}, "`frobenius` must be one of differentiated, held, none; found 'free'"),
     ("LoraConfig", {"use_rslora": "yes"}, "`use_rslora` must be True or False; found 'yes'"),
     ("LoraConfig", {"init_weights": "gaussian"}, "`init_weights` must be True or False; found 'gaussian'"),
     ("LoraConfig", {"rank_pattern": {"q": True}}, "must be a whole number ≥ 1"),

@@ -61,6 +61,9 @@ class AdapterConfig(Method, PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "layer indices to adapt"})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the layers' ModuleList"})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained in full beside"})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "rows of an embedding trained in full beside, by PEFT"}
+    )
     bias: str = field(default="none", metadata={"help": '"none", "all" or "lora_only"'})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "name or pattern → starting rank"})
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "name or pattern → lora_alpha"})

@@ -144,6 +144,7 @@ def from_folder(folder: Path, base: str | Path | nn.Module | None) -> Source:
     whole = opened_base(base, config.base_model_name_or_path, folder)
     forms, names = forms_of(whole)
     for name in by_module.keys() & forms.keys():
+        _check_same_base(name, state.get(f"{PEFT_PREFIX}{name}.base_layer.weight"), forms[name], folder)
         _check_whole(config, name, by_module[name], forms[name].shape, folder / TENSORS)
     updates = {
         name: _saved_update(config, name, by_module[name], form.padding)
@@ -303,6 +304,17 @@ def model_class(config: PretrainedConfig, task: str | None) -> Any:
     if named is not None and (kind is None or named.__name__.endswith(kind)):
         return named
     return getattr(transformers, f"AutoModelFor{kind}") if kind else AutoModel
+
+
+def _check_same_base(name: str, saved: Tensor | None, form: Form, folder: Path) -> None:
+    """Raise `AdapterFileError` where PEFT saved the frozen weight of an adapted embedding, and the base's is of another
+    shape: the vocabulary was resized after the base model had been saved."""
+    shape = form.shape[::-1] if issubclass(form.kind, AdapterEmbedding) else form.shape
+    if saved is not None and saved.is_floating_point() and tuple(saved.shape) != shape:
+        raise AdapterFileError(
+            f"{folder} was trained on a base model whose {name!r} is {tuple(saved.shape)}, and this base model's is "
+            f"{shape}: save the base model with its resized vocabulary and pass it as `base`"
+        )
 
 
 def _check_whole(

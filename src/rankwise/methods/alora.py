@@ -27,12 +27,12 @@ from torch import Tensor
 from rankwise.checks import require_batch, require_int
 from rankwise.errors import ArgumentError
 from rankwise.linalg.allocate import keep_top, share_out
-from rankwise.methods.base import Method, kaiming_uniform, register
+from rankwise.linalg.draws import new_seed, uniform
+from rankwise.methods.base import Method, register
 from rankwise.methods.stack import Size, Slot, Stack, Step, Updates
 from rankwise.schedules import Rounds
 
-MOST_ROUNDS = 8
-"""The paper's largest N_A."""
+MOST_ROUNDS = 8  # the paper's largest N_A
 
 
 @register
@@ -82,15 +82,18 @@ class Alora(Method):
         return 2 * r if self.max_r is None else max(r, self.max_r)
 
     def slots(self, size: Size) -> dict[str, Slot]:
-        """A (capacity, in), B (out, capacity) and which ranks are in use."""
-        return super().slots(size) | {"active": Slot((size.r,), trained=False, dtype=torch.bool)}
+        """A (capacity, in), B (out, capacity), which ranks are in use, and what new rows of A are drawn from."""
+        return super().slots(size) | {
+            "active": Slot((size.r,), trained=False, dtype=torch.bool),
+            "seed": Slot((1,), trained=False, dtype=torch.int64),
+        }
 
     def start(self, size: Size, weight: Callable[[], Tensor], *, zero: bool = True) -> dict[str, Tensor]:
         """As LoRA in the first r ranks; the others are closed."""
         active = torch.arange(size.r) < size.started
         start = super().start(size, weight, zero=zero)
         start["A"] *= active[:, None]
-        return start | {"active": active} | ({} if zero else {"B": start["B"] * active})
+        return start | {"active": active, "seed": new_seed()} | ({} if zero else {"B": start["B"] * active})
 
     def kept(self, t: Mapping[str, Tensor]) -> Tensor:
         """Ranks in use."""
@@ -106,7 +109,7 @@ class Alora(Method):
         Raises:
             ArgumentError: the rounds do not fit the run.
         """
-        quarter = total // 4 if total else None
+        quarter = max(1, total // 4) if total else None
         warmup = self.warmup_steps or _least(epoch, quarter)
         recovery = self.recovery_steps or _least(epoch and max(1, epoch // 4), total and max(1, total // 32))
         if self.rounds == 0:
@@ -115,10 +118,9 @@ class Alora(Method):
             return None
         fitting = ((total or 0) // 2 - warmup) // recovery
         plan = Rounds(warmup, recovery, min(MOST_ROUNDS, fitting) if self.rounds is None else self.rounds)
-        end = plan.warmup + plan.rounds * plan.recovery
-        if plan.rounds < 1 or (total is not None and end > total):
+        if plan.rounds < 1 or (total is not None and warmup + plan.rounds * recovery > total):
             seen = {"warmup_steps": warmup, "recovery_steps": recovery, "rounds": plan.rounds}
-            raise ArgumentError("rounds", f"be at least 1 and end within the run ({total} steps)", seen)
+            raise ArgumentError("rounds", f"be at least 1 and end within the run ({total} steps), or be 0", seen)
         return plan
 
     def needs(self, step: Step) -> tuple[str, str] | None:
@@ -190,7 +192,8 @@ def _moved(layers: Stack, kept: Tensor, opened: Tensor, number: int) -> dict[str
     layers.forget("A", ~kept[:, :, None])
     layers.forget("B", ~kept[:, None, :])
     found = _closed(layers, kept)
-    generator = torch.Generator().manual_seed(number)  # the same on every process and after a restart
-    fresh = torch.stack([kaiming_uniform(size.r, size.into, generator) for size in layers.sizes]).to(found["A"])
-    found["A"] = torch.where(opened[:, :, None], fresh, found["A"])
+    A = found["A"]
+    drawn = uniform(layers["seed"].squeeze(-1), number, A[0].numel()).view_as(A)
+    fresh = (2 * drawn - 1) / A.shape[-1] ** 0.5  # A's start, as in `kaiming_uniform`
+    found["A"] = torch.where(opened[:, :, None], fresh.to(A.dtype), A)
     return found | {"active": kept | opened}

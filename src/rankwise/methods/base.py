@@ -183,6 +183,6 @@ class Method:
         return []
 
 
-def kaiming_uniform(rows: int, columns: int, generator: torch.Generator | None = None) -> Tensor:
+def kaiming_uniform(rows: int, columns: int) -> Tensor:
     """PEFT's start of LoRA's A: uniform on ±1/√columns (Kaiming with a = √5)."""
-    return torch.nn.init.kaiming_uniform_(torch.empty(rows, columns), a=math.sqrt(5), generator=generator)
+    return torch.nn.init.kaiming_uniform_(torch.empty(rows, columns), a=math.sqrt(5))
