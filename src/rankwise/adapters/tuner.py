@@ -21,7 +21,7 @@ from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.linear import AdapterLinear
 from rankwise.adapters.roster import Roster
 from rankwise.adapters.targets import check_targets
-from rankwise.adapters.tensors import ADDED_IN_FORMAT_2
+from rankwise.adapters.tensors import ADDED_IN_FORMAT_2, AdapterTensors
 from rankwise.errors import ArgumentError, nearest
 from rankwise.methods.base import METHODS, Method
 
@@ -221,6 +221,7 @@ def _warn_of_experts(config: AdapterConfig, model: nn.Module) -> None:
     fused = [
         f"{name}.{own}"
         for name, module in model.named_modules()
+        if not isinstance(module, AdapterTensors)  # another adapter's stack of factors
         for own, p in module.named_parameters(recurse=False)
         if p.dim() == 3 and len(p) > 1 and not type(module).__module__.startswith("torch.nn")
     ]

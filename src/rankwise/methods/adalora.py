@@ -26,7 +26,7 @@ from torch import Tensor
 from rankwise.checks import require_choice, require_int, require_number, say_once
 from rankwise.errors import ArgumentError
 from rankwise.linalg.allocate import keep_top
-from rankwise.methods.base import register
+from rankwise.methods.base import gaussian, register
 from rankwise.methods.orthonormal import penalty_of_form
 from rankwise.methods.phases import Phased
 from rankwise.methods.stack import CLOSED, Penalty, Size, Slot, Stack, Step, Updates, closed_slot
@@ -97,9 +97,9 @@ class AdaLora(Phased):
 
     def start(self, size: Size, weight: Callable[[], Tensor], *, zero: bool = True) -> dict[str, Tensor]:
         """P, Q ~ N(0, 0.02²), Λ = 0."""
-        start = {"P": 0.02 * torch.randn(size.out, size.r), "Q": 0.02 * torch.randn(size.r, size.into)}
+        start = {"P": 0.02 * gaussian(size.out, size.r), "Q": 0.02 * gaussian(size.r, size.into)}
         start["kept"] = torch.ones(size.r, dtype=torch.bool)
-        return start if zero else {name: 50 * t for name, t in start.items()} | {"Lambda": torch.randn(size.r)}
+        return start if zero else {name: 50 * t for name, t in start.items()} | {"Lambda": gaussian(size.r)}
 
     def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
         """P·diag(scale·Λ)·Q."""

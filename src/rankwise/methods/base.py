@@ -62,11 +62,15 @@ class Method:
     refuses_updates: ClassVar[str | None] = None
     """Why no given update can be its start, where that is so."""
     suggested_rate: ClassVar[float]
-    """Peak learning rate for AdamW where nobody chose one: the best on validation data in `bench/learning_rates.py`."""
+    """Peak learning rate for AdamW at the default fields: the best on validation data in `bench/learning_rates.py`."""
 
     def check(self) -> None:
         """Raise `ArgumentError` for the first hyper-parameter that breaks its rule. Runs whenever a config is made."""
         require_int("r", self.r, least=1)
+
+    def suggest_rate(self) -> float:
+        """The peak learning rate for AdamW where nobody chose one, with these hyper-parameters."""
+        return self.suggested_rate
 
     @property
     def start_rank(self) -> int:
@@ -208,4 +212,9 @@ class Method:
 
 def kaiming_uniform(rows: int, columns: int) -> Tensor:
     """PEFT's start of LoRA's A: uniform on ±1/√columns (Kaiming with a = √5)."""
-    return torch.nn.init.kaiming_uniform_(torch.empty(rows, columns), a=math.sqrt(5))
+    return torch.nn.init.kaiming_uniform_(torch.empty(rows, columns, dtype=torch.float32), a=math.sqrt(5))
+
+
+def gaussian(*shape: int) -> Tensor:
+    """N(0, 1) in float32, whatever torch's default dtype is."""
+    return torch.randn(shape, dtype=torch.float32)

@@ -24,7 +24,7 @@ from rankwise.checks import require_choice, require_number
 from rankwise.linalg import gates
 from rankwise.linalg.allocate import keep_within
 from rankwise.linalg.draws import new_seed, uniform
-from rankwise.methods.base import register
+from rankwise.methods.base import gaussian, register
 from rankwise.methods.orthonormal import penalty_of_form
 from rankwise.methods.phases import Phased
 from rankwise.methods.stack import CLOSED, Penalty, Size, Slot, Stack, Step, Updates, closed_slot
@@ -93,7 +93,7 @@ class Salora(Phased):
     def start(self, size: Size, weight: Callable[[], Tensor], *, zero: bool = True) -> dict[str, Tensor]:
         """As LoRA; log θ ~ N(2, 0.01²), so that E‖G‖₀/r = 0.97. No u is drawn yet: a copy stays the same function."""
         start = super().start(size, weight, zero=zero)
-        return start | {"log_theta": 2 + 0.01 * torch.randn(size.r), "seed": new_seed()}
+        return start | {"log_theta": 2 + 0.01 * gaussian(size.r), "seed": new_seed()}
 
     def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
         """B·diag(scale·g)·A with evaluation gates."""
@@ -192,7 +192,8 @@ class Salora(Phased):
 
 def _costs(layers: Stack) -> Tensor:
     """Parameters of one rank of each layer, out + in, (n, 1)."""
-    return torch.tensor([[float(size.out + size.into)] for size in layers.sizes], device=layers["log_theta"].device)
+    costs = [[size.out + size.into] for size in layers.sizes]
+    return torch.tensor(costs, dtype=torch.float32, device=layers["log_theta"].device)
 
 
 def _parameters(stacks: Sequence[Stack]) -> int:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from rankwise.checks import require_choice, require_number
 from rankwise.linalg.prox import soft_threshold
-from rankwise.methods.base import Method, register
+from rankwise.methods.base import Method, gaussian, register
 from rankwise.methods.stack import CLOSED, Penalty, Size, Slot, Stack, Step, Updates, closed_slot
 from rankwise.update import Factors
 
@@ -68,7 +68,7 @@ class Sora(Method):
 
     def start(self, size: Size, weight: Callable[[], Tensor], *, zero: bool = True) -> dict[str, Tensor]:
         """As LoRA, with random or open gates."""
-        g = torch.randn(size.r) if self.gate_init == "normal" else torch.ones(size.r)
+        g = gaussian(size.r) if self.gate_init == "normal" else torch.ones(size.r)
         return super().start(size, weight, zero=zero) | {"g": g}
 
     def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
