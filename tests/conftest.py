@@ -17,6 +17,13 @@ from transformers import (
     LlamaForCausalLM,
 )
 
+from equations import (  # noqa: F401  hooks: pytest takes them from here
+    pytest_runtest_call,
+    pytest_sessionfinish,
+    pytest_terminal_summary,
+    pytest_testnodedown,
+)
+
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where cores are shared
 
 

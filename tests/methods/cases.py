@@ -27,6 +27,10 @@ class Case:
     start_error: float = 0.0
     exported_rank: int = 4
     """The rank an export of a trained r = 4 module may have at most."""
+    exact: set[str] = field(default_factory=set)
+    """Tensors that stay float32 and free from weight decay: gates, singular values, averages, multipliers."""
+    buffers: set[str] = field(default_factory=set)
+    """Tensors that no optimiser moves."""
 
     @property
     def alone(self) -> dict[str, Any]:
@@ -66,17 +70,39 @@ def score(model: nn.Module) -> float:
     return -float(model(input_ids=tokens, **decoder).logits.float().square().mean())
 
 
+AVERAGES = {f"{name}_{kind}" for name in ("P", "Lambda", "Q") for kind in ("mean", "deviation")}
+"""AdaLoRA's Ī and Ū."""
+
 CASES: dict[str, Case] = {
     "lora": Case(),
     "nnm": Case(penalty=nnm),
-    "adalora": Case(told={"total_step": 12}, penalty=adalora, exported_rank=6),
-    "sora": Case({"sparse_weight": 5.0}),
-    "sorsa": Case(penalty=sorsa, start_error=1e-6, exported_rank=8),
+    "adalora": Case(
+        told={"total_step": 12},
+        penalty=adalora,
+        exported_rank=6,
+        exact={"Lambda"} | AVERAGES,
+        buffers={"kept"} | AVERAGES,
+    ),
+    "sora": Case({"sparse_weight": 5.0}, exact={"g"}),
+    "sorsa": Case(
+        penalty=sorsa,
+        start_error=1e-6,
+        exported_rank=8,
+        exact={"S", "U0", "S0", "Vh0"},
+        buffers={"U0", "S0", "Vh0"},
+    ),
     "alora": Case(
         told={"rounds": 2, "warmup_steps": 3, "recovery_steps": 3, "prune_per_round": 4, "score_batch": score},
         exported_rank=8,
+        buffers={"active"},
     ),
-    "salora": Case({"tinit": 2, "tfinal": 4}, told={"total_step": 12}, penalty=salora),
-    "nblora": Case(),
+    "salora": Case(
+        {"tinit": 2, "tfinal": 4},
+        told={"total_step": 12},
+        penalty=salora,
+        exact={"log_theta", "u", "multiplier"},
+        buffers={"u", "multiplier"},
+    ),
+    "nblora": Case(exact={"delta"}, buffers={"delta"}),
     "deep": Case(),
 }

@@ -10,8 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor
 
+import rankwise
+from conftest import tiny_bert
+from rankwise.adapters.lookup import adapted_layers
 from rankwise.errors import ArgumentError
 from rankwise.methods.adalora import AdaLora
 from rankwise.methods.base import Size, Stack, Step
@@ -439,3 +443,27 @@ def test_phases_too_long_for_a_total_learnt_later_are_refused_then() -> None:
     assert method.needs(Step(1, 0, None)) == ("total_step=1000", "the number of optimiser steps of the whole run")
     assert method.needs(Step(1, 0, 200)) is None
     assert (method.final_step(200), method.final_step(None)) == (140, None)
+
+
+# --- in training ----------------------------------------------------------------------------------------------------
+
+
+def test_the_diagonal_takes_the_optimisers_step_and_is_masked_after_it(batch: dict[str, Tensor]) -> None:
+    """(5): Λ̃ = Λ − η∇L. (6): Λ̃ outside the kept set becomes 0, at allocations and once the set is final."""
+    schedule = {"init_r": 4, "target_r": 2, "tinit": 2, "tfinal": 4, "deltaT": 3, "total_step": 14}
+    config = rankwise.AdaLoraConfig(target_modules="all-linear", task_type="SEQ_CLS", init_weights=False, **schedule)
+    model = get_peft_model(tiny_bert(), config).train()
+    tensors = [layer.tensors("default") for layer in adapted_layers(model).values()]
+    rate = 0.1
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
+    for t in range(1, 15):
+        optimizer.zero_grad()
+        model(**batch).loss.backward()
+        moved = [own.Lambda.detach() - rate * own.Lambda.grad for own in tensors]
+        optimizer.step()
+        masked = t in {3, 6, 9} or t >= 10
+        for own, free in zip(tensors, moved, strict=True):
+            torch.testing.assert_close(own.Lambda.detach(), free * own.kept if masked else free)
+        outside = sum(int(own.Lambda[~own.kept].count_nonzero()) for own in tensors)
+        assert outside == 0 if masked or t < 3 else outside > 0
+    assert sum(int(own.kept.sum()) for own in tensors) == 2 * len(tensors)

@@ -272,6 +272,15 @@ def test_copied_model_trains_like_the_first(name: str, case: Case, batch: Batch)
 
 
 @ROWS
+def test_gates_and_counters_are_declared_exact_and_buffers_are_not_trained(name: str, case: Case) -> None:
+    """What the other tests ask of exact tensors and of buffers, they ask of those that the method declares."""
+    for tensors in tensors_of(adapted(name, case)):
+        assert {key for key, slot in tensors.slots.items() if slot.exact} == case.exact
+        assert {key for key, slot in tensors.slots.items() if not slot.trained} == case.buffers
+        assert tensors.slots.keys() - case.buffers == {key for key, _ in tensors.named_parameters()}
+
+
+@ROWS
 def test_exact_tensors_stay_float32_and_do_not_decay(name: str, case: Case, batch: Batch) -> None:
     """Weight decay alone (no gradient to speak of) shrinks factors; gates and singular values it must leave alone."""
     model = adapted(name, case, init_weights=False)

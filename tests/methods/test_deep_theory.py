@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rankwise.linalg.subspace import gradient_subspace, signed_permutation
+from rankwise.methods.base import Size
+from rankwise.methods.deep import Deep
 
 Weights = list[Tensor]
 Bases = tuple[Tensor, Tensor]
@@ -150,6 +152,15 @@ def block_bases(M: Tensor, W: Weights, scales: Sequence[float], k: int) -> list[
     return bases
 
 
+def assert_blocks(bases: list[Bases], W: Weights, rho: Sequence[float], k: int) -> None:
+    """U_lᵀ·W_l·V_l is blkdiag(anything of size 2r̂, ρ_l·I) for every l."""
+    for (U, V), w, x in zip(bases, W, rho, strict=True):
+        blocks = U.T @ w @ V
+        blocks[: 2 * k, : 2 * k] = 0
+        blocks.diagonal()[2 * k :] -= x
+        assert float(blocks.abs().max()) < 1e-13
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.02])
 @pytest.mark.parametrize(
     "scales", [EQUAL, UNEQUAL, (0.3, 0.3), (0.1, 0.4), (0.5, 0.5, 0.5, 0.5), (0.6, 0.3, 0.5, 0.4), (0.9, 1.1, 0.7)]
@@ -165,12 +176,48 @@ def test_every_layer_moves_only_in_its_subspace(decay: float, scales: tuple[floa
         assert torch.allclose((U.T @ w @ V)[: 2 * k, : 2 * k], scale * torch.eye(2 * k, dtype=w.dtype), atol=1e-14)
     for step in range(301):
         if step % 20 == 0:
-            for (U, V), w, x in zip(bases, W, rho, strict=True):
-                blocks = U.T @ w @ V
-                blocks[: 2 * k, : 2 * k] = 0
-                blocks.diagonal()[2 * k :] -= x
-                assert float(blocks.abs().max()) < 1e-13
+            assert_blocks(bases, W, rho, k)
         W, rho = descend(W, product(W) - M, rate, decay), law(rho, rate, decay)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_bases_found_from_the_gradient_are_those_of_the_theorem(seed: int) -> None:
+    """(5) with V_1 = [V, its complement] from one gradient, V_{l+1} = U_l = W_l(0)·V_l/ε_l, and U the last of them."""
+    d, k, scales, rate = 20, 3, UNEQUAL, 0.1
+    M = target(d, d, seed=seed)
+    U, V = gradient_subspace(-M, 2 * k, seed=seed)
+    W, rho = full_width(dense(d, d, seed), scales), list(scales)
+    complement = torch.linalg.qr(torch.cat([V, random(d, d - 2 * k, seed=9)], 1)).Q[:, 2 * k :]
+    basis, bases = torch.cat([V, complement], 1), []
+    for w, scale in zip(W, scales, strict=True):
+        bases.append((w @ basis / scale, basis))
+        basis = bases[-1][0]
+    assert torch.allclose(basis[:, : 2 * k], U, atol=1e-13)
+    for step in range(301):
+        if step % 20 == 0:
+            assert_blocks(bases, W, rho, k)
+        W, rho = descend(W, product(W) - M, rate), law(rho, rate, 0.0)
+
+
+@pytest.mark.parametrize(("m", "n"), [(24, 24), *SIDES])
+def test_the_method_starts_in_the_subspace_of_the_first_gradient_at_full_width(m: int, n: int) -> None:
+    """(7): ∂L/∂W_1 is −W_{L:2}ᵀM to leading order; from it V_G, and W_1(0)ᵀ times its left vectors, which is Sᵀ U_G.
+
+    The method sees ∂L/∂W at W0 alone, no factor of full width.
+    """
+    k, scale = 3, 1e-3
+    M, S = target(m, n), dense(m, n)
+    W = [w.requires_grad_() for w in full_width(S, [scale] * 3)]
+    (0.5 * (product(W) - M).square().sum()).backward()
+    gradient = W[0].grad
+    assert gradient is not None
+    assert torch.allclose(gradient, -product([w.detach() for w in W[1:]]).T @ M, rtol=0, atol=10 * scale**5)
+    left, right = leading(gradient, k)
+    start = Deep(r=2 * k).start_from_gradient(Size(m, n, 2 * k), -M)
+    U, V = torch.linalg.qr(start["U"]).Q, torch.linalg.qr(start["V"]).Q
+    for inside in (right, W[0].detach().T @ left / scale):
+        assert torch.allclose(V @ (V.T @ inside), inside, rtol=0, atol=1e-5)
+    assert torch.allclose(U @ (U.T @ S @ start["V"]), S @ start["V"], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("scales", [EQUAL, UNEQUAL])

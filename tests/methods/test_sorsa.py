@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from peft import get_peft_model
+from torch import Tensor, nn
 
+import rankwise
+from rankwise.adapters.lookup import adapted_layers
 from rankwise.errors import ArgumentError
 from rankwise.linalg.orthonormality import orthonormality_gap
 from rankwise.methods.base import Penalty, Size, Stack, Step
@@ -103,6 +106,56 @@ def test_the_update_is_zero_at_the_start_of_rounded_parameters_too() -> None:
     moved = Sorsa().factors(rounded, 1.0).add_to(torch.zeros(16, 24, dtype=torch.bfloat16), x)
     assert moved.dtype == torch.bfloat16
     assert float(moved.float().abs().max()) <= 1e-6
+
+
+@pytest.mark.parametrize("residual", ["offset", "cached"])
+@pytest.mark.parametrize("samples", [2, 200])
+@pytest.mark.parametrize("train", [True, False])
+def test_the_layer_is_the_residual_weight_plus_the_moved_triplets(residual: str, samples: int, train: bool) -> None:
+    """(7) and (14): W_r x + U_p diag(S_p) V_pᵀ x, W_r = W0 − U⁰ S⁰ V⁰ᵀ, the diagonal as one elementwise product."""
+    net = nn.Sequential(nn.Linear(16, 20))
+    net[0].weight.data = weight_of(20, 16)
+    W0, bias = net[0].weight.detach().double(), net[0].bias.detach().double()
+    model = get_peft_model(net, rankwise.SorsaConfig(r=4, target_modules=["0"], residual=residual)).train(train)
+    t = {name: value.detach() for name, value in adapted_layers(model)["0"].tensors("default").named().items()}
+    residual_weight = W0 - (t["U0"].double() * t["S0"].double()) @ t["Vh0"].double()
+    assert torch.allclose(W0 - residual_weight, principal(t), atol=1e-6)
+    for name in ("U", "S", "Vh"):
+        t[name] += 0.1 * torch.randn_like(t[name])  # the layer's own memory
+    x = torch.randn(samples, 16)
+    moved = ((x.double() @ t["Vh"].double().T) * t["S"].double()) @ t["U"].double().T
+    expected = x.double() @ residual_weight.T + moved + bias
+    torch.testing.assert_close(model(x).detach().double(), expected, rtol=0, atol=1e-4)
+
+
+def test_the_frozen_part_and_the_moving_part_add_up_to_the_update() -> None:
+    """W_r is W0 with −U⁰ S⁰ V⁰ᵀ added; what moves beside it is U S Vᵀ."""
+    t = start_of(Sorsa(), weight_of(20, 16), 4)
+    first = principal(t)
+    t = t | {name: t[name] + 0.1 * torch.randn_like(t[name]) for name in ("U", "S", "Vh")}
+    frozen, moving = Sorsa().frozen_part(t), Sorsa().moving_part(t, 7.0)
+    assert frozen is not None
+    assert torch.allclose(frozen.delta().double(), -first, atol=1e-5)
+    assert torch.allclose(moving.delta().double(), principal(t), atol=1e-5)
+    x, y = torch.randn(3, 16), torch.randn(3, 20)
+    whole = Sorsa().factors(t, 7.0).add_to(y, x)
+    torch.testing.assert_close(moving.add_to(frozen.add_to(y, x), x), whole, rtol=0, atol=1e-4)
+    assert Sorsa(residual="cached").caches_frozen_part
+    assert not Sorsa(residual="offset").caches_frozen_part
+
+
+def test_the_full_decomposition_is_exact_where_a_sketch_is_not() -> None:
+    """A Gaussian matrix has a flat spectrum, which one subspace iteration captures only roughly."""
+    W = torch.randn(150, 140, generator=torch.Generator().manual_seed(3))
+    exact = torch.linalg.svdvals(W.double())[:6]
+
+    def error(**fields: Any) -> float:
+        found = start_of(Sorsa(**fields), W, 6)["S"].double()
+        return float(((found - exact).abs() / exact).max())
+
+    assert error(svd="full") < 1e-5
+    assert error(svd="randomized", svd_iterations=1) > 1e-2
+    assert error(svd="randomized", svd_iterations=12) < 0.8 * error(svd="randomized", svd_iterations=1)
 
 
 def test_a_start_that_is_not_zero_is_clearly_not_zero() -> None:
