@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -48,6 +49,20 @@ def test_the_step_is_the_equation_with_each_layers_own_rate(weight: float) -> No
             expected = [equation_11(x, rate * weight) for x in g.tolist()]
             assert new.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-7)
             assert [x == 0 for x in new.tolist()] == [x == 0 for x in expected]
+
+
+@pytest.mark.parametrize("warmup", [0, 12, 100])
+@pytest.mark.parametrize("decay", ["linear", "cosine"])
+def test_the_default_shrinks_gates_as_far_in_all_as_the_authors_constant_threshold(warmup: int, decay: str) -> None:
+    """ξ = 3e-4 in every step at a peak rate of 8e-4, however the rate rises and falls over the run."""
+    peak, steps, gate = 8e-4, 200, torch.tensor([5.0], dtype=torch.float64)
+    for t in range(steps):
+        left = (steps - t - 0.5) / (steps - warmup)
+        factor = left if decay == "linear" else (1 - math.cos(math.pi * left)) / 2
+        rate = peak * ((t + 0.5) / warmup if t < warmup else factor)
+        (update,) = Sora().after_step([stack([gate], [(rate, peak)])], STEP)
+        gate = update["g"][0]
+    assert 5 - float(gate) == pytest.approx(steps * 3e-4, rel=1e-3)
 
 
 def test_without_a_rate_nothing_is_thresholded() -> None:

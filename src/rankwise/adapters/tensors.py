@@ -55,7 +55,7 @@ class AdapterTensors(nn.Module):
                 self.register_buffer(name, value)
         self._exact = tuple(name for name, slot in self.slots.items() if slot.exact)
         self.register_buffer("progress", torch.zeros(LENGTH, dtype=torch.int64, device=device))
-        self.register_buffer(PEAKS, torch.zeros(len(self._parameters), device=device))
+        self.register_buffer(PEAKS, torch.zeros(len(self._parameters), dtype=torch.float32, device=device))
 
     def named(self) -> dict[str, Tensor]:
         """The method's tensors by name."""

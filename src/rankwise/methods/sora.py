@@ -7,8 +7,11 @@ then the proximal map of the L1 norm (eq. 10, 11):
 
     g ← T_{η_t·λ}(g),   T_ξ(x) = sign(x)·max(|x| − ξ, 0),
 
-with η_t the gates' own learning rate at that step. The authors' code differs: it thresholds by ξ itself, and applies
-its three cases one after another in place, which zeroes every |x| < 2ξ. Here the equation holds.
+with η_t the gates' own learning rate at that step. The authors' code differs: it thresholds by a constant ξ, and
+applies its three cases one after another in place, which zeroes every |x| < 2ξ. Here the equation holds.
+
+Over a run of T steps a gate without gradients shrinks by Σ η_t·λ, which is λ·η·T/2 under a linear or cosine decay from
+the peak η to 0, whatever its warm-up. The authors' ξ = 3e-4 at η = 8e-4 adds up to ξ·T: as much at λ = 2ξ/η = 0.75.
 """
 
 from __future__ import annotations
@@ -38,7 +41,8 @@ class Sora(Method):
     closing_values: ClassVar[Mapping[str, float]] = {"g": 0.0}
 
     sparse_weight: float = field(
-        default=0.375, metadata={"help": "λ; each step shrinks the gates by learning rate × λ"}
+        default=0.75,
+        metadata={"help": "λ; each step shrinks the gates by learning rate × λ (0.75: in all as much as the authors')"},
     )
     gate_lr: float | None = field(
         default=None, metadata={"help": "peak learning rate of the gates; None: the optimiser's own"}

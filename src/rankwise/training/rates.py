@@ -117,7 +117,7 @@ class Rates:
     def store(self, members: Sequence[AdapterTensors]) -> None:
         """Keep the peaks with the adapter, if they have risen."""
         if self._rose:
-            write([tensors.peaks for tensors in members], list(torch.tensor(self._seen).unbind(0)))
+            write([tensors.peaks for tensors in members], list(torch.tensor(self._seen, dtype=torch.float32).unbind(0)))
             self._rose = False
 
 
