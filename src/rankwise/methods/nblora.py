@@ -51,7 +51,9 @@ class NbLora(Method):
     refuses_updates: ClassVar[str | None] = "NB-LoRA's updates are bounded, and a given one need not be"
     scaled: ClassVar[bool] = False
 
-    bound: float = field(default=0.1, metadata={"help": "δ; the norm of each module's update is at most this"})
+    bound: float = field(
+        default=0.1, metadata={"help": "δ; the norm of each module's update is at most this (the card has why 0.1)"}
+    )
     norm: str | float = field(
         default="spectral", metadata={"help": '"spectral", "frobenius", "nuclear", or p ≥ 1 for Schatten-p'}
     )
