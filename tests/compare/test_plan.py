@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+from rankwise.adapters.configs import CONFIGS
 from rankwise.compare import models, runner
 from rankwise.compare import plan as planning
 from rankwise.compare.plan import Plan, make_plan
@@ -317,6 +318,14 @@ def test_a_key_changes_with_the_suggested_rate_where_it_is_taken(
     assert keys(planned(write_spec, tmp_path, training=training)) != before
     again = keys(planned(write_spec, tmp_path, method=[{"name": "lora", "learning_rate": 1e-3}], training=training))
     assert again == given
+
+
+def test_the_suggested_rate_is_that_of_the_entrys_own_fields(write_spec: WriteSpec, tmp_path: Path) -> None:
+    methods = [{"name": "deep"}, {"name": "deep", "init": "random"}]
+    runs = planned(write_spec, tmp_path, method=methods, training={"learning_rate": None}).runs
+    rates = {run.learning_rate for run in runs if run.label.startswith("deep")}
+    assert rates == {CONFIGS["deep"](**fields).suggest_rate() for fields in ({}, {"init": "random"})}
+    assert len(rates) == 2
 
 
 def test_a_key_changes_with_the_contents_of_a_hub_data_set(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from rankwise.adapters.tensors import AdapterTensors
 from rankwise.errors import ArgumentError
 from rankwise.linalg.subspace import gradient_subspace, signed_permutation
 from rankwise.methods.deep import Deep
+from rankwise.methods.stack import Size
 
 Batch = dict[str, Tensor]
 MOMENTUM: Any = functools.partial(torch.optim.SGD, momentum=0.9)
@@ -63,7 +66,8 @@ def tensors_of(model: nn.Module, adapter: str = "default") -> dict[str, AdapterT
 
 
 def state(model: nn.Module, of: str = "rankwise") -> dict[str, Tensor]:
-    return {name: t.clone() for name, t in model.state_dict().items() if of in name and not name.endswith("progress")}
+    own = {name: t for name, t in model.state_dict().items() if of in name}
+    return {name: t.clone() for name, t in own.items() if not name.endswith(("progress", "peaks"))}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -204,6 +208,54 @@ def test_random_factors_need_no_data(depth: int, batch: Batch) -> None:
     for name, p in plain.named_parameters():
         if name in before and p.numel():
             assert torch.allclose(state(model)[name], before[name] - 0.1 * p.grad, atol=1e-7)
+
+
+@pytest.mark.parametrize("init", ["gradient", "random"])
+@pytest.mark.parametrize("depth", [2, 3, 4, 5])
+def test_the_product_of_scales_is_the_same_at_every_depth(depth: int, init: str) -> None:
+    start = Deep(depth=depth, init=init).start(Size(6, 5, 4), lambda: torch.zeros(6, 5))
+    scales = [float(torch.linalg.svdvals(factor).max()) for factor in start["W"]]
+    scales += [] if init == "gradient" else [float(torch.linalg.svdvals(start[name]).max()) for name in ("U", "V")]
+    assert math.prod(scales) == pytest.approx(1e-9, rel=1e-4)
+    assert len(scales) == depth
+
+
+def losses_at_depth(depth: int, **fields: Any) -> list[float]:
+    """Adam on a planted update of a single layer, whose gradients are as small as those of a real encoder's layer."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(12, 10))
+    x = torch.randn(200, 12)
+    change = torch.randn(10, 2) @ torch.randn(2, 12) / 4
+    y = net(x).detach() + x @ change.T
+    model = adapted(net, ["0"], depth=depth, **fields)
+    return descent(lambda: 1e-3 * (model(x) - y).square().mean(), optimizer_of(model, torch.optim.Adam, lr=3e-2), 150)
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4, 5])
+def test_every_depth_trains_under_adam_from_its_default_start(depth: int) -> None:
+    losses = losses_at_depth(depth)
+    assert losses[-1] < 0.4 * losses[0]
+
+
+def test_a_start_too_faint_for_adam_is_told(recwarn: Any) -> None:
+    losses_at_depth(4)
+    assert not [w for w in recwarn if "Adam" in str(w.message)]
+    sentence = r"at depth 4 and init_scale 0\.001 .* at 1e-09 of .*: leave init_scale out \(it is then 0\.0056\)"
+    with pytest.warns(UserWarning, match=sentence):
+        losses = losses_at_depth(4, init_scale=1e-3)
+    assert losses[-1] > 0.9 * losses[0]
+
+
+def test_random_factors_have_a_suggested_rate_of_their_own() -> None:
+    assert Deep().suggest_rate() == Deep.suggested_rate
+    assert Deep(init="random").suggest_rate() < Deep.suggested_rate
+
+
+def test_a_second_adapter_does_not_take_the_first_ones_factors_for_experts() -> None:
+    model = adapted()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.add_adapter("other", rankwise.DeepLoraConfig(r=4, target_modules="all-linear", task_type="SEQ_CLS"))
 
 
 # --- training from there --------------------------------------------------------------------------------------------

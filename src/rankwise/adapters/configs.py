@@ -20,8 +20,12 @@ from rankwise.methods import adalora, alora, deep, lora, nblora, nnm, salora, so
 from rankwise.methods.base import Method
 from rankwise.methods.stack import Size
 
-FORMAT = 1
-"""Version of the saved form. An adapter of a later format is refused, not guessed at."""
+FORMAT = 2
+"""Version of the saved form. An adapter of a later format is refused, not guessed at.
+
+1: the first. 2: holds which ranks are closed, and the peak learning rates that were seen."""
+READABLE = (1, FORMAT)
+"""The versions that are read."""
 
 
 class MethodType(str):
@@ -86,9 +90,10 @@ class AdapterConfig(Method, PeftConfig):
 
     def _check_format(self) -> None:
         self.rankwise_format = FORMAT if self.rankwise_format is None else self.rankwise_format
-        if self.rankwise_format != FORMAT:
+        if self.rankwise_format not in READABLE:
             raise AdapterFileError(
-                f"the adapter was saved in format {self.rankwise_format!r} and this rankwise reads format {FORMAT}"
+                f"the adapter was saved in format {self.rankwise_format!r} and this rankwise reads formats 1 to "
+                f"{FORMAT}"
             )
 
     def _read_spellings(self) -> None:
@@ -161,6 +166,7 @@ class AdapterConfig(Method, PeftConfig):
                 setattr(bare, entry.name, None)
         plain = PeftConfig.to_dict(bare)
         plain["peft_type"] = self.peft_type.value  # type: ignore[union-attr]
+        plain["rankwise_format"] = FORMAT
         return plain
 
 

@@ -138,11 +138,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def factors(self, adapter: str) -> Factors:
         """The update of `adapter` as evaluation mode computes it now, in the parameters' dtype."""
-        return self.methods[adapter].factors(self.started(adapter).gathered(), self.scaling[adapter])
+        return self.methods[adapter].evaluation_factors(self.started(adapter).gathered(), self.scaling[adapter])
 
     def kept(self, adapter: str) -> Tensor:
         """Which ranks of `adapter` its method has not pruned, (r,)."""
-        return self.methods[adapter].kept(self.started(adapter).gathered())
+        return self.methods[adapter].ranks_left(self.started(adapter).gathered())
 
     # --- the base weight --------------------------------------------------------------------------------------------
 
@@ -262,7 +262,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _update(self, adapter: str, tensors: dict[str, Tensor]) -> Factors:
         """The update that this pass computes, in training with what is drawn at random."""
         method = self.methods[adapter]
-        return (method.training_factors if self.training else method.factors)(tensors, self.scaling[adapter])
+        update = method.training_factors if self.training else method.evaluation_factors
+        return update(tensors, self.scaling[adapter])
 
     def _watched(self, adapter: str, output: Tensor, x: Tensor) -> Tensor:
         """The output, seen by a start that waits for a gradient and by the roster."""

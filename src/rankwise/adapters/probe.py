@@ -40,7 +40,7 @@ class GradientProbe(torch.autograd.Function):
 
 def _sum_of_products(g: Tensor, x: Tensor) -> Tensor:
     """Σ g xᵀ (out, in) in float32, few rows widened at a time; in place, which autocast leaves alone."""
-    total = torch.zeros(g.shape[1], x.shape[1], device=g.device)
+    total = torch.zeros(g.shape[1], x.shape[1], dtype=torch.float32, device=g.device)
     for some_g, some_x in zip(g.split(ROWS), x.split(ROWS), strict=True):
         total.addmm_(some_g.float().mT, some_x.float())
     return total

@@ -21,6 +21,7 @@ from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.linear import AdapterLinear
 from rankwise.adapters.roster import Roster
 from rankwise.adapters.targets import check_targets
+from rankwise.adapters.tensors import ADDED_IN_FORMAT_2, AdapterTensors
 from rankwise.errors import ArgumentError, nearest
 from rankwise.methods.base import METHODS, Method
 
@@ -188,7 +189,7 @@ class RankwiseTuner(BaseTuner):
                 layer.tensors(adapter_name).awaits_start = False
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         expected = {name for name in model.state_dict() if f".{PREFIX}tensors.{adapter_name}." in name}
-        missing = expected - remapped.keys()
+        missing = {name for name in expected - remapped.keys() if not name.endswith(ADDED_IN_FORMAT_2)}
         if missing:
             raise ArgumentError(
                 "state_dict",
@@ -220,6 +221,7 @@ def _warn_of_experts(config: AdapterConfig, model: nn.Module) -> None:
     fused = [
         f"{name}.{own}"
         for name, module in model.named_modules()
+        if not isinstance(module, AdapterTensors)  # another adapter's stack of factors
         for own, p in module.named_parameters(recurse=False)
         if p.dim() == 3 and len(p) > 1 and not type(module).__module__.startswith("torch.nn")
     ]

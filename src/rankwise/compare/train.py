@@ -26,7 +26,6 @@ from transformers import (
 )
 
 from rankwise.compare.candidates import Candidate, candidate_of
-from rankwise.compare.candidates.base import Saved
 from rankwise.compare.checkpoints import newest_complete
 from rankwise.compare.data import Table
 from rankwise.compare.models import open_model, open_tokenizer
@@ -70,7 +69,7 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
     trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
 
     scores = {name: _score(trainer, getattr(plan.splits, name), plan) for name in ("validation", "test")}
-    saved = candidate.save(model, output, run.key, command) if is_first() else Saved()
+    export = candidate.save(model, output, run.key, command) if is_first() else None
     measured = candidate.measure(model)
     metric, *extra = scores["test"]
     return Result(
@@ -96,12 +95,12 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
         initial_mean_rank=_mean(initial_ranks),
         starting_scale=candidate.starting_scale,
         ranks=measured.ranks,
-        exported_ranks=saved.exported_ranks,
+        exported_ranks=measured.exported_ranks,
         singular_values=measured.singular_values,
         seconds_per_step=statistics.median(clock.seconds[WARMUP_STEPS:] or clock.seconds),
         seconds=time.perf_counter() - began,
         steps_skipped=measured.steps_skipped,
-        export=saved.export,
+        export=export,
         versions=library_versions(),
         machine=_machine(),
         command=command,

@@ -144,7 +144,7 @@ def _same_modules(own: peft.LoraConfig, r: int) -> peft.LoraConfig:
 
 def _padded(f: Factors | None, shape: tuple[int, int], r: int) -> Factors:
     out, into = shape
-    B, s, A = torch.zeros(out, r), torch.zeros(r), torch.zeros(r, into)
+    B, s, A = (torch.zeros(shape, dtype=torch.float32) for shape in ((out, r), (r,), (r, into)))
     if f is not None:
         B[:, : f.r], s[: f.r], A[: f.r] = f.B.float(), f.s.float(), f.A.float()
     return Factors(B, s, A)

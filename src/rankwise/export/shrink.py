@@ -145,7 +145,7 @@ def _directions(f: Factors, C: Tensor | None) -> tuple[Tensor, Factors]:
     U, S = U[:, :used], S[:used]
     rows = (U.mT @ (B * s)) @ A
     half = rows.norm(dim=1).sqrt()
-    return S, Factors((U * half).float(), torch.ones(used), (rows / half[:, None]).float())
+    return S, Factors((U * half).float(), torch.ones(used, dtype=torch.float32), (rows / half[:, None]).float())
 
 
 def _root(A: Tensor, C: Tensor) -> Tensor:

@@ -30,6 +30,7 @@ from rankwise.adapters.embedding import AdapterEmbedding, without_padding
 from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.lookup import adapted_layers, base_name, factors, ranks
 from rankwise.adapters.progress import LENGTH, Progress
+from rankwise.adapters.tensors import ADDED_IN_FORMAT_2
 from rankwise.adapters.tuner import PREFIX, kind_of
 from rankwise.errors import AdapterFileError, RankwiseError
 from rankwise.update import Factors
@@ -158,7 +159,7 @@ def from_folder(folder: Path, base: str | Path | nn.Module | None) -> Source:
         )
     others = {key: tensor for key, tensor in state.items() if f".{PREFIX}" not in key}
     progress = Progress.of(next(iter(by_module.values()))["progress"])
-    kept = [int(config.kept(by_module[name]).sum()) for name in updates]
+    kept = [int(config.ranks_left(by_module[name]).sum()) for name in updates]
     return Source(config, updates, others, progress, kept, forms, names, base_class_of(whole))
 
 
@@ -324,6 +325,8 @@ def _check_whole(
     size = config.size_of(name, *shape)
     slots = config.slots(size)
     expected = {key: slot.shape for key, slot in slots.items()} | {"progress": (LENGTH,)}
+    if config.rankwise_format == 1:
+        expected = {key: wanted for key, wanted in expected.items() if key not in ADDED_IN_FORMAT_2}
     for key, wanted in expected.items():
         seen = tuple(tensors[key].shape) if key in tensors else None
         if seen != wanted:
@@ -334,7 +337,7 @@ def _check_whole(
 
 
 def _saved_update(config: AdapterConfig, name: str, tensors: dict[str, Tensor], padding: int | None) -> Factors:
-    found = config.factors(tensors, config.scale_of(name))
+    found = config.evaluation_factors(tensors, config.scale_of(name))
     return without_padding(Factors(*(t.detach() for t in found)), padding)
 
 

@@ -14,7 +14,7 @@ There is no lora_alpha / r scale. Extra parameters beside U and V: L·r² a laye
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -25,12 +25,16 @@ from rankwise.checks import require_batch, require_choice, require_int, require_
 from rankwise.errors import ArgumentError
 from rankwise.linalg.chain import chain
 from rankwise.linalg.subspace import gradient_subspace
-from rankwise.methods.base import Method, register
-from rankwise.methods.stack import Size, Slot, Step
+from rankwise.methods.base import Method, gaussian, register
+from rankwise.methods.stack import Size, Slot, Stack, Step
 from rankwise.update import Factors
 
 LEAST = 1e-30
 """The least ε^L: from a smaller one no gradient gets through in float32."""
+FAINT = 1e-8
+"""The least ε^(L−1) at which Adam moves the factors: it divides their gradients by their size plus an eps of 1e-8."""
+RANDOM_RATE = 3e-3
+"""Suggested peak rate for `init="random"`, whose outer factors move at the whole rate (its card has the search)."""
 
 
 @register
@@ -48,7 +52,9 @@ class Deep(Method):
     refuses_updates: ClassVar[str | None] = "Deep LoRA's updates lie in a subspace that a gradient tells"
 
     depth: int = field(default=3, metadata={"help": "L, factors in the product"})
-    init_scale: float = field(default=1e-3, metadata={"help": "ε, scale of every factor at the start"})
+    init_scale: float | None = field(
+        default=None, metadata={"help": "ε, scale of every factor at the start; None: 10^(−9/L), so that ε^L = 1e-9"}
+    )
     outer_lr_ratio: float = field(default=1e-2, metadata={"help": "γ, learning rate of U and V relative to the W_l"})
     init: str = field(
         default="gradient",
@@ -66,12 +72,33 @@ class Deep(Method):
         """At least two factors, an even r, positive numbers."""
         super().check()
         require_int("depth", self.depth, least=2)
-        require_number("init_scale", self.init_scale, least=LEAST ** (1 / self.depth))
+        if self.init_scale is not None:
+            require_number("init_scale", self.init_scale, least=LEAST ** (1 / self.depth))
         require_number("outer_lr_ratio", self.outer_lr_ratio)
         require_choice("init", self.init, ("gradient", "random"))
         if self.init == "gradient" and self.r % 2 and self.r > 1:
             raise ArgumentError("r", "be even: half of it holds the gradient's left directions, half the right", self.r)
         require_batch("init_batch", self.init_batch)
+
+    @property
+    def _epsilon(self) -> float:
+        """ε. A gradient of a factor is about ε^(L−1) times that of the update: see `FAINT`."""
+        return 10 ** (-9 / self.depth) if self.init_scale is None else self.init_scale
+
+    def suggest_rate(self) -> float:
+        """That of the subspace's square factors; less where the outer factors move at the whole rate too."""
+        return RANDOM_RATE if self.init == "random" else self.suggested_rate
+
+    def advice(self, stacks: Sequence[Stack], step: Step) -> str | None:
+        """Where Adam would not see the gradients."""
+        share = self._epsilon ** (self.depth - 1)
+        if self.init_scale is None or share >= FAINT:
+            return None
+        return (
+            f"at depth {self.depth} and init_scale {self.init_scale:g} the gradient of a factor starts at {share:.0e} "
+            "of the update's, below the eps of 1e-8 that Adam adds, so that Adam hardly moves it: leave init_scale out "
+            f"(it is then {10 ** (-9 / self.depth):.2g})"
+        )
 
     def slots(self, size: Size) -> dict[str, Slot]:
         """U (out, r), V (in, r) and W (L, r, r); L − 2 square factors where the outer two are factors themselves."""
@@ -85,11 +112,11 @@ class Deep(Method):
     def start(self, size: Size, weight: Callable[[], Tensor], *, zero: bool = True) -> dict[str, Tensor]:
         """W_l = ε·I; U and V await the gradient, or are ε times orthonormal."""
         factors = self.slots(size)["W"].shape[0]
-        eps = self.init_scale if zero else 1.0
+        eps = self._epsilon if zero else 1.0
         if self.init == "gradient" and zero:
-            return {"W": eps * torch.eye(size.r).repeat(factors, 1, 1)}
+            return {"W": eps * torch.eye(size.r, dtype=torch.float32).repeat(factors, 1, 1)}
         outer = eps if self.init == "random" else 1.0
-        square = torch.linalg.qr(torch.randn(factors, size.r, size.r)).Q
+        square = torch.linalg.qr(gaussian(factors, size.r, size.r)).Q
         return {
             "U": outer * _orthonormal(size.out, size.r),
             "W": eps * square,
@@ -119,4 +146,4 @@ class Deep(Method):
 
 
 def _orthonormal(rows: int, columns: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(rows, columns)).Q
+    return torch.linalg.qr(gaussian(rows, columns)).Q

@@ -33,7 +33,7 @@ from rankwise.checks import require_bool, require_choice, require_number, say_on
 from rankwise.errors import ArgumentError
 from rankwise.linalg.cayley import cayley, cayley_of_blocks
 from rankwise.linalg.norms import EXPONENTS, on_unit_sphere, schatten, squared_norm_bound
-from rankwise.methods.base import Method, register
+from rankwise.methods.base import Method, gaussian, register
 from rankwise.methods.stack import Size, Slot
 from rankwise.precision import exact
 from rankwise.update import Factors
@@ -119,13 +119,13 @@ class NbLora(Method):
         """Ã ~ N(0, 1/in) and B̃ = 0, or U and V alike and v = 0; an even split; δ, from W0 where it is relative."""
         out, into, r = size.out, size.into, size.r
         if self.parameterization == "joint":
-            start = {"A_free": into**-0.5 * torch.randn(r, into)}
-            moved = {"B_free": out**-0.5 * torch.randn(r, out)}
+            start = {"A_free": into**-0.5 * gaussian(r, into)}
+            moved = {"B_free": out**-0.5 * gaussian(r, out)}
         else:
-            start = {"U_free": out**-0.5 * torch.randn(out, r), "V_free": into**-0.5 * torch.randn(into, r)}
-            moved = {"v": 0.5 + torch.rand(r)}
+            start = {"U_free": out**-0.5 * gaussian(out, r), "V_free": into**-0.5 * gaussian(into, r)}
+            moved = {"v": 0.5 + torch.rand(r, dtype=torch.float32)}
         if self._split_is_learnt:
-            start["z"] = torch.ones(r) if zero else 0.5 + torch.rand(r)
+            start["z"] = torch.ones(r) if zero else 0.5 + torch.rand(r, dtype=torch.float32)
         start["delta"] = self._absolute(size, weight)
         return start if zero else start | moved
 

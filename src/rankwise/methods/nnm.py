@@ -69,7 +69,7 @@ class Nnm(Method):
         """λR and its gradient, in the form that `frobenius` names."""
         if self.nuclear_weight == 0:
             return None
-        gradients, value = [], torch.zeros(())
+        gradients, value = [], torch.zeros((), dtype=torch.float32)
         for layers in stacks:
             A = layers["A"].float()
             share, gradient = self._share_of_nuclear_norm(exact(A))

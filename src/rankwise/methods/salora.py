@@ -24,10 +24,10 @@ from rankwise.checks import require_choice, require_number
 from rankwise.linalg import gates
 from rankwise.linalg.allocate import keep_within
 from rankwise.linalg.draws import new_seed, uniform
-from rankwise.methods.base import register
+from rankwise.methods.base import gaussian, register
 from rankwise.methods.orthonormal import penalty_of_form
 from rankwise.methods.phases import Phased
-from rankwise.methods.stack import Penalty, Size, Slot, Stack, Step, Updates
+from rankwise.methods.stack import CLOSED, Penalty, Size, Slot, Stack, Step, Updates, closed_slot
 from rankwise.update import Factors
 
 EDGE = 1e-6
@@ -51,6 +51,8 @@ class Salora(Phased):
     method: ClassVar[str] = "salora"
     summary: ClassVar[str] = "falls to a density of r·L ranks, learned by random gates under an L0 constraint"
     suggested_rate: ClassVar[float] = 1e-2
+    closing_values: ClassVar[Mapping[str, float]] = {"log_theta": gates.FLOOR}
+    uses_rate: ClassVar[bool] = True
 
     density: float = field(default=0.5, metadata={"help": "b, share of the parameters kept at the end, in [0.05, 1)"})
     orth_reg_weight: float = field(default=0.1, metadata={"help": "β, weight of the orthonormality penalty"})
@@ -79,18 +81,19 @@ class Salora(Phased):
         return self.density * self.r
 
     def slots(self, size: Size) -> dict[str, Slot]:
-        """A (r, in), B (out, r), log θ (r); this step's u (r), 0 for evaluation gates; λ; what all u are drawn from."""
+        """A, B, log θ (r); this step's u (r), 0 for evaluation gates; λ; the seed of all u; ranks closed for good."""
         return super().slots(size) | {
             "log_theta": Slot((size.r,), exact=True),
             "u": Slot((size.r,), trained=False, exact=True),
             "multiplier": Slot((1,), trained=False, exact=True),
             "seed": Slot((1,), trained=False, dtype=torch.int64),
+            **closed_slot(size),
         }
 
     def start(self, size: Size, weight: Callable[[], Tensor], *, zero: bool = True) -> dict[str, Tensor]:
         """As LoRA; log θ ~ N(2, 0.01²), so that E‖G‖₀/r = 0.97. No u is drawn yet: a copy stays the same function."""
         start = super().start(size, weight, zero=zero)
-        return start | {"log_theta": 2 + 0.01 * torch.randn(size.r), "seed": new_seed()}
+        return start | {"log_theta": 2 + 0.01 * gaussian(size.r), "seed": new_seed()}
 
     def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
         """B·diag(scale·g)·A with evaluation gates."""
@@ -152,7 +155,7 @@ class Salora(Phased):
     def after_step(self, stacks: Sequence[Stack], step: Step) -> Updates:
         """Clamp log θ and draw the next u, from the layer's seed and the step's number; at total − tfinal, decide."""
         if self._decided(step):
-            return []
+            return self.close_again(stacks)
         if step.number >= self.phases(step.total)[1]:
             return self.finalize(stacks)
         updates = []
@@ -170,7 +173,7 @@ class Salora(Phased):
         updates = []
         for layers, mask in zip(stacks, keep, strict=True):
             theta = torch.where(mask, layers["log_theta"].clamp(least, gates.CEILING), gates.FLOOR)
-            updates.append({"log_theta": theta, "u": torch.zeros_like(layers["u"])})
+            updates.append({"log_theta": theta, "u": torch.zeros_like(layers["u"]), CLOSED: ~mask})
         return updates
 
     def _moves(self, step: Step) -> bool:
@@ -189,7 +192,8 @@ class Salora(Phased):
 
 def _costs(layers: Stack) -> Tensor:
     """Parameters of one rank of each layer, out + in, (n, 1)."""
-    return torch.tensor([[float(size.out + size.into)] for size in layers.sizes], device=layers["log_theta"].device)
+    costs = [[size.out + size.into] for size in layers.sizes]
+    return torch.tensor(costs, dtype=torch.float32, device=layers["log_theta"].device)
 
 
 def _parameters(stacks: Sequence[Stack]) -> int:

@@ -95,7 +95,7 @@ def _mean(found: Sequence[Scores], samples: Sequence[int]) -> Scores:
 
 def _agreed(scores: Scores, samples: int, peers: Any, device: torch.device) -> Scores:
     """The mean over processes, each of which may have scored samples of its own: all must move the same ranks."""
-    flat = torch.cat([torch.tensor([scores.whole]), *scores.without, *scores.alone])
+    flat = torch.cat([torch.tensor([scores.whole], dtype=torch.float32), *scores.without, *scores.alone])
     whole, *parts = (
         mean_by(flat.to(device), samples, peers)
         .to(flat.device)

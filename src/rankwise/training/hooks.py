@@ -16,6 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.roster import Roster, living_rosters
 from rankwise.errors import TrainingError
+from rankwise.training import averaged
 from rankwise.training.refusals import DEEPSPEED, MANY_CALLS
 from rankwise.training.session import Groups, session_of
 
@@ -23,12 +24,13 @@ _installed = False
 
 
 def install() -> None:
-    """Register the two hooks, once per process."""
+    """Register the two hooks, and follow averaged models, once per process."""
     global _installed
     if not _installed:
         Roster.on_forward = _saw_forward
         register_optimizer_step_pre_hook(_before_step)
         register_optimizer_step_post_hook(_after_step)
+        averaged.install()
         _installed = True
 
 
@@ -72,7 +74,7 @@ def _run_before(optimizer: torch.optim.Optimizer) -> None:
     overflowed = overflow is not None and bool(overflow > 0)
     if not overflowed and all(session.finite() for session in sessions):
         for session in sessions:
-            session.before(getattr(optimizer, "grad_scale", None))
+            session.before(getattr(optimizer, "grad_scale", None), optimizer.state)
         return
     if not overflowed:  # leave nothing that the optimiser could move by
         for group in optimizer.param_groups:

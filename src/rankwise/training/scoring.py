@@ -51,7 +51,7 @@ def one_by_one(
 
 
 def _unscored(kept: Sequence[Tensor]) -> list[Tensor]:
-    return [torch.full(mask.shape, torch.nan) for mask in kept]
+    return [torch.full(mask.shape, torch.nan, dtype=torch.float32) for mask in kept]
 
 
 def _ranks(kept: Sequence[Tensor]) -> list[tuple[int, int]]:
@@ -195,7 +195,8 @@ class Replay:
     def _gates(self, i: int, ranks: Sequence[int], others: int, samples: int | None) -> dict[int, Tensor | None]:
         """Gates of layer i on top of `_own`, (len(ranks) · samples, r) or (r,); other layers are whole, or off."""
         tensors = self.layers[i].tensors(self.adapter)
-        gate = torch.zeros(len(ranks), tensors.size.r, device=next(tensors.parameters()).device)
+        device = next(tensors.parameters()).device
+        gate = torch.zeros(len(ranks), tensors.size.r, dtype=torch.float32, device=device)
         gate[range(len(ranks)), list(ranks)] = -1.0 if others else 1.0
         gates: dict[int, Tensor | None] = {} if others else dict.fromkeys(self.everything)
         return gates | {i: gate[0] if samples is None else gate.repeat_interleave(samples, 0)}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from rankwise.adapters.layer import AdapterLayer
-from rankwise.adapters.lookup import adapted_layers, ranks, reduced
+from rankwise.adapters.lookup import adapted_layers, factors, ranks, reduced
 from rankwise.adapters.progress import SOURCES, final_ranks_due
 from rankwise.adapters.roster import Roster
 from rankwise.training.session import session_of
+from rankwise.update import Factors
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,9 @@ class Status:
     total_step_source: str | None
     """"config" or "trainer"."""
     ranks: dict[str, int]
+    """How many ranks of each module the method has not pruned."""
+    exported_ranks: dict[str, int]
+    """How many ranks of each module a plain LoRA of the same update needs: fewer for Deep LoRA, which prunes none."""
     final_ranks_due: int | None
     """The step at which the ranks become final; None for a method without a schedule, or once they are final."""
     rules_run: int
@@ -68,17 +73,19 @@ def status(model: nn.Module, adapter: str = "default") -> Status:
     session = session_of(roster)
     progress = session.progress()
     total = progress.total or getattr(roster.method, "total_step", None)
+    held = reduced(factors(model, adapter), roster.method)
     return Status(
         method=roster.method.method,
         step=progress.step,
         total_step=total,
         total_step_source=SOURCES[progress.source] or ("config" if total else None),
         ranks=ranks(model, adapter),
+        exported_ranks={name: update.r for name, update in held.items()},
         final_ranks_due=final_ranks_due(roster.method, progress),
         rules_run=progress.rules,
         steps_skipped=progress.skipped,
         last_penalty=None if session.last_penalty is None else float(session.last_penalty),
-        parameters=_parameters(list(layers.values()), adapter),
+        parameters=_parameters(layers, held, adapter),
     )
 
 
@@ -86,16 +93,14 @@ def status(model: nn.Module, adapter: str = "default") -> Status:
 def finalize(model: nn.Module, adapter: str = "default") -> None:
     """Apply the final budget now, for a run that stopped before its schedule did.
 
-    Ranks that the schedule would still have pruned are pruned by the scores so far. Nothing happens where the ranks
-    are final already, or the method has no schedule.
+    Ranks that the schedule would still have pruned are pruned by the scores so far. Where the ranks are final already,
+    the same ranks are pruned again, in case something has moved their weights since (an average over steps).
 
     Raises:
         ArgumentError: the model has no such adapter.
     """
     roster = next(iter(adapted_layers(model, adapter).values())).rosters[adapter]
-    session = session_of(roster)
-    if final_ranks_due(roster.method, session.progress()) is not None:
-        session.finalize()
+    session_of(roster).finalize()
 
 
 def metrics(roster: Roster) -> dict[str, float]:
@@ -115,14 +120,20 @@ def metrics(roster: Roster) -> dict[str, float]:
     return found if budget is None else found | {"rankwise/budget": float(budget.at(progress.step))}
 
 
-def _parameters(layers: list[AdapterLayer], adapter: str) -> Parameters:
+def _parameters(layers: Mapping[str, AdapterLayer], held: Mapping[str, Factors], adapter: str) -> Parameters:
+    """Numbers of all layers.
+
+    Args:
+        layers: by name.
+        held: each layer's update without ranks that hold nothing.
+        adapter: its name.
+    """
     initial = final = exported = 0
-    held = reduced({str(i): layer.factors(adapter) for i, layer in enumerate(layers)}, layers[0].methods[adapter])
-    for layer, update in zip(layers, held.values(), strict=True):
+    for name, layer in layers.items():
         tensors = layer.started(adapter)
         numbers = sum(p.numel() for p in tensors.parameters())
         kept = layer.kept(adapter)
         initial += numbers * tensors.size.started // tensors.size.r
         final += numbers * int(kept.sum()) // kept.numel()
-        exported += update.r * (layer.in_features + layer.out_features)
+        exported += held[name].r * (layer.in_features + layer.out_features)
     return Parameters(initial, final, exported)

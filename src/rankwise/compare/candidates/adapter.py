@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rankwise.adapters.configs import CONFIGS, AdapterConfig
 from rankwise.adapters.lookup import adapted_layers, factors, ranks
-from rankwise.compare.candidates.base import Candidate, Measured, Saved
+from rankwise.compare.candidates.base import Candidate, Measured
 from rankwise.compare.spec import MethodEntry, Spec
 from rankwise.errors import ArgumentError, nearest
 from rankwise.export.lora import check_exportable, export_lora
@@ -32,7 +32,7 @@ class AdapterCandidate(Candidate):
     def __init__(self, config: AdapterConfig) -> None:
         self.config = config
         self.name = config.method
-        self.suggested_rate = METHODS[config.method].suggested_rate
+        self.suggested_rate = config.suggest_rate()
         self.starting_scale = config.scale_of("")
         own_fields = dataclasses.fields(METHODS[config.method])
         self.fields = {field.name: getattr(config, field.name) for field in own_fields}
@@ -97,14 +97,15 @@ class AdapterCandidate(Candidate):
         return Measured(
             parameters=dataclasses.asdict(now.parameters),
             ranks=now.ranks,
+            exported_ranks=now.exported_ranks,
             singular_values={name: update.singular_values().tolist() for name, update in factors(model).items()},
             steps_skipped=now.steps_skipped,
         )
 
-    def save(self, model: Any, output: Path, key: str, command: str) -> Saved:
+    def save(self, model: Any, output: Path, key: str, command: str) -> str:
         """Write the adapter, to train on, and its plain LoRA, to serve."""
         with whole_folder(output / "adapters" / key) as folder:
             model.save_pretrained(str(folder))
             (folder / COMMAND).write_text(command + "\n", encoding="utf-8")
-        report = export_lora(model, output / "exports" / key, command=command, overwrite=True)
-        return Saved(export=str(Path("exports") / key), exported_ranks=report.ranks)
+        export_lora(model, output / "exports" / key, command=command, overwrite=True)
+        return str(Path("exports") / key)

@@ -19,20 +19,12 @@ class Measured:
     """Trained numbers beside the head: `initial`, `final` (what was not pruned) and `exported` (as a plain LoRA)."""
     ranks: dict[str, int] = field(default_factory=dict)
     """The rank that was kept, by module."""
+    exported_ranks: dict[str, int] = field(default_factory=dict)
+    """The rank that a plain LoRA of the same update needs, by module."""
     singular_values: dict[str, list[float]] = field(default_factory=dict)
     """All singular values of each module's update, largest first."""
     steps_skipped: int = 0
     """Optimiser steps that moved nothing, because of an overflow or of gradients that were not finite."""
-
-
-@dataclass(frozen=True)
-class Saved:
-    """What a candidate left in the output folder."""
-
-    export: str | None = None
-    """The folder of the plain LoRA, relative to the output folder; None where there is nothing to export."""
-    exported_ranks: dict[str, int] = field(default_factory=dict)
-    """The rank of each module in the plain LoRA."""
 
 
 class Candidate(ABC):
@@ -80,5 +72,9 @@ class Candidate(ABC):
         """Sizes, ranks and spectra of the trained model."""
 
     @abstractmethod
-    def save(self, model: nn.Module, output: Path, key: str, command: str) -> Saved:
-        """Write what the run leaves behind under `output`, in folders named `key`."""
+    def save(self, model: nn.Module, output: Path, key: str, command: str) -> str | None:
+        """Write what the run leaves behind under `output`, in folders named `key`.
+
+        Returns:
+            The folder of the plain LoRA, relative to `output`; None where there is nothing to export.
+        """

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel
 
-from rankwise.compare.candidates.base import Candidate, Measured, Saved
+from rankwise.compare.candidates.base import Candidate, Measured
 from rankwise.compare.spec import HEAD, MethodEntry, Spec
 from rankwise.errors import ArgumentError
 
@@ -77,9 +77,8 @@ class HeadCandidate(Candidate):
         """No parameters beside the head."""
         return Measured(parameters={"initial": 0, "final": 0, "exported": 0})
 
-    def save(self, model: nn.Module, output: Path, key: str, command: str) -> Saved:
+    def save(self, model: nn.Module, output: Path, key: str, command: str) -> None:
         """Nothing: the floor is there to compare with."""
-        return Saved()
 
 
 def _head(model: nn.Module) -> list[nn.Parameter]:
