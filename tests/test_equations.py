@@ -27,18 +27,22 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / PAGE).read_text(encoding="utf-8")
 
 NUMBERS = {
-    "NNM-LoRA": "(1)–(11)",
+    "NNM-LoRA": "(1)–(11), figure 1, figure 2 (left), figure 2 (right), table 1, table 2, table 3",
     "NB-LoRA": ", ".join(f"claim {n}" for n in range(1, 10)),
     "SoRA": "(5)–(12)",
-    "ALoRA": "(6), algorithm 1",
-    "AdaLoRA": "(1), (3)–(11), algorithm 1",
-    "SaLoRA": "(4)–(12), algorithm 1",
-    "SORSA": "(1)–(39), theorem 1, theorem 2, theorem 3, lemma 4, theorem 5, listing 1, listing 2",
-    "Deep LoRA": "(1)–(21), theorem 2.1, proposition 2.2, lemma E.1, lemma E.2",
+    "ALoRA": "(6), algorithm 1, figure 3",
+    "AdaLoRA": "(1), (3)–(11), algorithm 1, figure 3",
+    "SaLoRA": "(4)–(12), algorithm 1, figure 3, figure 7",
+    "SORSA": "(1)–(39), theorem 1, theorem 2, theorem 3, lemma 4, theorem 5, listing 1, listing 2, "
+    "figure 1, figure 2, figure 3, figure 4, table 1, table 2, table 3",
+    "Deep LoRA": "(1)–(21), theorem 2.1, proposition 2.2, lemma E.1, lemma E.2, figure 1, figure 2 (left), "
+    "figure 2 (right), figure 3 (left), figure 3 (middle), figure 3 (right), figure 4 (left), figure 4 (right), "
+    "figure 5, figure 6, figure 7, figure 8, figure 9, figure 10 (left), figure 10 (right), table 1, table 2, table 3",
 }
 """Every number in the papers' texts, by section of the page: read from the papers, not from the page."""
 
-ONE_NUMBER = r"\((\d+)\)(?:–\((\d+)\))?|((?:theorem|lemma|proposition|algorithm|listing|claim) [\w.]+)"
+NAMED = r"theorem|lemma|proposition|algorithm|listing|claim|figure|table"
+ONE_NUMBER = rf"\((\d+)\)(?:–\((\d+)\))?|((?:{NAMED}) [\w.]+(?: \((?:left|middle|right)\))?)"
 SECTIONS = pytest.mark.parametrize("paper", NUMBERS)
 
 
@@ -56,6 +60,7 @@ def numbers(cell: str) -> list[str]:
 def test_a_cell_of_numbers_is_read() -> None:
     assert numbers("theorem 2.1, (5), (14)–(16)") == ["theorem 2.1", "(5)", "(14)", "(15)", "(16)"]
     assert numbers("lemma E.1") == ["lemma E.1"]
+    assert numbers("figure 2 (left), table 3") == ["figure 2 (left)", "table 3"]
     assert numbers("b(t)") == numbers("section 2.3") == []
 
 

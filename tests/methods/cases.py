@@ -94,14 +94,14 @@ CASES: dict[str, Case] = {
     "alora": Case(
         told={"rounds": 2, "warmup_steps": 3, "recovery_steps": 3, "prune_per_round": 4, "score_batch": score},
         exported_rank=8,
-        buffers={"active"},
+        buffers={"active", "seed"},
     ),
     "salora": Case(
         {"tinit": 2, "tfinal": 4},
         told={"total_step": 12},
         penalty=salora,
         exact={"log_theta", "u", "multiplier"},
-        buffers={"u", "multiplier"},
+        buffers={"u", "multiplier", "seed"},
     ),
     "nblora": Case(exact={"delta"}, buffers={"delta"}),
     "deep": Case(),

@@ -454,7 +454,7 @@ def test_the_diagonal_takes_the_optimisers_step_and_is_masked_after_it(batch: di
     config = rankwise.AdaLoraConfig(target_modules="all-linear", task_type="SEQ_CLS", init_weights=False, **schedule)
     model = get_peft_model(tiny_bert(), config).train()
     tensors = [layer.tensors("default") for layer in adapted_layers(model).values()]
-    rate = 0.1
+    rate = 1e-2
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate)
     for t in range(1, 15):
         optimizer.zero_grad()
