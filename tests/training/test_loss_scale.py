@@ -9,12 +9,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
-from small import FINAL, adapted, check_same, loss_of, state, trained
 from test_optimizers import Wrapped, adamw
 from test_steps import counted
 
 import rankwise
 from cases import CASES
+from small import FINAL, adapted, check_same, loss_of, state, trained
 
 NAMES = pytest.mark.parametrize("name", CASES)
 SCALE = 2.0**10

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from small import FINAL, adapted, check_same, loss_of, state, trained
 from test_steps import counted
 from torch import Tensor
 
 import rankwise
 from cases import CASES
 from rankwise.errors import TrainingError
+from small import FINAL, adapted, check_same, loss_of, state, trained
 
 NAMES = pytest.mark.parametrize("name", CASES)
 STEPS = 12

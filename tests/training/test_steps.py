@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from peft import get_peft_model
-from small import FINAL, adapted, check_same, config_of, inputs, loss_of, state, trained
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
@@ -16,6 +15,7 @@ import rankwise
 from cases import CASES
 from conftest import tiny_llama
 from rankwise.errors import TrainingError
+from small import FINAL, adapted, check_same, config_of, inputs, loss_of, state, trained
 
 NAMES = pytest.mark.parametrize("name", CASES)
 ACCUMULATION = pytest.mark.parametrize("accumulation", [1, 4, 16])
