@@ -215,7 +215,7 @@ def test_structure_aware_lora_eq_11_is_the_number_of_matrices_with_all_gates_ope
 
 
 def test_nnm_the_frobenius_norm_does_affect_the_differentiation() -> None:
-    """Claim (below eq. 9): ‖A‖_F in −‖A‖_*/‖A‖_F "does not directly affect the differentiation process".
+    """Claim (below eq. 10): ‖A‖_F in −‖A‖_*/‖A‖_F "does not directly affect the differentiation process".
 
     Instead it does. With ‖A‖_F held constant the step is polar(A)/‖A‖_F: every singular value grows alike, their
     differences stay, and the ratio approaches √r (eq. 11) only as ‖A‖_F grows without end. Differentiating the ratio

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -40,6 +41,15 @@ def test_readme_example_runs(code: str, tmp_path: Path, monkeypatch: pytest.Monk
     assert sum(ranks.values()) == 8 * len(ranks)
     assert (tmp_path / "runs/readme/lora/adapter_model.safetensors").is_file()
     assert len([line for line in code.splitlines() if line.strip()]) <= 15
+
+
+def test_the_learning_rates_on_the_page_are_those_of_the_result_files() -> None:
+    source = importlib.util.spec_from_file_location("learning_rates", ROOT / "bench" / "learning_rates.py")
+    assert source is not None
+    assert source.loader is not None
+    search = importlib.util.module_from_spec(source)
+    source.loader.exec_module(search)
+    assert search.summary() in (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))

@@ -120,7 +120,13 @@ def write_spec(tiny: Path) -> WriteSpec:
             "methods": None if "method" in changes else ["lora"],
             "data": data,
             "task": {"max_length": 16},
-            "training": {"steps": 12, "batch_size": 12, "learning_rate": 2e-2, "warmup": 0.0},
+            "training": {
+                "steps": 12,
+                "batch_size": 12,
+                "learning_rate": 2e-2,
+                "head_learning_rate": 2e-2,
+                "warmup": 0.0,
+            },
             "budget": {"r": 4},
         }
         for key, value in changes.items():

@@ -16,6 +16,10 @@ from typing import TYPE_CHECKING, Any
 import wrapt
 
 if TYPE_CHECKING:
+    from rankwise import compare as compare
+    from rankwise import completion as completion
+    from rankwise import errors as errors
+    from rankwise import spectral as spectral
     from rankwise.adapters.configs import *  # noqa: F403  every config class, without naming them here
     from rankwise.adapters.lookup import factors, ranks
     from rankwise.export.importing import import_lora
@@ -23,10 +27,14 @@ if TYPE_CHECKING:
     from rankwise.export.merge import merge_adapters
     from rankwise.export.servers import check_export
     from rankwise.export.shrink import shrink_adapter
+    from rankwise.training.loraplus import loraplus_groups
     from rankwise.training.status import Status, finalize, status
     from rankwise.update import Factors
 
 __version__ = "0.1.0"
+
+_MODULES = ("compare", "completion", "errors", "spectral")
+"""Public modules, imported when first used."""
 
 _HOMES = {
     "Factors": "rankwise.update",
@@ -36,6 +44,7 @@ _HOMES = {
     "factors": "rankwise.adapters.lookup",
     "finalize": "rankwise.training.status",
     "import_lora": "rankwise.export.importing",
+    "loraplus_groups": "rankwise.training.loraplus",
     "merge_adapters": "rankwise.export.merge",
     "ranks": "rankwise.adapters.lookup",
     "shrink_adapter": "rankwise.export.shrink",
@@ -49,6 +58,7 @@ __all__ = [
     "factors",
     "finalize",
     "import_lora",
+    "loraplus_groups",
     "merge_adapters",
     "ranks",
     "shrink_adapter",
@@ -57,7 +67,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("compare", "spectral"):
+    if name in _MODULES:
         return importlib.import_module(f"rankwise.{name}")
     if name in _HOMES:
         found = getattr(importlib.import_module(_HOMES[name]), name)
@@ -72,7 +82,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, "__version__", "compare", "spectral", *_configs()])
+    return sorted([*__all__, "__version__", *_MODULES, *_configs()])
 
 
 def _configs() -> dict[str, Any]:
@@ -83,6 +93,7 @@ def _configs() -> dict[str, Any]:
 def _when_peft_is_imported(_: object) -> None:
     importlib.import_module("rankwise.adapters.register").register()
     importlib.import_module("rankwise.training.hooks").install()
+    importlib.import_module("rankwise.training.first_step").install()
 
 
 def _when_the_trainer_is_imported(_: object) -> None:

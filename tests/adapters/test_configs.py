@@ -47,6 +47,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("AdaLoraConfig", {"deltaT": 0}, "`deltaT` must be a whole number of steps ≥ 1"),
     ("AdaLoraConfig", {"tfinal": 7.3}, "`tfinal` must be a whole number of steps"),
     ("NnmLoraConfig", {"scale_by_frobenius": "no"}, "`scale_by_frobenius` must be True or False; found 'no'"),
+    ("NnmLoraConfig", {"frobenius": "free"}, "`frobenius` must be one of differentiated, held, none; found 'free'"),
     ("LoraConfig", {"use_rslora": "yes"}, "`use_rslora` must be True or False; found 'yes'"),
     ("LoraConfig", {"init_weights": "gaussian"}, "`init_weights` must be True or False; found 'gaussian'"),
     ("LoraConfig", {"rank_pattern": {"q": True}}, "must be a whole number ≥ 1"),
@@ -151,10 +152,10 @@ def test_unknown_format_is_refused(tmp_path: Path) -> None:
     model = get_peft_model(tiny_bert(), rankwise.SoraConfig(target_modules=["query"]))
     model.save_pretrained(str(tmp_path))
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
-    assert saved["rankwise_format"] == 1
+    assert saved["rankwise_format"] == 2
     assert saved["peft_type"] == "RANKWISE_SORA"
     (tmp_path / "adapter_config.json").write_text(json.dumps(saved | {"rankwise_format": 99}))
-    with pytest.raises(AdapterFileError, match="saved in format 99 and this rankwise reads format 1"):
+    with pytest.raises(AdapterFileError, match="saved in format 99 and this rankwise reads formats 1 to 2"):
         PeftModel.from_pretrained(tiny_bert(), str(tmp_path))
 
 

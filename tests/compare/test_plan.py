@@ -6,15 +6,20 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import datasets
 import pytest
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from rankwise.compare import runner
+from rankwise.compare import models, runner
+from rankwise.compare import plan as planning
 from rankwise.compare.plan import Plan, make_plan
 from rankwise.compare.spec import read_spec
 from rankwise.errors import RankwiseError
+from rankwise.methods import METHODS
 
 pytest_plugins = ["tiny_comparison"]
 
@@ -196,6 +201,7 @@ def test_steps_follow_from_epochs(write_spec: WriteSpec, tmp_path: Path) -> None
         {"method": [{"name": "nnm", "nuclear_weight": 2.0}]},
         {"method": [{"name": "nnm", "learning_rate": 1e-2}]},
         {"training": {"learning_rate": 1e-2}},
+        {"training": {"head_learning_rate": 1e-3}},
         {"training": {"steps": 13}},
         {"training": {"batch_size": 4}},
         {"training": {"warmup": 0.2}},
@@ -264,3 +270,104 @@ def test_labels_tell_entries_of_one_method_apart(write_spec: WriteSpec, tmp_path
     ]
     assert [run.learning_rate for run in runs] == [2e-2, 2e-2, 2e-2, 1e-2, 1e-2]
     assert len({run.key for run in runs}) == 5
+
+
+def test_the_floor_is_added_once_and_has_the_heads_rate(write_spec: WriteSpec, tmp_path: Path) -> None:
+    training = {"head_learning_rate": 5e-3}
+    spec = read_spec(write_spec(tmp_path, methods=["lora"], seeds=[0, 1], training=training)).with_floor()
+    assert spec.with_floor() == spec
+    plan = make_plan(spec)
+    rates = [(run.label, run.seed, run.learning_rate) for run in plan.runs]
+    assert rates == [("lora", 0, 2e-2), ("head", 0, 5e-3), ("lora", 1, 2e-2), ("head", 1, 5e-3)]
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"name": "head", "r": 4}, r"^`head.r` must be left out: the head alone has no fields; found 4$"),
+        (
+            {"name": "head", "learning_rate": 1e-3},
+            r"^`head.learning_rate` must be left out: the head's rate is training.head_learning_rate, .*; found 0.001$",
+        ),
+    ],
+)
+def test_the_head_alone_has_nothing_to_set(refuse: Refuse, entry: dict[str, object], message: str) -> None:
+    refuse(message, method=[{"name": "lora"}, entry])
+
+
+def test_a_key_changes_with_the_versions_of_the_libraries(
+    write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = keys(planned(write_spec, tmp_path))
+    for library in planning.LIBRARIES:
+        real = planning.version
+        with monkeypatch.context() as patch:
+            patch.setattr(planning, "version", lambda name, of=library, real=real: "9.9" if name == of else real(name))
+            assert keys(planned(write_spec, tmp_path)) != before, library
+    assert keys(planned(write_spec, tmp_path)) == before
+
+
+def test_a_key_changes_with_the_suggested_rate_where_it_is_taken(
+    write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training = {"learning_rate": None}
+    before = keys(planned(write_spec, tmp_path, training=training))
+    given = keys(planned(write_spec, tmp_path, method=[{"name": "lora", "learning_rate": 1e-3}], training=training))
+    monkeypatch.setattr(METHODS["lora"], "suggested_rate", 7e-3)
+    assert keys(planned(write_spec, tmp_path, training=training)) != before
+    again = keys(planned(write_spec, tmp_path, method=[{"name": "lora", "learning_rate": 1e-3}], training=training))
+    assert again == given
+
+
+def test_a_key_changes_with_the_contents_of_a_hub_data_set(
+    write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = {"dataset": "somebody/intents", "train": None, "test": None}
+    rows = [{"text": "red", "intent": "colour"}, {"text": "milk", "intent": "food"}] * 10
+
+    def load(name: str) -> datasets.DatasetDict:
+        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows) for split in ("train", "test")})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    before = keys(planned(write_spec, tmp_path, data=hub))
+    assert keys(planned(write_spec, tmp_path, data=hub)) == before
+    rows[0] = {"text": "green", "intent": "colour"}  # the same name, another revision
+    assert keys(planned(write_spec, tmp_path, data=hub)) != before
+
+
+def test_a_key_changes_with_the_revision_of_a_hub_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = [
+        models.identity("somebody/model")
+        for revision in ("1a", "1a", "2b")
+        if monkeypatch.setattr(
+            models.AutoConfig, "from_pretrained", lambda name, revision=revision: SimpleNamespace(_commit_hash=revision)
+        )
+        is None
+    ]
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "tokenizer_config.json"])
+def test_a_key_changes_with_the_files_of_a_model_folder(
+    write_spec: WriteSpec, tiny: Path, tmp_path: Path, file: str
+) -> None:
+    shutil.copytree(tiny / "model", tmp_path / "model")
+    before = keys(planned(write_spec, tmp_path, model="model"))
+    path = tmp_path / "model" / file
+    if file.endswith(".json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"note": "another"}))
+    else:
+        tensors = load_file(path)
+        name = sorted(tensors)[-1]
+        save_file(tensors | {name: tensors[name] + 1}, path, metadata={"format": "pt"})
+    assert keys(planned(write_spec, tmp_path, model="model")) != before
+
+
+def test_data_and_model_are_hashed_once_for_all_runs(
+    write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    real = planning.identity
+    monkeypatch.setattr(planning, "identity", lambda name: asked.append(name) or real(name))
+    planned(write_spec, tmp_path, methods=["lora", "nnm", "sora"], seeds=[0, 1, 2])
+    assert len(asked) == 1

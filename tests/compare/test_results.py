@@ -21,6 +21,7 @@ def made(label: str = "lora", seed: int = 0, **changes: Any) -> Result:
         model="tiny-encoder",
         task="classification",
         learning_rate=1e-3,
+        head_learning_rate=1e-2,
         steps=4,
         batch_size=2,
         fields={"r": 4, "target_modules": None},
@@ -29,12 +30,14 @@ def made(label: str = "lora", seed: int = 0, **changes: Any) -> Result:
         validation_score=0.75,
         extra_metrics={"macro_f1": 0.7},
         train_loss=[(1, 2.0), (2, 1.5), (3, 1.0), (4, 1.0)],
+        gradient_norm=[(1, 3.0), (2, 2.0), (3, 1.0), (4, 0.5)],
         parameters={"initial": 400, "final": 300, "exported": 350},
         head_parameters=20,
         mean_rank=3.0,
         initial_mean_rank=4.0,
         starting_scale=1.0,
         ranks={"layer.0.query": 4, "layer.1.query": 2},
+        exported_ranks={"layer.0.query": 2, "layer.1.query": 1},
         singular_values={"layer.0.query": [1.0, 0.5], "layer.1.query": [2.0, 0.0]},
         seconds_per_step=0.2,
         seconds=1,
@@ -52,7 +55,7 @@ def test_a_result_reads_back_as_it_was_written(tmp_path):
     for place, result in enumerate(results):
         write_result(result, tmp_path / "new" / f"{place}.json")
     assert read_results(tmp_path / "new") == [results[2], results[0], results[1]]
-    assert json.loads((tmp_path / "new" / "0.json").read_text())["format"] == 1
+    assert json.loads((tmp_path / "new" / "0.json").read_text())["format"] == 2
     assert Result.from_dict(results[0].to_dict()) == results[0]
 
 
@@ -88,10 +91,11 @@ def without_score() -> str:
         ("", "truncated or not strict JSON"),
         (json.dumps(made(score=float("nan")).to_dict()), "NaN is not JSON"),
         ("[1, 2]", "holds no JSON object"),
-        ('{"peft_type": "LORA"}', "a result has format 1; found None"),
+        ('{"peft_type": "LORA"}', "a result has format 2; found None"),
         (without_score(), "a result needs score"),
         (json.dumps(made().to_dict() | {"score": "high"}), "`score` of a result must be a number; found 'high'"),
         (json.dumps(made().to_dict() | {"ranks": {"query": 1.5}}), "`ranks` of a result must be an object"),
+        (json.dumps(made().to_dict() | {"export": 3}), "`export` of a result must be text or null; found 3"),
         (json.dumps(made().to_dict() | {"train_loss": [[1]]}), "`train_loss` of a result must be a list"),
         (json.dumps(made().to_dict() | {"parameters": {"initial": 1}}), "must have initial, final and exported"),
     ],
@@ -159,3 +163,76 @@ def test_without_lora_there_is_no_ratio():
 def test_two_runs_of_one_label_and_seed_are_refused():
     with pytest.raises(DataError, match="one run of 'lora' with seed 0; found 2"):
         summarise([made(), made()])
+
+
+def head(seed: int = 0, **changes: Any) -> Result:
+    """A run of the head alone, which has no adapter."""
+    nothing: dict[str, Any] = {
+        "parameters": {"initial": 0, "final": 0, "exported": 0},
+        "ranks": {},
+        "exported_ranks": {},
+        "singular_values": {},
+        "mean_rank": None,
+        "initial_mean_rank": None,
+        "starting_scale": None,
+        "export": None,
+    }
+    return made("head", seed, **nothing | changes)
+
+
+def test_a_run_without_an_adapter_reads_back_as_it_was_written(tmp_path):
+    write_result(head(), tmp_path / "head.json")
+    assert read_results(tmp_path) == [head()]
+
+
+def test_every_row_is_compared_with_the_head_alone():
+    runs = [head(score=0.7), made("lora", score=0.71), made("sora", score=0.7), made("nnm", score=0.69)]
+    rows = {row.label: row for row in summarise(runs)}
+    assert {label: row.above_floor for label, row in rows.items()} == {
+        "head": None,
+        "lora": True,
+        "sora": False,
+        "nnm": False,
+    }
+    assert [row.label for row in rows.values() if row.is_floor] == ["head"]
+    assert (rows["head"].mean_rank, rows["head"].exported_mean_rank, rows["head"].starting_scale) == (None, None, None)
+    assert rows["head"].versus_lora is None
+
+
+def test_the_floor_is_the_median_over_the_seeds():
+    floor = [head(seed, score=score) for seed, score in enumerate([0.1, 0.7, 0.9])]
+    lora = [made("lora", seed, score=0.71) for seed in range(3)]
+    sora = [made("sora", seed, score=0.69) for seed in range(3)]
+    rows = {row.label: row.above_floor for row in summarise(floor + lora + sora)}
+    assert (rows["lora"], rows["sora"]) == (True, False)
+
+
+def test_without_a_floor_nothing_is_said_of_it():
+    assert [row.above_floor for row in summarise([made("lora")])] == [None]
+
+
+@pytest.mark.parametrize(
+    ("losses", "learnt"),
+    [
+        ([2.0, 1.0], True),
+        ([2.0, 2.0], False),
+        ([2.0, 0.5, 2.5], False),
+        ([2.0], True),  # a single logged loss tells nothing
+        ([], True),
+        ([2.0] * 10 + [0.1] + [2.5] * 9, False),  # means of two each: a single good batch is no progress
+        ([2.0, 2.4] * 5 + [2.0, 2.1] * 5, True),
+    ],
+)
+def test_a_run_has_learnt_if_its_loss_ends_below_its_beginning(losses, learnt):
+    assert made(train_loss=list(enumerate(losses, start=1))).has_learnt is learnt
+
+
+def test_seeds_that_have_not_learnt_are_counted():
+    flat = [(1, 2.0), (2, 2.0)]
+    runs = [made("sora", 0), made("sora", 1, train_loss=flat), made("sora", 2, train_loss=flat)]
+    assert [row.unlearnt for row in summarise(runs)] == [2]
+
+
+def test_the_exported_rank_is_the_mean_over_modules():
+    (row,) = summarise([made()])
+    assert (row.mean_rank, row.exported_mean_rank) == (3.0, 1.5)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import multiprocessing
 import os
+import re
 import signal
 import socket
 import time
@@ -26,6 +27,7 @@ from transformers import Trainer, TrainerCallback
 import rankwise
 from rankwise.adapters.configs import CONFIGS
 from rankwise.compare import runner, train
+from rankwise.compare.candidates.adapter import AdapterCandidate
 from rankwise.compare.models import open_model, open_tokenizer
 from rankwise.compare.plan import Plan, Run, make_plan
 from rankwise.compare.results import Result, read_results
@@ -63,7 +65,8 @@ class Comparison:
 
 @pytest.fixture(scope="module")
 def comparison(write_spec: WriteSpec, tmp_path_factory: pytest.TempPathFactory) -> Comparison:
-    plan = make_plan(read_spec(write_spec(tmp_path_factory.mktemp("comparison"), methods=METHODS)))
+    spec = read_spec(write_spec(tmp_path_factory.mktemp("comparison"), methods=METHODS))
+    plan = make_plan(spec.with_floor())
     predictions: dict[str, np.ndarray] = {}
     watched: list[tuple[str, int]] = []
     original = Trainer.predict
@@ -146,7 +149,7 @@ def test_every_run_is_written_and_reads_back(comparison: Comparison) -> None:
     folder = comparison.output / "results"
     assert sorted(path.name for path in folder.iterdir()) == sorted(f"{run.key}.json" for run in comparison.plan.runs)
     assert read_results(folder) == comparison.results
-    assert [result.label for result in comparison.results] == sorted(METHODS)
+    assert [result.label for result in comparison.results] == sorted([*METHODS, "head"])
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -181,7 +184,7 @@ def test_the_budget_falls_to_r(comparison: Comparison) -> None:
 
 
 def test_nothing_half_done_is_left(comparison: Comparison) -> None:
-    expected = {run.key for run in comparison.plan.runs}
+    expected = {run.key for run in comparison.plan.runs if run.label != "head"}  # the floor leaves a result alone
     for folder in ("adapters", "exports"):
         assert {path.name for path in (comparison.output / folder).iterdir()} == expected
     left = [path.name for path in comparison.output.rglob("*") if path.name.startswith(".") or path.suffix == ".claim"]
@@ -191,7 +194,8 @@ def test_nothing_half_done_is_left(comparison: Comparison) -> None:
 def test_the_table_and_the_page_show_every_method(comparison: Comparison) -> None:
     table = (comparison.output / "table.md").read_text().splitlines()
     assert table[0].startswith("| method | accuracy |")
-    assert sorted(line.split("|")[1].strip() for line in table[2 : 2 + len(METHODS)]) == sorted(METHODS)
+    rows = sorted(line.split("|")[1].strip() for line in table[2:] if line.startswith("|"))
+    assert rows == sorted([*METHODS, "head (floor)"])
     page = (comparison.output / "report.html").read_text()
     assert "<svg" in page
     assert all(method in page for method in METHODS)
@@ -230,6 +234,65 @@ def test_exports_are_plain_loras_with_the_same_predictions(comparison: Compariso
     np.testing.assert_allclose(
         outputs(model, comparison.plan), comparison.predictions[comparison.run(method).key], atol=1e-5
     )
+
+
+def test_a_result_keeps_gradient_norms_and_whole_spectra(comparison: Comparison) -> None:
+    for result in comparison.results:
+        assert [step for step, _ in result.gradient_norm] == list(range(1, 13))
+        assert all(norm > 0 for _, norm in result.gradient_norm)
+    assert {len(values) for values in comparison.result("lora").singular_values.values()} == {4}
+    assert {len(values) for values in comparison.result("sorsa").singular_values.values()} == {8}
+
+
+def test_the_ranks_of_an_export_are_in_the_result(comparison: Comparison) -> None:
+    assert set(comparison.result("lora").exported_ranks.values()) == {4}
+    assert set(comparison.result("sorsa").exported_ranks.values()) == {8}
+    deep = comparison.result("deep")
+    assert set(deep.ranks.values()) == {4}
+    assert min(deep.exported_ranks.values()) < 4  # directions that stayed near 0 are not exported
+    wide = re.compile(r"layer\.\d+\.(intermediate|output)\.dense")  # 32 to 64 and back; the others are 32 × 32
+    exported = sum(rank * (96 if wide.search(name) else 64) for name, rank in deep.exported_ranks.items())
+    assert deep.parameters["exported"] == exported
+
+
+def test_the_floor_trains_the_head_and_nothing_else(comparison: Comparison) -> None:
+    head, lora = comparison.result("head"), comparison.result("lora")
+    assert head.head_parameters == lora.head_parameters == 32 * 3 + 3
+    assert head.parameters == {"initial": 0, "final": 0, "exported": 0}
+    assert (head.ranks, head.exported_ranks, head.singular_values, head.export) == ({}, {}, {}, None)
+    assert (head.mean_rank, head.initial_mean_rank, head.starting_scale) == (None, None, None)
+    assert head.learning_rate == head.head_learning_rate == 2e-2
+    assert head.train_loss[-1][1] < head.train_loss[0][1]
+
+
+def test_all_candidates_start_with_the_same_head_and_the_floor_leaves_the_model_alone(
+    comparison: Comparison, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The head before the first step is equal for all; at the floor's end the encoder is the pretrained one."""
+    starts: dict[str, torch.Tensor] = {}
+    ends: dict[str, dict[str, torch.Tensor]] = {}
+    real = Trainer.train
+
+    def recorded(self: Trainer, *rest: Any, **named: Any) -> Any:
+        model: Any = self.model
+        key = Path(str(self.args.output_dir)).name
+        (head,) = [p for name, p in model.named_parameters() if p.requires_grad and p.shape == (3, 32)]
+        starts[key] = head.detach().clone()
+        done = real(self, *rest, **named)
+        ends[key] = {name: p.detach() for name, p in model.named_parameters()}
+        return done
+
+    monkeypatch.setattr(Trainer, "train", recorded)
+    chosen = ("lora", "adalora", "sorsa", "head")
+    runs = [run for run in comparison.plan.runs if run.label in chosen]
+    for run in runs:
+        train.train_run(comparison.plan, run, tmp_path, COMMAND)
+    first, *others = [starts[run.key] for run in runs]
+    assert all(torch.equal(first, other) for other in others)
+    (floor,) = [run for run in runs if run.label == "head"]
+    pretrained = open_model(comparison.plan.spec.model, comparison.plan.splits.labels).state_dict()
+    for name, value in ends[floor.key].items():
+        assert torch.equal(value, pretrained[name]) or name.startswith("classifier")
 
 
 # --- going on --------------------------------------------------------------------------------------------------------
@@ -283,11 +346,11 @@ def test_a_run_that_crashed_after_its_export_is_done_again(
     plan = make_plan(read_spec(write_spec(tmp_path, training={"steps": 2})))
     exports = plan.spec.output / "exports"
 
-    def full(model: object) -> None:
+    def full(candidate: object, model: object) -> None:
         raise OSError("no space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "status", full)
+        patch.setattr(AdapterCandidate, "measure", full)
         with pytest.raises(OSError, match="no space"):
             run_plan(plan, COMMAND)
     assert [path.name for path in exports.iterdir()] == [plan.runs[0].key]
@@ -387,8 +450,9 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
     class Recorder(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, optimizer: Any = None, **_: Any) -> None:
             if state.global_step == 0:
-                ((peak, now),) = {(group["initial_lr"], group["lr"]) for group in optimizer.param_groups}
-                seen.append((peak, now))
+                adapter, head = optimizer.param_groups
+                assert head["initial_lr"] == 2e-2  # the SPEC's, whatever the adapter's rate is
+                seen.append((adapter["initial_lr"], adapter["lr"]))
 
     callbacks = [*transformers.trainer.DEFAULT_CALLBACKS, Recorder]
     monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", callbacks)
@@ -423,10 +487,10 @@ def test_fields_of_an_entry_reach_the_adapter(write_spec: WriteSpec, tmp_path: P
 
 def test_equal_seeds_give_equal_bits(comparison: Comparison, write_spec: WriteSpec, tmp_path: Path) -> None:
     torch.manual_seed(12345)  # what went before must not matter
-    plan = make_plan(read_spec(write_spec(tmp_path, methods=METHODS[::-1])))
+    plan = make_plan(read_spec(write_spec(tmp_path, methods=METHODS[::-1])).with_floor())
     again = run_plan(plan, COMMAND)
     for run in plan.runs:
-        for folder in ("adapters", "exports"):
+        for folder in ("adapters", "exports") if run.label != "head" else ():
             file = Path(folder) / run.key / "adapter_model.safetensors"
             assert (plan.spec.output / file).read_bytes() == (comparison.output / file).read_bytes(), file
     for first, second in zip(comparison.results, again, strict=True):

@@ -34,6 +34,7 @@ max_length     = 64
 steps         = 300
 batch_size    = 16
 learning_rate = 1
+head_learning_rate = 3e-2
 warmup        = 0
 [budget]
 r = 4
@@ -82,7 +83,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         per_label=10,
     )
     assert spec.task == TaskSpec("regression", ("query", "value"), 64)
-    assert spec.training == TrainingSpec(300, None, 16, 1.0, 0.0)
+    assert spec.training == TrainingSpec(300, None, 16, 1.0, 3e-2, 0.0)
     assert spec.budget == BudgetSpec(4)
     assert spec.methods == (MethodEntry("nnm", {"nuclear_weight": 1.0}, 5e-4), MethodEntry("lora", {}, None))
 
@@ -93,7 +94,7 @@ def test_defaults(tmp_path: Path) -> None:
     assert spec.methods == (MethodEntry("lora", {}, None),)
     assert spec.data.validation is spec.data.pair is spec.data.per_label is spec.data.dataset is None
     assert spec.task == TaskSpec("classification", "all-linear", 128)
-    assert spec.training == TrainingSpec(None, 2.0, 32, None, 0.1)
+    assert spec.training == TrainingSpec(None, 2.0, 32, None, 1e-2, 0.1)
     assert spec.budget == BudgetSpec(8)
 
 
@@ -186,6 +187,7 @@ def test_to_dict_tells_different_specs_apart(tmp_path: Path) -> None:
         ("training.learning_rate", float("inf"), r"`training.learning_rate` must be .* found inf"),
         ("training.learning_rate", float("nan"), r"`training.learning_rate` must be .* found nan"),
         ("training.learning_rate", 10**400, r"`training.learning_rate` must be a finite number"),
+        ("training.head_learning_rate", 0, r"`training.head_learning_rate` must be a finite number above 0; found 0"),
         ("training.warmup", 1, r"`training.warmup` must be a number from 0 up to, but not including, 1; found 1"),
         ("training.warmup", -0.1, r"`training.warmup` must be"),
         ("budget.r", 0, r"`budget.r` must be an integer of at least 1; found 0"),

@@ -326,6 +326,9 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
         rankwise.export_lora(adapted(), tmp_path / "out", rank=0)
     with pytest.raises(RankwiseError, match="trained biases cannot be part"):
         rankwise.export_lora(adapted(bias="all"), tmp_path / "out")
+    rows = {"word_embeddings": [3, 5]}
+    with pytest.raises(RankwiseError, match=r"single rows of an embedding .* save the whole model, after `merge_and"):
+        rankwise.export_lora(adapted(trainable_token_indices=rows), tmp_path / "out")
     broken = adapted()
     next(p for n, p in broken.named_parameters() if n.endswith("default.B")).data[0, 0] = float("nan")
     with pytest.raises(RankwiseError, match=r"the update of module '.*query' holds NaN or infinity"):

@@ -15,9 +15,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import rankwise
 from cases import CASES
-from conftest import tiny_bert
+from conftest import tiny_bert, tiny_llama
 from rankwise.adapters.configs import CONFIGS
-from rankwise.errors import RankwiseError
+from rankwise.errors import AdapterFileError, RankwiseError
+from rankwise.export.merge_base import merge_into_base
 
 IDS = torch.arange(60).view(10, 6) % 20
 LORA_FORM = [name for name in CASES if not CONFIGS[name].linear_only]
@@ -146,6 +147,25 @@ def test_the_weight_that_peft_saves_beside_a_tied_embedding(tmp_path: Path) -> N
 
 
 # --- modules that a target's name matches too -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [["embed_tokens", "q_proj"], ["lm_head"]])
+def test_a_vocabulary_resized_after_the_base_was_saved(targets: list[str], tmp_path: Path) -> None:
+    """The base model that the adapter names has another vocabulary than the one that it was trained on."""
+    tiny_llama().save_pretrained(str(tmp_path / "base"))
+    llama: Any = LlamaForCausalLM.from_pretrained(str(tmp_path / "base"))
+    llama.resize_token_embeddings(104)
+    model: Any = get_peft_model(llama, rankwise.LoraConfig(r=2, target_modules=targets, init_weights=False))
+    model.save_pretrained(str(tmp_path / "adapter"))
+    sentence = rf"'.*{targets[0]}' is \(104, 32\), and this base model's is \(100, 32\): save the base model with its"
+    with pytest.raises(AdapterFileError, match=sentence):
+        rankwise.export_lora(tmp_path / "adapter", tmp_path / "lora")
+    with pytest.raises(AdapterFileError, match=sentence):
+        merge_into_base([tmp_path / "adapter"], tmp_path / "base", tmp_path / "merged")
+    model.get_base_model().config.save_pretrained(str(tmp_path / "resized"))
+    report = rankwise.export_lora(tmp_path / "adapter", tmp_path / "lora", base=tmp_path / "resized")
+    assert set(report.ranks) == set(rankwise.ranks(model))
+    assert report.relative_error <= 1e-6
 
 
 def conv(**fields: Any) -> nn.Conv2d:

@@ -142,6 +142,10 @@ def test_what_cannot_be_merged_is_named(tmp_path: Path) -> None:
         merge_adapters([], tmp_path / "out")
     with pytest.raises(RankwiseError, match="trains biases"):
         merge_adapters([saved(tmp_path / "bias", 1, bias="all")], tmp_path / "out")
+    rows = rankwise.LoraConfig(r=2, target_modules=["query"], trainable_token_indices={"word_embeddings": [3, 5]})
+    get_peft_model(tiny_bert(), rows).save_pretrained(str(tmp_path / "rows"))
+    with pytest.raises(RankwiseError, match="trains rows of an embedding"):
+        merge_adapters([tmp_path / "rows"], tmp_path / "out", base=tiny_bert())
     with pytest.raises(RankwiseError, match="started from 'pissa'"):
         merge_adapters([_pissa(tmp_path / "pissa")], tmp_path / "out")
     file = a / "adapter_model.safetensors"

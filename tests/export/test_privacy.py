@@ -94,8 +94,10 @@ def test_no_nb_lora_exceeds_its_frobenius_bound(norm: Any, relative: bool, split
     assert 0 < largest <= bound * (1 + 1e-6)
     p = EXPONENTS[norm] if isinstance(norm, str) else norm
     d = 0.3 * (float(schatten(weight, p)) if relative else 1)
-    reached = max(d, 3 ** (0.5 - 1 / p) * d)  # all in one singular value, or an even split
-    assert bound == pytest.approx(reached)
+    even = 3 ** (0.5 - 1 / p) * d
+    assert bound == pytest.approx(max(d, even) if split else even)  # a learnt split may give one singular value all
+    if not split:
+        assert largest > 0.5 * bound, "a bound that is far from reached costs a private merge noise for nothing"
 
 
 def bound_of(config: Any, out: int, into: int) -> float:

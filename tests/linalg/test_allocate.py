@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rankwise.linalg.allocate import keep_top
+from rankwise.linalg.allocate import keep_top, keep_within
 
 
 def by_sorting(scores: list[Tensor], budget: int) -> list[list[bool]]:
@@ -61,3 +61,24 @@ def test_negative_and_infinite_scores_are_ordered() -> None:
         [True, False, False],
         [True, True],
     ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    entries=st.lists(st.tuples(st.integers(-5, 5), st.sampled_from([3, 7, 8, 40])), min_size=1, max_size=30),
+    split=st.integers(0, 30),
+    share=st.floats(0.0, 1.1),
+)
+def test_whatever_still_fits_is_kept_from_the_top_down(
+    entries: list[tuple[int, int]], split: int, share: float
+) -> None:
+    budget = share * sum(cost for _, cost in entries)
+    left, expected = budget * (1 + 1e-12), [False] * len(entries)
+    for i in sorted(range(len(entries)), key=lambda i: -entries[i][0]):
+        if entries[i][1] <= left:
+            expected[i], left = True, left - entries[i][1]
+    parts = [part for part in (entries[:split], entries[split:]) if part]
+    scores = [torch.tensor([float(score) for score, _ in part]) for part in parts]
+    costs = [torch.tensor([float(cost) for _, cost in part]) for part in parts]
+    kept = torch.cat(keep_within(scores, costs, budget)).tolist()
+    assert kept == expected

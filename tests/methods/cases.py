@@ -35,8 +35,8 @@ class Case:
 
 
 def nnm(layers: Tensors, peak: float) -> Tensor:
-    """−λ Σ ‖A‖_* / ‖A‖_F with the Frobenius norm held constant."""
-    return -5.0 * sum(torch.linalg.matrix_norm(t["A"], "nuc") / t["A"].detach().norm() for t in layers)  # type: ignore[return-value]
+    """−λ Σ ‖A‖_* / ‖A‖_F."""
+    return -5.0 * sum(torch.linalg.matrix_norm(t["A"], "nuc") / t["A"].norm() for t in layers)  # type: ignore[return-value]
 
 
 def gap(P: Tensor) -> Tensor:

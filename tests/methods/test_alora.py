@@ -66,6 +66,19 @@ def test_schedules_that_do_not_fit_or_cannot_be_told() -> None:
     assert method(rounds=0).final_step(None) is None
 
 
+@pytest.mark.parametrize("total", [1, 2, 3])
+def test_a_run_too_short_for_a_default_schedule_is_told_so(total: int) -> None:
+    with pytest.raises(ArgumentError, match=rf"`rounds` must be at least 1 and end within the run \({total} steps\)"):
+        method(rounds=None, warmup_steps=None, recovery_steps=None).plan(total, None)
+    assert method(rounds=None, warmup_steps=None, recovery_steps=None).plan(4, None) == Rounds(1, 1, 1)
+
+
+def test_rounds_asked_for_happen_in_a_run_of_three_steps() -> None:
+    plan = method(rounds=1, warmup_steps=None, recovery_steps=None).plan(3, None)
+    assert plan is not None
+    assert [t for t in range(1, 4) if plan.due(t - 1, t)] == [1]
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
@@ -130,15 +143,21 @@ def stack_of(modules: Modules) -> Stack:
     size = Size(6, 7, places, 1)
     A = [torch.randn(places, 7) * mask[:, None] for mask in active]
     B = [torch.randn(6, places) * mask for mask in active]
-    return Stack([size] * len(modules), {"A": A, "B": B, "active": list(active)})
+    seeds = list(torch.arange(len(modules)).unsqueeze(1))
+    return Stack([size] * len(modules), {"A": A, "B": B, "active": list(active), "seed": seeds})
 
 
 def round_of(modules: Modules, split: int, count: int) -> list[dict[str, Tensor]]:
-    """One round over two stacks, at a step where it is due; IS = S(M) − S(M∖r) + S(M_r) is the planted score."""
+    """One round over two stacks, at a step where it is due; IS = S(M) − S(M∖r) + S(M_r) is the planted score.
+
+    Neither half of it ranks as the whole does: what a rank does alone is planted apart, and large.
+    """
     parts = [part for part in (modules[:split], modules[split:]) if part]
     stacks = [stack_of(part) for part in parts]
     scores = [torch.tensor([[math.nan if s is None else s for s in m] for m in part]) for part in parts]
-    ablation = Ablation(3.0, [3.0 - 0.25 * s for s in scores], [0.75 * s for s in scores])
+    alone = [(100 * torch.randperm(s.numel())).float().view_as(s).where(s.isfinite(), math.nan) for s in scores]
+    without = [3.0 - (s - a) for s, a in zip(scores, alone, strict=True)]
+    ablation = Ablation(3.0, without, alone)
     step = Step(4, 3, 100, ablate=lambda: ablation)
     updates = method(prune_per_round=count).after_step(stacks, step)
     for stack, update in zip(stacks, updates, strict=True):
@@ -164,6 +183,44 @@ def test_a_round_is_the_oracles(supernet: tuple[Modules, int], split: int) -> No
         lost = any(s is not None and not kept for s, kept in zip(before, now, strict=True))
         gained = any(s is None and kept for s, kept in zip(before, now, strict=True))
         assert not (lost and gained)
+
+
+def test_new_rows_are_the_layers_own_in_whatever_stack_and_follow_the_seed() -> None:
+    """Two stacks of equal width, the same step: no two new rows are alike; the seeds decide, as stored."""
+    modules: Modules = [[1.0, None], [9.0, None], [8.0, None], [0.0, None]]
+    stacks = [stack_of(modules[:2]), stack_of(modules[2:])]
+    for seed, stack in zip((10, 20), stacks, strict=True):
+        for number, one in enumerate(stack.tensors("seed")):
+            one.fill_(seed + number)
+    scores = [
+        torch.tensor([[math.nan if s is None else s for s in m] for m in part]) for part in (modules[:2], modules[2:])
+    ]
+    ablation = Ablation(0.0, [-s for s in scores], [torch.zeros_like(s) for s in scores])
+
+    def opened_rows(number: int) -> Tensor:
+        step = Step(number, number - 1, 100, ablate=lambda: ablation)
+        updates = method(prune_per_round=2).after_step(stacks, step)
+        rows = [update["A"][update["active"] & ~stack["active"]] for stack, update in zip(stacks, updates, strict=True)]
+        return torch.cat(rows)
+
+    rows = opened_rows(4)
+    assert len(rows) == 2
+    assert len(rows.unique()) == rows.numel()
+    assert float(rows.abs().max()) <= 7**-0.5, "LoRA's start of A: uniform on ±1/√in"
+    assert torch.equal(opened_rows(4), rows)
+    assert bool((opened_rows(7) != rows).all())
+
+
+def test_the_seeds_of_new_rows_follow_torchs_own_when_the_adapter_is_made(batch: dict[str, Tensor]) -> None:
+    found = []
+    for seed in (3, 3, 4):
+        base = tiny_bert()
+        torch.manual_seed(seed)
+        model = get_peft_model(base, rankwise.AloraConfig(target_modules="all-linear", task_type="SEQ_CLS"))
+        found.append(torch.cat([layer.tensors("default").seed for layer in adapted_layers(model).values()]))  # type: ignore[arg-type]
+    assert torch.equal(found[0], found[1])
+    assert bool((found[0] != found[2]).all())
+    assert len(found[0].unique()) == len(found[0])
 
 
 def test_ties_and_round_robin_by_hand() -> None:

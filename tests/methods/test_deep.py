@@ -63,7 +63,8 @@ def tensors_of(model: nn.Module, adapter: str = "default") -> dict[str, AdapterT
 
 
 def state(model: nn.Module, of: str = "rankwise") -> dict[str, Tensor]:
-    return {name: t.clone() for name, t in model.state_dict().items() if of in name and not name.endswith("progress")}
+    own = {name: t for name, t in model.state_dict().items() if of in name}
+    return {name: t.clone() for name, t in own.items() if not name.endswith(("progress", "peaks"))}
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

@@ -42,7 +42,8 @@ def test_the_step_is_the_equation_with_each_layers_own_rate(weight: float) -> No
     rates = [[(0.5, 1.0), (0.03, 0.1), (0.0, 0.1)], [(0.25, 0.25), (2.0, 2.0)]]
     updates = Sora(sparse_weight=weight).after_step([stack(g, r) for g, r in zip(gates, rates, strict=True)], STEP)
     for group, its_rates, update in zip(gates, rates, updates, strict=True):
-        assert update.keys() == {"g"}
+        assert update.keys() == {"g", "closed"}
+        assert torch.equal(update["closed"], update["g"] == 0)
         for g, (rate, _), new in zip(group, its_rates, update["g"], strict=True):
             expected = [equation_11(x, rate * weight) for x in g.tolist()]
             assert new.tolist() == pytest.approx(expected, rel=1e-6, abs=1e-7)
@@ -188,15 +189,17 @@ def test_without_the_step_rule_no_gate_closes() -> None:
         pytest.param([[1.0]], [0.1], {"gate_lr": 1e-3}, 100, True, id="the gates' own rate is too low"),
         pytest.param([[1.0]], [1e-3], {"sparse_weight": 0.0}, 100, False, id="nothing asked for"),
         pytest.param([[1.0]], [1e-3], {}, None, False, id="length unknown"),
+        pytest.param([[1.0]], [1e-6], {"estimated": True}, 100, False, id="Prodigy has not found its rate yet"),
     ],
 )
 def test_advice_is_given_when_no_gate_can_close_and_not_otherwise(
     gates: list[list[float]], peaks: list[float], fields: dict[str, Any], total: int | None, fires: bool
 ) -> None:
-    method = Sora(**fields)
+    estimated = fields.get("estimated", False)
+    method = Sora(**{name: value for name, value in fields.items() if name != "estimated"})
     rates = [(0.0, peak) for peak in peaks]  # a warm-up starts at 0: the peak is what counts
     stacks = [stack([torch.tensor(g)], [rate]) for g, rate in zip(gates, rates, strict=True)]
-    said = method.advice(stacks, Step(1, 0, total))
+    said = method.advice(stacks, Step(1, 0, total, rate_estimated=estimated))
     assert (said is not None) is fires
     if said is not None:
         assert "no gate can close" in said

@@ -73,7 +73,8 @@ LORA_FORM: tuple[tuple[str, str, Kwargs], ...] = (
 
 OWN: dict[type, tuple[tuple[str, str, Kwargs], ...]] = {
     rankwise.NnmLoraConfig: (
-        ("MLP unscaled", "MLP", {"target_modules": ["lin0"], "scale_by_frobenius": False, "nuclear_weight": 1.0}),
+        ("MLP norm held", "MLP", {"target_modules": ["lin0"], "frobenius": "held"}),
+        ("MLP no norm", "MLP", {"target_modules": ["lin0"], "frobenius": "none", "nuclear_weight": 1.0}),
         ("MLP no penalty", "MLP", {"target_modules": ["lin0", "lin1"], "nuclear_weight": 0.0}),
     ),
     rankwise.SoraConfig: (

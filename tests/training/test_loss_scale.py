@@ -11,9 +11,11 @@ from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from test_optimizers import Wrapped, adamw
 from test_steps import counted
+from torch import Tensor
 
 import rankwise
 from cases import CASES
+from rankwise.adapters.lookup import adapted_layers
 from small import FINAL, adapted, check_same, loss_of, state, trained
 
 NAMES = pytest.mark.parametrize("name", CASES)
@@ -174,3 +176,51 @@ def test_a_scaler_that_is_off_skips_nothing() -> None:
         scaler.step(optimizer)
         scaler.update()
         assert counted(model) == (i + 1, i + 1, 0)
+
+
+# --- the gradient that rules read -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("importance", ["smoothed", "sensitivity"])
+def test_adalora_measures_the_gradient_with_its_penalty_and_without_the_loss_scale(
+    scaled: bool, fused: bool, importance: str
+) -> None:
+    """(8): I(w) = |w·∂L/∂w| of the whole objective (4); a fused optimiser divides by the loss scale only afterwards."""
+    fields = {"init_weights": False, "orth_reg_weight": 20.0, "importance": importance, "total_step": 4}
+    model = adapted("adalora", **fields, tinit=0, tfinal=1, deltaT=1)
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-3, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=SCALE, enabled=scaled)
+    layers = [layer.tensors("default") for layer in adapted_layers(model).values()]
+
+    (1e-4 * loss_of(model, 0)).backward()  # so that the penalty is no small part of the gradient
+    weights = [{key: p.detach().double().requires_grad_() for key, p in t.named_parameters()} for t in layers]
+    (200 * CASES["adalora"].penalty(weights, 1e-3)).backward()  # type: ignore[misc]  γ is 0.1 there
+    whole, task = [], []
+    for tensors, own in zip(layers, weights, strict=True):
+        parameters = dict(tensors.named_parameters())
+        added = {key: torch.zeros_like(p) if p.grad is None else p.grad for key, p in own.items()}
+        whole.append({key: (own[key] * (p.grad.double() + added[key])).abs() for key, p in parameters.items()})
+        task.append({key: (own[key] * p.grad.double()).abs() for key, p in parameters.items()})
+    optimizer.zero_grad()
+
+    scaler.scale(1e-4 * loss_of(model, 0)).backward()
+    scaler.step(optimizer)
+    if importance == "smoothed":
+        for tensors, expected in zip(layers, whole, strict=True):
+            for key, value in expected.items():
+                found = getattr(tensors, f"{key}_mean").double()
+                torch.testing.assert_close(found, 0.15 * value.detach(), rtol=1e-4, atol=1e-7)
+        return
+    budget = sum(int(tensors.kept.sum()) for tensors in layers)
+    assert budget < sum(tensors.size.r for tensors in layers)
+    kept = torch.cat([tensors.kept for tensors in layers])
+    assert torch.equal(kept, highest(whole, budget))
+    assert not torch.equal(kept, highest(task, budget)), "the penalty makes no difference here"
+
+
+def highest(importances: list[dict[str, Tensor]], count: int) -> Tensor:
+    """Which triplets have the highest scores (7) of all layers."""
+    scores = torch.cat([one["Lambda"] + one["P"].mean(0) + one["Q"].mean(1) for one in importances])
+    return scores >= scores.sort(descending=True).values[count - 1]

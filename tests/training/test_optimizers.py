@@ -388,6 +388,24 @@ def test_weights_moved_outside_of_their_optimisers_step_are_an_error(name: str) 
 
 
 @NAMES
+def test_an_optimiser_that_holds_another_and_moves_weights_itself_is_an_error(name: str) -> None:
+    """Rules wait for the step of the inner one, which never comes."""
+
+    class Usurper(Wrapped):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> None:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p -= 0.1
+
+    model = adapted(name, init_weights=False)
+    optimizer = Usurper(adamw(model))
+    with pytest.raises(TrainingError, match=r"moved them outside of the step\(\) of their optimiser"):
+        train(model, optimizer, 3)
+    assert counted(model) == (0, 0, 0)
+
+
+@NAMES
 def test_an_engine_is_noticed_with_the_first_layer_frozen(name: str) -> None:
     model = adapted(name, init_weights=False)
     for key, p in model.named_parameters():

@@ -20,8 +20,12 @@ from rankwise.methods import adalora, alora, deep, lora, nblora, nnm, salora, so
 from rankwise.methods.base import Method
 from rankwise.methods.stack import Size
 
-FORMAT = 1
-"""Version of the saved form. An adapter of a later format is refused, not guessed at."""
+FORMAT = 2
+"""Version of the saved form. An adapter of a later format is refused, not guessed at.
+
+1: the first. 2: holds which ranks are closed, and the peak learning rates that were seen."""
+READABLE = (1, FORMAT)
+"""The versions that are read."""
 
 
 class MethodType(str):
@@ -61,6 +65,9 @@ class AdapterConfig(Method, PeftConfig):
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "layer indices to adapt"})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "name of the layers' ModuleList"})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "modules trained in full beside"})
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "rows of an embedding trained in full beside, by PEFT"}
+    )
     bias: str = field(default="none", metadata={"help": '"none", "all" or "lora_only"'})
     rank_pattern: dict[str, int] = field(default_factory=dict, metadata={"help": "name or pattern → starting rank"})
     alpha_pattern: dict[str, float] = field(default_factory=dict, metadata={"help": "name or pattern → lora_alpha"})
@@ -83,9 +90,10 @@ class AdapterConfig(Method, PeftConfig):
 
     def _check_format(self) -> None:
         self.rankwise_format = FORMAT if self.rankwise_format is None else self.rankwise_format
-        if self.rankwise_format != FORMAT:
+        if self.rankwise_format not in READABLE:
             raise AdapterFileError(
-                f"the adapter was saved in format {self.rankwise_format!r} and this rankwise reads format {FORMAT}"
+                f"the adapter was saved in format {self.rankwise_format!r} and this rankwise reads formats 1 to "
+                f"{FORMAT}"
             )
 
     def _read_spellings(self) -> None:
@@ -158,6 +166,7 @@ class AdapterConfig(Method, PeftConfig):
                 setattr(bare, entry.name, None)
         plain = PeftConfig.to_dict(bare)
         plain["peft_type"] = self.peft_type.value  # type: ignore[union-attr]
+        plain["rankwise_format"] = FORMAT
         return plain
 
 

@@ -55,6 +55,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._pristine: tuple[nn.Parameter, Tensor] | None = None
+        self.passed_by: bool | None = None  # True: the model read the weight and never ran the layer; False: it ran
         self.gates: dict[str, Tensor | None] = {}  # while ranks are scored: gates (r,) or (samples, r); None: off
         root = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(root, **quantization)
@@ -116,8 +117,17 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return self._modules["rankwise_tensors"]._modules[adapter]  # type: ignore[return-value,union-attr]
 
     def started(self, adapter: str) -> AdapterTensors:
-        """The tensors of `adapter`, given their start if they still await it."""
+        """The tensors of `adapter`, given their start if they still await it.
+
+        Raises:
+            RankwiseError: accelerate has moved them out of memory.
+        """
         tensors = self.tensors(adapter)
+        if "_hf_hook" in vars(tensors) and tensors.trained()[0].is_meta:
+            raise RankwiseError(
+                f"accelerate has offloaded the tensors of adapter {adapter!r}, which are needed between passes, too: "
+                'leave the adapted layers out of "cpu" and "disk" in the device map'
+            )
         if tensors.awaits_start:
             tensors.awaits_start = False
             method = self.methods[adapter]
@@ -128,13 +138,20 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def factors(self, adapter: str) -> Factors:
         """The update of `adapter` as evaluation mode computes it now, in the parameters' dtype."""
-        return self.methods[adapter].factors(self.started(adapter).gathered(), self.scaling[adapter])
+        return self.methods[adapter].evaluation_factors(self.started(adapter).gathered(), self.scaling[adapter])
 
     def kept(self, adapter: str) -> Tensor:
         """Which ranks of `adapter` its method has not pruned, (r,)."""
-        return self.methods[adapter].kept(self.started(adapter).gathered())
+        return self.methods[adapter].ranks_left(self.started(adapter).gathered())
 
     # --- the base weight --------------------------------------------------------------------------------------------
+
+    @property
+    def weight(self) -> Tensor:
+        """As PEFT, the base weight. A model that multiplies by it, rather than run the layer, passes the update by."""
+        if self.passed_by is None and not torch.compiler.is_compiling():
+            self.passed_by = True
+        return super().weight  # type: ignore[return-value]  PEFT's property, which torch's __getattr__ hides
 
     @torch.no_grad()
     def base_weight(self) -> Tensor:
@@ -215,6 +232,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if result is None:
             result = self._one_by_one(adapters, x, *args, **kwargs)
         if training and torch.is_grad_enabled():
+            if self.passed_by is not False:
+                self.passed_by = False
             for adapter in adapters:
                 result = self._watched(adapter, result, x)
         return result
@@ -243,7 +262,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _update(self, adapter: str, tensors: dict[str, Tensor]) -> Factors:
         """The update that this pass computes, in training with what is drawn at random."""
         method = self.methods[adapter]
-        return (method.training_factors if self.training else method.factors)(tensors, self.scaling[adapter])
+        update = method.training_factors if self.training else method.evaluation_factors
+        return update(tensors, self.scaling[adapter])
 
     def _watched(self, adapter: str, output: Tensor, x: Tensor) -> Tensor:
         """The output, seen by a start that waits for a gradient and by the roster."""

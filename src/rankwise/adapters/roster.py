@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from rankwise.adapters.layer import AdapterLayer
 
 _ROSTERS: list[weakref.ref[Roster]] = []
+"""The rosters in the process, oldest first. Each takes itself out when it is freed, so that nobody rewrites the list,
+which other threads may be adding to."""
 
 
 class Roster:
@@ -48,7 +50,7 @@ class Roster:
         self._layers: list[weakref.ref[AdapterLayer]] = []
         self._watched: weakref.ref[AdapterLayer] | None = None  # the first layer that trains
         self._model: weakref.ref[nn.Module] | None = None
-        _ROSTERS.append(weakref.ref(self))
+        _ROSTERS.append(weakref.ref(self, _ROSTERS.remove))
 
     def enrol(self, layer: AdapterLayer) -> None:
         """Add a layer; layers come in model order."""
@@ -121,7 +123,5 @@ class Roster:
 
 def living_rosters() -> list[Roster]:
     """Every roster in the process, oldest first."""
-    found = [roster for reference in _ROSTERS if (roster := reference()) is not None]
-    if len(found) < len(_ROSTERS):
-        _ROSTERS[:] = [weakref.ref(roster) for roster in found]
-    return found
+    references = list(_ROSTERS)  # a copy: the list may change while it is read
+    return [roster for reference in references if (roster := reference()) is not None]

@@ -12,7 +12,13 @@ from rankwise.adapters.peers import share
 from rankwise.adapters.progress import LENGTH
 from rankwise.errors import AdapterFileError
 from rankwise.methods.base import Method, Size
+from rankwise.methods.stack import CLOSED
 from rankwise.shards import whole, write
+
+PEAKS = "peaks"
+ADDED_IN_FORMAT_2 = (CLOSED, PEAKS, "seed")
+"""Tensors that a file of format 1 does not hold. Zeros stand for them: no rank is closed, no rate was seen, and random
+numbers are drawn from seed 0."""
 
 
 class AdapterTensors(nn.Module):
@@ -25,6 +31,9 @@ class AdapterTensors(nn.Module):
     """
 
     progress: Tensor
+    """The counters of `progress.Progress`."""
+    peaks: Tensor
+    """For each parameter, the highest learning rate that no schedule had declared; 0 where there was none."""
 
     def __init__(self, method: Method, size: Size, device: torch.device) -> None:
         super().__init__()
@@ -47,6 +56,7 @@ class AdapterTensors(nn.Module):
                 self.register_buffer(name, value)
         self._exact = tuple(name for name, slot in self.slots.items() if slot.exact)
         self.register_buffer("progress", torch.zeros(LENGTH, dtype=torch.int64, device=device))
+        self.register_buffer(PEAKS, torch.zeros(len(self._parameters), device=device))
 
     def named(self) -> dict[str, Tensor]:
         """The method's tensors by name."""
@@ -122,11 +132,11 @@ class AdapterTensors(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterTensors:
         """Move as any module does, but do not let a cast round what is exact."""
         self.edits += 1
-        before = {name: getattr(self, name).data for name in self.slots}
+        before = {name: getattr(self, name).data for name in (*self.slots, PEAKS)}
         super()._apply(fn, recurse)
-        for name, slot in self.slots.items():
-            was, now = before[name], getattr(self, name)
-            if slot.exact and now.dtype != was.dtype:
+        for name, was in before.items():
+            now = getattr(self, name)
+            if (name == PEAKS or self.slots[name].exact) and now.dtype != was.dtype:
                 now.data = was.to(now.device) if now.device.type != "meta" else now.data.to(was.dtype)
             elif now.dtype.itemsize > was.dtype.itemsize:
                 self._round_start(name, was.dtype)
@@ -134,6 +144,7 @@ class AdapterTensors(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         """Loaded tensors need no start: an SVD is never recomputed for a saved adapter."""
+        state_dict = self._completed(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[arg-type]
         loaded = {name: state_dict[prefix + name] for name in self.slots if prefix + name in state_dict}
         if loaded:
@@ -143,6 +154,15 @@ class AdapterTensors(nn.Module):
         for name, tensor in loaded.items():
             if tensor.dtype.itemsize < getattr(self, name).dtype.itemsize:
                 self._round_start(name, tensor.dtype)
+
+    def _completed(self, state_dict: Mapping[str, Any], prefix: str) -> Mapping[str, Any]:
+        """The tensors of a whole layer of format 1 with those that came later; any other state dict as it is."""
+        own = {prefix + name: name for name in (*self.slots, "progress", PEAKS)}
+        missing = own.keys() - state_dict.keys()
+        if {own[key] for key in missing} <= set(ADDED_IN_FORMAT_2):
+            shapes = {key: getattr(self, own[key]) for key in missing}
+            return dict(state_dict) | {key: torch.zeros(t.shape, dtype=t.dtype) for key, t in shapes.items()}
+        return state_dict
 
     def _round_start(self, parameter: str, dtype: torch.dtype) -> None:
         """Round the start of `parameter` as the parameter was rounded by a spell in `dtype`."""

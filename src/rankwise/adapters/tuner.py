@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.quantization_utils import get_quantization_kwargs
@@ -19,12 +20,21 @@ from rankwise.adapters.embedding import AdapterEmbedding
 from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.linear import AdapterLinear
 from rankwise.adapters.roster import Roster
+from rankwise.adapters.targets import check_targets
+from rankwise.adapters.tensors import ADDED_IN_FORMAT_2
 from rankwise.errors import ArgumentError, nearest
 from rankwise.methods.base import METHODS, Method
 
 PREFIX = "rankwise_"
 KINDS: tuple[type[AdapterLayer], ...] = (AdapterLinear, AdapterConv2d, AdapterEmbedding)
 """Every kind of layer that can be adapted."""
+INSTEAD = {
+    "add_weighted_adapter": "save the adapters, export them with rankwise.export_lora, and add the exports up with "
+    "rankwise.merge_adapters(folders, out, weights=…)",
+    "update_and_allocate": "ranks are allocated at the optimiser step; leave the call out",
+    "subtract_mutated_init": "no method changes the base weight; leave the conversion out",
+}
+"""What stock scripts call on PEFT's own tuners, and what to do in its place."""
 
 
 class RankwiseTuner(BaseTuner):
@@ -38,8 +48,10 @@ class RankwiseTuner(BaseTuner):
         """As PEFT, with one roster per adapter and unknown module names refused before anything is changed."""
         config: AdapterConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         check_names("target_modules", config.target_modules, model)
-        # PEFT lists the head's two usual names for every classifier, of which a model has one.
-        check_names("modules_to_save", set(config.modules_to_save or ()) - {"classifier", "score"}, model)
+        # PEFT lists the head's two usual names for every classifier, of which a model has one; TRL, where it adds
+        # tokens, lists "lm_head" for a reward model, too, which has none.
+        listed_by_others = {"classifier", "score"} | ({"lm_head"} if config.trainable_token_indices else set())
+        check_names("modules_to_save", set(config.modules_to_save or ()) - listed_by_others, model)
         _warn_of_experts(config, model)
         self._roster = Roster(adapter_name, config)
         self._roster.attach(model)
@@ -51,6 +63,26 @@ class RankwiseTuner(BaseTuner):
                 f"{self._clamped[0]!r}",
                 stacklevel=2,
             )
+
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """PEFT's last question before it changes the model, once `target_modules` has its default."""
+        check_targets(peft_config, model)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As PEFT; what is put back, a base layer or a head trained in full, keeps its weight as it is.
+
+        PEFT would give it the weight of the module it replaces, which a head of several layers does not have.
+        """
+        if isinstance(new_module, AdapterLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            setattr(parent, child_name, new_module)
+
+    def __getattr__(self, name: str) -> Any:
+        """As PEFT, which goes on to the base model; but what PEFT's own LoRA and AdaLoRA can do is told apart."""
+        if name in INSTEAD:
+            raise AttributeError(f"rankwise adapters have no `{name}`: {INSTEAD[name]}")
+        return super().__getattr__(name)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -123,15 +155,26 @@ class RankwiseTuner(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """As PEFT; ranks short of their budget are saved with a warning, unless by a trainer on its way."""
-        layer = next((m for m in model.modules() if isinstance(m, AdapterLayer) and adapter_name in m.rosters), None)
-        roster = layer.rosters[adapter_name] if layer is not None else None
+        """As PEFT; ranks short of their budget are saved with a warning, unless by a trainer on its way.
+
+        Raises:
+            ArgumentError: a tensor of the adapter is missing from what shall be saved: it could not be loaded again.
+        """
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, AdapterLayer) and adapter_name in m.rosters}
+        roster = next(iter(layers.values())).rosters[adapter_name] if layers else None
         left = None if roster is None or roster.in_trainer else roster.unfinished()
         if left:
             warnings.warn(left, stacklevel=4)
-        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        _check_all_saved(layers, adapter_name, state_dict, found)
+        return found
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -146,7 +189,7 @@ class RankwiseTuner(BaseTuner):
                 layer.tensors(adapter_name).awaits_start = False
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         expected = {name for name in model.state_dict() if f".{PREFIX}tensors.{adapter_name}." in name}
-        missing = expected - remapped.keys()
+        missing = {name for name in expected - remapped.keys() if not name.endswith(ADDED_IN_FORMAT_2)}
         if missing:
             raise ArgumentError(
                 "state_dict",
@@ -154,6 +197,21 @@ class RankwiseTuner(BaseTuner):
                 sorted(state_dict)[:3],
             )
         return remapped
+
+
+def _check_all_saved(
+    layers: Mapping[str, AdapterLayer], adapter: str, given: Mapping[str, Tensor], found: Mapping[str, Tensor]
+) -> None:
+    """Raise `ArgumentError` where a caller's state dict lacks a tensor of the adapter, as one filtered by name does."""
+    if not given and dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
+        return  # FSDP2 gathers the state dict on the process that saves, and gives the others an empty one
+    for name, layer in layers.items():
+        for own in layer.tensors(adapter).state_dict():
+            key = f"{name}.{PREFIX}tensors.{adapter}.{own}"
+            if key not in found:
+                raise ArgumentError(
+                    "state_dict", f"hold every tensor of the adapter, {key!r} for one", sorted(given)[:3]
+                )
 
 
 def _warn_of_experts(config: AdapterConfig, model: nn.Module) -> None:

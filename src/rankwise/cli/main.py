@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 
 import typer
@@ -13,6 +14,8 @@ from rankwise.cli.output import stop
 from rankwise.errors import RankwiseError
 
 INTERRUPTED = 130
+TALKATIVE = ("torchao", "torch.utils._pytree", "bitsandbytes")
+"""Packages that warn on import of parts that a machine lacks, and that no command needs."""
 
 app = typer.Typer(
     name="rankwise",
@@ -52,6 +55,8 @@ def root(
 
 def main() -> None:
     """Run the command line; a mistake of the user's is one sentence and exit code 2."""
+    for package in TALKATIVE:
+        logging.getLogger(package).setLevel(logging.ERROR)
     try:
         code = app(standalone_mode=False)
     except (RankwiseError, TyperException) as error:

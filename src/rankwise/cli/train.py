@@ -26,13 +26,16 @@ def train(
     Example: `rankwise train spec.toml --out runs/intents`
     """
     from rankwise.cli.compare import run_and_show
-    from rankwise.compare.spec import read_spec
+    from rankwise.compare.spec import HEAD, read_spec
     from rankwise.errors import ArgumentError
 
     read = read_spec(spec)
     for name, entries in (("methods", [entry.name for entry in read.methods]), ("seeds", list(read.seeds))):
         if len(entries) != 1:
             raise ArgumentError(name, "hold exactly one entry for `train` (`rankwise compare` takes several)", entries)
+    if read.methods[0].name == HEAD:
+        rule = "be a method with an adapter for `train` (the head alone is what `rankwise compare` compares with)"
+        raise ArgumentError("methods", rule, HEAD)
     read = read if out is None else dataclasses.replace(read, output=out.absolute())
     if processes > 1:
         _launch(spec, out, processes, read)

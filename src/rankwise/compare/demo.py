@@ -8,8 +8,12 @@ from pathlib import Path
 
 from rankwise.compare.spec import Spec, read_spec
 
+FEW = ("lora", "adalora")
+"""What the demo trains unless it is asked for all methods: the baseline, and one that moves ranks between modules."""
 
-def demo_spec(output: Path) -> Spec:
-    """The SPEC of `rankwise demo`, writing to `output`."""
+
+def demo_spec(output: Path, *, every: bool = False) -> Spec:
+    """The SPEC of `rankwise demo`, writing to `output`; with all nine methods, or with FEW."""
     spec = read_spec(Path(str(files("rankwise"))) / "data" / "demo.toml")
-    return dataclasses.replace(spec, output=output.absolute())
+    methods = tuple(entry for entry in spec.methods if every or entry.name in FEW)
+    return dataclasses.replace(spec, output=output.absolute(), methods=methods)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,16 +102,30 @@ class Plot:
 def draw(results: Sequence[Result], metric: str) -> list[Plot]:
     """Every figure of the page, in order; to be called and saved within matplotlib's `STYLE`."""
     methods = _methods(results)
-    return [
-        _score_plot(methods, metric),
-        _pareto_plot(methods, metric),
-        _rank_plot(methods),
-        _spectra_plot(methods),
-        _loss_plot(methods),
+    adapted = [method for method in methods if not method.row.is_floor]
+    floor = next((method.row.score for method in methods if method.row.is_floor), None)
+    plots = [
+        _score_plot(methods, metric, floor),
+        _pareto_plot(adapted, metric, floor),
+        _rank_plot(adapted),
+        _exported_rank_plot(adapted),
+        _spectra_plot(adapted, relative=True),
+        _spectra_plot(adapted, relative=False),
+        _curve_plot(methods, "Training loss", "training loss", lambda run: run.train_loss),
+        _curve_plot(methods, "Gradient norm", "gradient norm before clipping", lambda run: run.gradient_norm),
     ]
+    return [plot for plot in plots if plot is not None]
 
 
-def _score_plot(methods: Sequence[_Method], metric: str) -> Plot:
+def _draw_floor(draw_line: Callable[..., Any], floor: float | None) -> str:
+    """Draw the score of the head alone as a line, and say so in a sentence."""
+    if floor is None:
+        return ""
+    draw_line(floor, color="#8a8a8a", linestyle="dashed", linewidth=1.2, zorder=1)
+    return f" The dashed line is the floor, {floor:.3f}: the head alone on the frozen model."
+
+
+def _score_plot(methods: Sequence[_Method], metric: str, floor: float | None) -> Plot:
     figure = Figure(figsize=(_WIDTH, 1.2 + 0.36 * len(methods)), layout="constrained")
     axes = figure.subplots()
     for height, method in enumerate(methods):
@@ -121,11 +135,14 @@ def _score_plot(methods: Sequence[_Method], metric: str) -> Plot:
     axes.set_yticks(range(len(methods)), [method.name for method in methods])
     axes.set_ylim(len(methods) - 0.5, -0.5)
     axes.set(title=f"{metric.capitalize()} by method", xlabel=f"{metric} on the test split", ylabel="method")
-    return Plot("Score by method", "One mark per seed; the bar is the median. The best method is on top.", figure)
+    caption = "One mark per seed; the bar is the median. The best method is on top."
+    return Plot("Score by method", caption + _draw_floor(axes.axvline, floor), figure)
 
 
-def _pareto_plot(methods: Sequence[_Method], metric: str) -> Plot:
+def _pareto_plot(methods: Sequence[_Method], metric: str, floor: float | None) -> Plot | None:
     heading = "Score against size"
+    if not methods:
+        return None
     sized = [method for method in methods if method.row.exported > 0]
     left_out = [f"{method.name} exports no parameters and is not drawn." for method in methods if method not in sized]
     if not sized:
@@ -151,6 +168,7 @@ def _pareto_plot(methods: Sequence[_Method], metric: str) -> Plot:
     figure.legend(loc="outside right upper", frameon=False)
     caption = (
         "Medians; a vertical line spans the seeds. Up and to the left is better: no method lies beyond the dotted line."
+        + _draw_floor(axes.axhline, floor)
     )
     return Plot(heading, " ".join([caption, *left_out]), figure)
 
@@ -171,36 +189,62 @@ def _compact(count: float) -> str:
     return f"{count:g}"
 
 
-def _rank_plot(methods: Sequence[_Method]) -> Plot:
-    heading, uneven = "Ranks by layer and module", []
+def _rank_plot(methods: Sequence[_Method]) -> Plot | None:
+    return _rank_maps(methods, "Ranks by layer and module", "kept", [method.typical.ranks for method in methods])
+
+
+def _exported_rank_plot(methods: Sequence[_Method]) -> Plot | None:
+    """The methods whose plain LoRA has other ranks than were kept, such as Deep LoRA, whose directions die out."""
+    differing = [method for method in methods if method.typical.exported_ranks != method.typical.ranks]
+    ranks = [method.typical.exported_ranks for method in differing]
+    return _rank_maps(differing, "Ranks of the plain LoRA, where they differ", "exported", ranks)
+
+
+def _rank_maps(methods: Sequence[_Method], heading: str, kind: str, ranks_of: Sequence[dict[str, int]]) -> Plot | None:
+    """A heat map for each method whose modules differ in rank, and a sentence for each of the others.
+
+    Args:
+        methods: what to show.
+        heading: of the section.
+        kind: what sort of rank is shown: "kept" or "exported".
+        ranks_of: for each method, the rank of each module.
+    """
+    if not methods:
+        return None
     sentences = ["The run with the median score of each method."]
-    for method in methods:
-        flat = _flat_ranks(method.typical.ranks)
-        sentences.append(f"{method.name}: {flat}." if flat else "")
-        uneven += [] if flat else [method]
+    uneven: list[tuple[_Method, dict[str, int]]] = []
+    for method, ranks in zip(methods, ranks_of, strict=True):
+        flat = _flat_ranks(ranks, kind)
+        if flat:
+            sentences.append(f"{method.name}: {flat}.")
+        else:
+            uneven.append((method, ranks))
     if not uneven:
-        return Plot(heading, " ".join(filter(None, sentences)), None)
-    grid = _grid(name for method in uneven for name in method.typical.ranks)
-    top = max(max(method.typical.ranks.values()) for method in uneven)
+        return Plot(heading, " ".join(sentences), None)
+    grid = _grid(name for _, ranks in uneven for name in ranks)
+    top = max(max(ranks.values()) for _, ranks in uneven)
     across = 2 if len(grid.layers) <= 14 and len(uneven) > 1 else 1
     down = math.ceil(len(uneven) / across)
     figure = Figure(figsize=(_WIDTH, down * (0.95 + 0.27 * len(grid.kinds))), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False)
-    for axes, method in zip(panels.flat, uneven, strict=False):
-        _heat_map(axes, method.typical.ranks, grid, top)
-        axes.set_title(f"Kept ranks: {method.name}")
+    for axes, (method, ranks) in zip(panels.flat, uneven, strict=False):
+        _heat_map(axes, ranks, grid, top)
+        axes.set_title(f"{kind.capitalize()} ranks: {method.name}")
     _blank_rest(panels, len(uneven))
     for axes in panels[:, 1:].flat:
         axes.set(yticklabels=[], ylabel="")
-    sentences.append(f"Each number is a module's kept rank; the colour runs from 0 to {top} in every panel.")
-    return Plot(heading, " ".join(filter(None, sentences)), figure)
+    sentences.append(f"Each number is a module's {kind} rank; the colour runs from 0 to {top} in every panel.")
+    return Plot(heading, " ".join(sentences), figure)
 
 
-def _flat_ranks(ranks: dict[str, int]) -> str:
+def _flat_ranks(ranks: dict[str, int], kind: str) -> str:
     """One line for ranks that are all equal, else nothing."""
     if not ranks:
         return "it adapts no module"
-    return f"all {len(ranks)} modules keep rank {min(ranks.values())}" if len(set(ranks.values())) == 1 else ""
+    if len(set(ranks.values())) > 1:
+        return ""
+    verb = {"kept": "keep", "exported": "are exported at"}[kind]
+    return f"all {len(ranks)} modules {verb} rank {min(ranks.values())}"
 
 
 @dataclass(frozen=True)
@@ -268,48 +312,54 @@ def _kind(before: str, layer: str, after: str, several_stacks: bool) -> str:
     return printable(".".join(filter(None, parts)))
 
 
-def _spectra_plot(methods: Sequence[_Method]) -> Plot:
+def _spectra_plot(methods: Sequence[_Method], *, relative: bool) -> Plot | None:
+    """The singular values of every module's update: relative to its largest (the shape), or as they are (the size)."""
+    if not methods:
+        return None
     across = min(3, len(methods))
     down = math.ceil(len(methods) / across)
     figure = Figure(figsize=(_WIDTH, 0.4 + 2.4 * down), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     for axes, method in zip(panels.flat, methods, strict=False):
-        _draw_spectra(axes, _spectra(method.typical), method.colour)
+        _draw_spectra(axes, _spectra(method.typical, relative=relative), method.colour)
         axes.set_title(method.name)
     for axes in panels[:, 0]:
-        axes.set_ylabel("σᵢ / σ₁ (log scale)")
+        axes.set_ylabel("σᵢ / σ₁ (log scale)" if relative else "σᵢ (log scale)")
     _blank_rest(panels, len(methods))
-    figure.suptitle("Singular values of the updates", fontsize=12)
+    heading = "Singular values of the updates, relative" if relative else "Singular values of the updates, absolute"
+    figure.suptitle(heading, fontsize=12)
     figure.supxlabel("index i of the singular value", fontsize=10)
+    divided = ", divided by the module's largest value" if relative else ""
     caption = (
-        "The run with the median score of each method. One line per module, divided by the module's largest value; "
+        f"The run with the median score of each method. One line per module{divided}; "
         "the black line is the median over the modules. Values of 0 or below 1e-8 of the largest are not drawn."
     )
     most = max(len(method.typical.singular_values) for method in methods)
     if most > _MOST_LINES:
         caption += f" Lines are drawn for {_MOST_LINES} modules, evenly spaced over the model; the median is over all."
-    return Plot("Singular values of the updates", caption, figure)
+    return Plot(heading, caption, figure)
 
 
-def _spectra(result: Result) -> np.ndarray:
-    """The relative singular values, one row per module that has an update, largest first and 0 where there is none."""
+def _spectra(result: Result, *, relative: bool) -> np.ndarray:
+    """The singular values, one row per module that has an update, largest first and 0 where there is none."""
     longest = max(map(len, result.singular_values.values()), default=0)
     rows = [
         sorted(values, reverse=True) + [0.0] * (longest - len(values)) for values in result.singular_values.values()
     ]
     spectra = np.array([row for row in rows if row and row[0] > 0], dtype=float).reshape(-1, longest)
-    relative = spectra / spectra[:, :1]
-    return np.where(relative > _NEGLIGIBLE, relative, 0.0)
+    shares = spectra / spectra[:, :1]
+    return np.where(shares > _NEGLIGIBLE, shares if relative else spectra, 0.0)
 
 
 def _draw_spectra(axes: Axes, spectra: np.ndarray, colour: str) -> None:
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.axhline(0.1, alpha=0)  # invisible; keeps a labelled power of ten besides 1 in view when the spectra are flat
     if not len(spectra):
         axes.text(0.5, 0.5, "no update", transform=axes.transAxes, ha="center", va="center")
         return
+    # An invisible line a power of ten below the top: flat spectra then still have two labelled powers in view.
+    axes.axhline(spectra.max() / 10, alpha=0)
     shown = np.unique(np.linspace(0, len(spectra) - 1, _MOST_LINES).round().astype(int))
     for values in spectra[shown]:
         _draw_values(axes, values, color=colour, linewidth=0.8, alpha=0.55)
@@ -321,22 +371,25 @@ def _draw_values(axes: Axes, values: np.ndarray, **style: Any) -> None:
     axes.plot(np.arange(1, len(kept) + 1), kept, marker="." if len(kept) == 1 else None, **style)
 
 
-def _loss_plot(methods: Sequence[_Method]) -> Plot:
+def _curve_plot(
+    methods: Sequence[_Method], heading: str, ylabel: str, curve: Callable[[Result], list[tuple[int, float]]]
+) -> Plot:
+    """A curve over training steps, one line for each method."""
     figure = Figure(figsize=(_WIDTH, 4.4), layout="constrained")
     axes = figure.subplots()
     for method in methods:
-        steps, losses = _smooth(method.typical.train_loss)
-        axes.plot(steps, losses, color=method.colour, linestyle=method.dashes, linewidth=1.7, label=method.name)
-    axes.set(title="Training loss", xlabel="training step", ylabel="training loss")
+        steps, values = _smooth(curve(method.typical))
+        axes.plot(steps, values, color=method.colour, linestyle=method.dashes, linewidth=1.7, label=method.name)
+    axes.set(title=heading, xlabel="training step", ylabel=ylabel)
     figure.legend(loc="outside right upper", frameon=False)
     caption = f"The run with the median score of each method; running means over 1/{_SMOOTHING} of its points."
-    return Plot("Training loss", caption, figure)
+    return Plot(heading, caption, figure)
 
 
 def _smooth(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
     window = max(1, len(points) // _SMOOTHING)
-    losses = [loss for _, loss in points]
-    means = [sum(losses[end - window : end]) / window for end in range(window, len(points) + 1)]
+    values = [value for _, value in points]
+    means = [sum(values[end - window : end]) / window for end in range(window, len(points) + 1)]
     return [step for step, _ in points[window - 1 :]], means
 
 

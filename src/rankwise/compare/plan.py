@@ -7,19 +7,19 @@ import hashlib
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
+from importlib.metadata import version
 from typing import Any
 
-from peft import NoMatchingPeftModuleError, PeftConfig, get_peft_model
 from transformers import PreTrainedModel
 
-from rankwise.adapters.configs import CONFIGS, AdapterConfig
+from rankwise.compare.candidates import Candidate, candidate_of
 from rankwise.compare.data import Splits, load_splits
-from rankwise.compare.models import locate, model_skeleton, open_tokenizer, weight_files
+from rankwise.compare.models import identity, model_skeleton, open_tokenizer
 from rankwise.compare.spec import MethodEntry, Spec
-from rankwise.errors import ArgumentError, nearest
-from rankwise.export.lora import check_exportable
-from rankwise.methods import METHODS
+from rankwise.errors import ArgumentError
+
+LIBRARIES = ("rankwise", "torch", "peft", "transformers", "accelerate", "tokenizers")
+"""What has a hand in a run's numbers: another version of one of them makes another run."""
 
 
 @dataclass(frozen=True)
@@ -55,36 +55,27 @@ def make_plan(spec: Spec) -> Plan:
     """
     if spec.output.exists() and not spec.output.is_dir():
         raise ArgumentError("output", "be a folder, or not exist yet", str(spec.output))
-    for entry in spec.methods:
-        check_exportable(make_config(spec, entry))
+    candidates = [candidate_of(spec, entry) for entry in spec.methods]
     tokenizer = open_tokenizer(spec.model)
     splits = load_splits(spec.data, spec.task)
     steps = _steps(spec, len(splits.train.text))
-    for entry in spec.methods:
-        config, model = make_config(spec, entry), model_skeleton(spec.model, splits.labels)
+    for candidate in candidates:
+        model = model_skeleton(spec.model, splits.labels)
         _check_length(spec, model, tokenizer)
-        _check_schedule(entry, config, steps)
-        _check_targets(model, config)
-    runs = [_run(spec, entry, seed) for seed in spec.seeds for entry in spec.methods]
+        candidate.check(model, steps)
+    # What all runs share is hashed once: the data, the model and the library versions.
+    shared = _shared_digest(spec, splits)
+    runs = [
+        _run(spec, entry, candidate, seed, shared)
+        for seed in spec.seeds
+        for entry, candidate in zip(spec.methods, candidates, strict=True)
+    ]
     return Plan(spec, splits, steps, tuple(runs))
 
 
-def make_config(spec: Spec, entry: MethodEntry) -> AdapterConfig:
-    """The config of one method of the SPEC.
-
-    Raises:
-        ArgumentError: there is no such method, or it has no such field, or a value breaks its rule.
-    """
-    if entry.name not in CONFIGS:
-        raise ArgumentError("methods", f"be methods of rankwise ({nearest(entry.name, CONFIGS)})", entry.name)
-    pefts = {field.name for field in dataclasses.fields(PeftConfig)} | {"rankwise_format"}
-    known = [field.name for field in dataclasses.fields(CONFIGS[entry.name]) if field.name not in pefts]
-    for name, value in entry.fields.items():
-        if name not in known:
-            raise ArgumentError(f"{entry.name}.{name}", f"be a field of the method ({nearest(name, known)})", value)
-    targets = spec.task.target_modules
-    shared = {"r": spec.budget.r, "target_modules": targets if isinstance(targets, str) else list(targets)}
-    return CONFIGS[entry.name](**shared | entry.fields, task_type="SEQ_CLS")  # type: ignore[arg-type]
+def library_versions() -> dict[str, str]:
+    """The installed version of each of LIBRARIES."""
+    return {name: version(name) for name in LIBRARIES}
 
 
 def _check_length(spec: Spec, model: PreTrainedModel, tokenizer: Any) -> None:
@@ -93,33 +84,20 @@ def _check_length(spec: Spec, model: PreTrainedModel, tokenizer: Any) -> None:
         raise ArgumentError("task.max_length", f"be at most the model's positions, {positions}", spec.task.max_length)
 
 
-def _check_schedule(entry: MethodEntry, config: AdapterConfig, steps: int) -> None:
-    """Equal budgets need schedules that end with the run."""
-    told = getattr(config, "total_step", None)
-    if told not in (None, steps):
-        raise ArgumentError(f"{entry.name}.total_step", f"be left out, or be the steps of the run, {steps}", told)
-    config.final_step(steps)
-
-
-def _check_targets(model: PreTrainedModel, config: AdapterConfig) -> None:
-    try:
-        get_peft_model(model, config, low_cpu_mem_usage=True)
-    except NoMatchingPeftModuleError as error:
-        seen = {"target_modules": config.target_modules, "layers_to_transform": config.layers_to_transform}
-        raise ArgumentError("target_modules", "match modules together with exclude_modules and layers", seen) from error
-
-
 def _steps(spec: Spec, examples: int) -> int:
     if spec.training.steps is not None:
         return spec.training.steps
     return math.ceil(spec.training.epochs * math.ceil(examples / spec.training.batch_size))  # type: ignore[operator]
 
 
-def _run(spec: Spec, entry: MethodEntry, seed: int) -> Run:
+def _run(spec: Spec, entry: MethodEntry, candidate: Candidate, seed: int, shared: str) -> Run:
     label = _label(entry, spec.methods)
-    rate = entry.learning_rate or spec.training.learning_rate or METHODS[entry.name].suggested_rate
+    rate = entry.learning_rate or spec.training.learning_rate or candidate.suggested_rate
+    if not candidate.has_own_rate:
+        rate = spec.training.head_learning_rate
     stem = "".join(c if c.isalnum() or c in "-_." else "-" for c in entry.name)
-    return Run(label, entry, seed, rate, f"{stem}--{_digest(spec, entry)}--seed{seed}")
+    digest = _digest([shared, dataclasses.asdict(entry), rate])
+    return Run(label, entry, seed, rate, f"{stem}--{digest}--seed{seed}")
 
 
 def _label(entry: MethodEntry, entries: tuple[MethodEntry, ...]) -> str:
@@ -130,23 +108,22 @@ def _label(entry: MethodEntry, entries: tuple[MethodEntry, ...]) -> str:
     return " ".join([entry.name, *(f"{name}={value}" for name, value in (rate | entry.fields).items())])
 
 
-def _digest(spec: Spec, entry: MethodEntry) -> str:
-    """Twelve hex digits of everything that shapes a run: the SPEC without its output, the entry, the data itself."""
-    told = {key: value for key, value in spec.to_dict().items() if key not in ("output", "methods", "seeds")}
-    files = [spec.data.train, spec.data.test, spec.data.validation]
-    told["contents"] = [_hash(file) for file in files if file is not None]
-    told["weights"] = [_fingerprint(file) for file in weight_files(Path(locate(spec.model)))]
-    told["entry"] = dataclasses.asdict(entry)
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+def _shared_digest(spec: Spec, splits: Splits) -> str:
+    """A digest of everything but the method that shapes a run's result.
+
+    The data is hashed as it was read, so that a file and a hub data set are known by their contents alike, and a hub
+    data set that has changed makes new runs.
+    """
+    settings = spec.to_dict()
+    told = {name: settings[name] for name in ("task", "training", "budget")}
+    # Each run's key holds the rate that it takes, whichever key of the SPEC gave it.
+    told["training"] = {name: value for name, value in settings["training"].items() if name != "learning_rate"}  # type: ignore[attr-defined]
+    told["data"] = _digest(dataclasses.asdict(splits))
+    told["model"] = identity(spec.model)
+    told["libraries"] = library_versions()
+    return _digest(told)
 
 
-def _hash(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _fingerprint(weights: Path) -> str:
-    """Size and last mebibyte: enough to tell a model that was trained on in place, without reading all of it."""
-    size = weights.stat().st_size
-    with weights.open("rb") as file:
-        file.seek(max(0, size - 2**20))
-        return f"{size}-{hashlib.sha256(file.read()).hexdigest()}"
+def _digest(value: Any) -> str:
+    """Twelve hex digits of a value in JSON's types."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]

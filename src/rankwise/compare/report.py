@@ -36,17 +36,19 @@ class _Column:
 
 def _columns(rows: Sequence[Row], metric: str) -> list[_Column]:
     columns = [
-        _Column(
-            "method", "the method, and what was set for it where that tells two entries apart", lambda row: row.label
-        ),
+        _Column("method", "the method, and what was set for it where that tells two entries apart", _name),
         _Column(metric, "on the test split, median over the seeds, higher is better", lambda row: f"{row.score:.3f}"),
         _Column("spread", "lowest and highest score over the seeds", lambda row: f"{row.lowest:.3f}–{row.highest:.3f}"),
-        _Column("initial", "adapter parameters at the start, without the task head", lambda row: f"{row.initial:,}"),
-        _Column("final", "adapter parameters the method kept", lambda row: f"{row.final:,}"),
         _Column(
-            "exported", "parameters of the plain LoRA, each module at its own rank", lambda row: f"{row.exported:,}"
+            "initial", "adapter parameters at the start, without the task head", lambda row: _count(row, "initial")
         ),
-        _Column("mean rank", "kept rank, mean over the modules", lambda row: f"{row.mean_rank:.1f}"),
+        _Column("final", "adapter parameters the method kept", lambda row: _count(row, "final")),
+        _Column(
+            "exported",
+            "parameters of the plain LoRA, each module at its own rank",
+            lambda row: _count(row, "exported"),
+        ),
+        _Column("mean rank", "kept rank, mean over the modules; then the exported one, where it differs", _ranks),
         _Column(
             "s/step", "seconds of one training step, median", lambda row: f"{row.seconds_per_step:#.3g}".rstrip(".")
         ),
@@ -54,6 +56,23 @@ def _columns(rows: Sequence[Row], metric: str) -> list[_Column]:
     ]
     several_seeds = any(row.seeds > 1 for row in rows)
     return [column for column in columns if several_seeds or column.heading != "spread"]
+
+
+def _name(row: Row) -> str:
+    return f"{row.label} (floor)" if row.is_floor else row.label
+
+
+def _count(row: Row, kind: str) -> str:
+    """A number of adapter parameters; the head alone has no adapter."""
+    return "–" if row.is_floor else f"{getattr(row, kind):,}"
+
+
+def _ranks(row: Row) -> str:
+    if row.mean_rank is None:
+        return "–"
+    kept = f"{row.mean_rank:.1f}"
+    exported = kept if row.exported_mean_rank is None else f"{row.exported_mean_rank:.1f}"
+    return kept if kept == exported else f"{kept} → {exported}"
 
 
 def _ratio(row: Row) -> str:
@@ -78,7 +97,9 @@ def markdown(rows: Sequence[Row], metric: str) -> str:
     columns = _columns(rows, metric)
     lines = [[column.heading for column in columns], [":---", *["---:"] * (len(columns) - 1)]]
     lines += [[_markdown_cell(column.cell(row)) for column in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    told = "".join(f"- {_escape(note)}\n" for note in notes(rows))
+    return f"{table}\n{told}" if told else table
 
 
 def _markdown_cell(text: str) -> str:
@@ -150,7 +171,7 @@ def write_page(results: Sequence[Result], path: str | Path, title: str) -> Path:
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<h1>{_escape(title)}</h1>\n"
-        f"<dl>\n{facts}\n</dl>\n<h2>Results</h2>\n{_html_table(rows, metric)}\n{_notes(rows)}\n{figures}\n"
+        f"<dl>\n{facts}\n</dl>\n<h2>Results</h2>\n{_html_table(rows, metric)}\n{_html_notes(rows)}\n{figures}\n"
         f"</body>\n</html>\n"
     )
     write_whole(path, page)
@@ -176,8 +197,12 @@ def _facts(results: Sequence[Result], rows: Sequence[Row]) -> list[tuple[str, st
         ("Task", results[0].task),
         ("Steps", _joined(result.steps for result in results)),
         ("Batch size", _joined(result.batch_size for result in results)),
-        ("Learning rate", _by_value([(f"{row.learning_rate:g}", row.label) for row in rows])),
-        ("Starting scale", _by_value([(f"{row.starting_scale:g}", row.label) for row in rows])),
+        ("Learning rate", _by_value([(f"{row.learning_rate:g}", row.label) for row in rows if not row.is_floor])),
+        ("Learning rate of the task head", _joined(f"{result.head_learning_rate:g}" for result in results)),
+        (
+            "Starting scale",
+            _by_value([(f"{row.starting_scale:g}", row.label) for row in rows if row.starting_scale is not None]),
+        ),
         ("Seeds", ", ".join(map(str, sorted({result.seed for result in results})))),
         (
             "Task head",
@@ -199,6 +224,8 @@ def _joined(values: Iterable[object]) -> str:
 
 def _by_value(values_and_labels: Sequence[tuple[str, str]]) -> str:
     """One value where all labels share it, else each value with its labels."""
+    if not values_and_labels:
+        return "–"
     values = _distinct(value for value, _ in values_and_labels)
     if len(values) == 1:
         return values[0]
@@ -206,12 +233,32 @@ def _by_value(values_and_labels: Sequence[tuple[str, str]]) -> str:
     return "; ".join(f"{value} ({', '.join(labels[value])})" for value in values)
 
 
-def _notes(rows: Sequence[Row]) -> str:
-    """What the table has no column for: comparisons with plain LoRA on common seeds, and skipped steps."""
-    notes = [_paired_note(row) for row in rows if row.versus_lora]
-    notes += [f"{row.label}: steps skipped over all seeds: {row.steps_skipped}" for row in rows if row.steps_skipped]
-    items = "\n".join(f"<li>{_escape(note)}</li>" for note in notes)
-    return f'<ul class="note">\n{items}\n</ul>' if notes else ""
+def notes(rows: Sequence[Row]) -> list[str]:
+    """What has to be said about the table: what it does not show, and which of its rows mean nothing.
+
+    A method that is not above the head alone, or whose loss did not fall, is named; a table of one seed is called so.
+    """
+    found = [_floor_note(row) for row in rows if row.above_floor is False]
+    found += [_unlearnt_note(row) for row in rows if row.unlearnt]
+    if any(row.seeds == 1 for row in rows):
+        found.append("one seed: a first impression, not a ranking")
+    found += [_paired_note(row) for row in rows if row.versus_lora]
+    found += [f"{row.label}: steps skipped over all seeds: {row.steps_skipped}" for row in rows if row.steps_skipped]
+    return found
+
+
+def _floor_note(row: Row) -> str:
+    return f"{row.label} is not above the floor, the head alone on the frozen model: its adapter has added nothing"
+
+
+def _unlearnt_note(row: Row) -> str:
+    seeds = "" if row.seeds == 1 else f" in {row.unlearnt} of {row.seeds} seeds"
+    return f"{row.label} has not learnt anything at this rate ({row.learning_rate:g}): its loss did not fall{seeds}"
+
+
+def _html_notes(rows: Sequence[Row]) -> str:
+    items = "\n".join(f"<li>{_escape(note)}</li>" for note in notes(rows))
+    return f'<ul class="note">\n{items}\n</ul>' if items else ""
 
 
 def _paired_note(row: Row) -> str:

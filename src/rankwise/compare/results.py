@@ -12,14 +12,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from scipy.stats import wilcoxon
 
+from rankwise.compare.spec import HEAD
 from rankwise.errors import DataError
 from rankwise.files import write_whole
 
-FORMAT = 1
+FORMAT = 2
 REFERENCE = "lora"
 _SEEDS_TO_PAIR = 3
 _SEEDS_TO_TEST = 5
@@ -30,8 +32,10 @@ class Result:
     """One finished run: what was run, how well it did, and what it cost.
 
     `score` is the `metric` on the test split, higher is better. `parameters` counts the adapter without the task head
-    and has the keys initial, final and exported. `ranks` and `singular_values` are by module name. `export` is the
-    folder of the plain LoRA, relative to the output folder.
+    and has the keys initial, final and exported. `ranks` (what the method kept), `exported_ranks` (what the plain LoRA
+    holds) and `singular_values` are by module name, and empty for a candidate without an adapter. `export` is the
+    folder of the plain LoRA, relative to the output folder. `train_loss` and `gradient_norm` are (step, value) as the
+    Trainer logged them; the norm is taken over everything that trains, before clipping.
     """
 
     method: str
@@ -40,6 +44,7 @@ class Result:
     model: str
     task: str
     learning_rate: float
+    head_learning_rate: float
     steps: int
     batch_size: int
     fields: dict[str, Any]
@@ -48,17 +53,19 @@ class Result:
     validation_score: float
     extra_metrics: dict[str, float]
     train_loss: list[tuple[int, float]]
+    gradient_norm: list[tuple[int, float]]
     parameters: dict[str, int]
     head_parameters: int
-    mean_rank: float
-    initial_mean_rank: float
-    starting_scale: float
+    mean_rank: float | None
+    initial_mean_rank: float | None
+    starting_scale: float | None
     ranks: dict[str, int]
+    exported_ranks: dict[str, int]
     singular_values: dict[str, list[float]]
     seconds_per_step: float
     seconds: float
     steps_skipped: int
-    export: str
+    export: str | None
     versions: dict[str, str]
     machine: str
     command: str
@@ -85,8 +92,20 @@ class Result:
             raise DataError(
                 f"`parameters` of a result must have initial, final and exported; found {seen or 'nothing'}"
             )
-        points = [(step, loss) for step, loss in content["train_loss"]]
-        return cls(**{**{name: content[name] for name in names}, "train_loss": points})
+        # JSON has no tuples: the points of a curve come back as lists.
+        curves: dict[str, Any] = {
+            name: [(step, value) for step, value in content[name]] for name in ("train_loss", "gradient_norm")
+        }
+        return cls(**{name: content[name] for name in names} | curves)
+
+    @property
+    def has_learnt(self) -> bool:
+        """Whether the training loss ended below where it began; both are means over a tenth of what was logged."""
+        losses = [loss for _, loss in self.train_loss]
+        window = max(1, len(losses) // 10)
+        if len(losses) < 2:
+            return True
+        return statistics.fmean(losses[-window:]) < statistics.fmean(losses[:window])
 
 
 def _fits(value: Any, hint: Any) -> bool:
@@ -94,6 +113,8 @@ def _fits(value: Any, hint: Any) -> bool:
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
+    if origin in (Union, UnionType):
+        return value is None or _fits(value, inner[0])
     if origin is dict:
         return isinstance(value, dict) and all(_fits(item, inner[1]) for item in value.values())
     if origin is list:
@@ -105,6 +126,8 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _spoken(hint: Any) -> str:
+    if get_origin(hint) in (Union, UnionType):
+        return f"{_spoken(get_args(hint)[0])} or null"
     names = {str: "text", int: "an integer", float: "a number", dict: "an object", list: "a list"}
     return names[get_origin(hint) or hint]
 
@@ -160,7 +183,12 @@ class Paired:
 
 @dataclass(frozen=True)
 class Row:
-    """What a comparison says about one label: medians over its seeds, and `steps_skipped` summed over them."""
+    """What a comparison says about one label: medians over its seeds, and `steps_skipped` summed over them.
+
+    `mean_rank`, `exported_mean_rank` and `starting_scale` are None for a candidate without an adapter. `above_floor`
+    tells whether the median score is above that of the head alone; None where that was not run. `unlearnt` counts the
+    seeds whose training loss did not fall.
+    """
 
     label: str
     seeds: int
@@ -171,19 +199,24 @@ class Row:
     initial: int
     final: int
     exported: int
-    mean_rank: float
+    mean_rank: float | None
+    exported_mean_rank: float | None
     seconds_per_step: float
     ratio_to_lora: float | None
-    starting_scale: float
+    starting_scale: float | None
     learning_rate: float
     steps_skipped: int
+    is_floor: bool
+    above_floor: bool | None
+    unlearnt: int
 
 
 def summarise(results: Sequence[Result]) -> list[Row]:
     """One row per label, best median score first; two runs of one label with one seed raise `DataError`."""
     groups = by_label(results)
     reference = groups.get(REFERENCE, [])
-    rows = [_row(runs, reference) for runs in groups.values()]
+    floor = groups.get(HEAD, [])
+    rows = [_row(runs, reference, floor) for runs in groups.values()]
     return sorted(rows, key=lambda row: (-row.score, row.label))
 
 
@@ -200,26 +233,42 @@ def by_label(results: Iterable[Result]) -> dict[str, list[Result]]:
     return dict(groups)
 
 
-def _row(runs: list[Result], reference: list[Result]) -> Row:
+def _row(runs: list[Result], reference: list[Result], floor: list[Result]) -> Row:
     scores = [run.score for run in runs]
+    score = statistics.median(scores)
+    is_floor = runs[0].method == HEAD
+    floor_score = statistics.median(run.score for run in floor) if floor and not is_floor else None
     seconds, lora_seconds = _median_seconds(runs), _median_seconds(reference)
     return Row(
         label=runs[0].label,
         seeds=len(runs),
-        score=statistics.median(scores),
+        score=score,
         lowest=min(scores),
         highest=max(scores),
         versus_lora=_paired(runs, reference),
         initial=_median_count(runs, "initial"),
         final=_median_count(runs, "final"),
         exported=_median_count(runs, "exported"),
-        mean_rank=statistics.median(run.mean_rank for run in runs),
+        mean_rank=_median_or_none([run.mean_rank for run in runs]),
+        exported_mean_rank=_median_or_none([_mean(run.exported_ranks) for run in runs]),
         seconds_per_step=seconds,
         ratio_to_lora=seconds / lora_seconds if lora_seconds else None,
         starting_scale=runs[0].starting_scale,
         learning_rate=runs[0].learning_rate,
         steps_skipped=sum(run.steps_skipped for run in runs),
+        is_floor=is_floor,
+        above_floor=None if floor_score is None else score > floor_score,
+        unlearnt=sum(not run.has_learnt for run in runs),
     )
+
+
+def _mean(ranks: Mapping[str, int]) -> float | None:
+    return statistics.fmean(ranks.values()) if ranks else None
+
+
+def _median_or_none(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else None
 
 
 def _median_count(runs: list[Result], kind: str) -> int:
@@ -231,7 +280,7 @@ def _median_seconds(runs: list[Result]) -> float:
 
 
 def _paired(runs: list[Result], reference: list[Result]) -> Paired | None:
-    if runs[0].label == REFERENCE:
+    if runs[0].label in (REFERENCE, HEAD):
         return None
     lora = {run.seed: run.score for run in reference}
     # Rounded, since the test ranks the differences and 0.82 - 0.81 must tie with 0.92 - 0.91.

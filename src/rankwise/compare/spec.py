@@ -17,6 +17,8 @@ from typing import Any, Generic, TypeVar
 from rankwise.errors import ArgumentError, nearest
 
 _MAX_SEED = 2**32 - 1  # what numpy's generator, which trainers seed too, accepts
+HEAD = "head"
+"""The method that trains the task head alone, on the frozen model: the floor of a comparison."""
 
 T = TypeVar("T")
 D = TypeVar("D")
@@ -53,7 +55,10 @@ class TrainingSpec:
     epochs: float | None = None
     batch_size: int = 32
     learning_rate: float | None = None
-    """None: each method's suggested one."""
+    """Of the adapter; None: each method's suggested one."""
+    head_learning_rate: float = 1e-2
+    """Of what is trained in full beside the adapter: the task head. The same for every method, since a method that
+    also set the head's rate would be ranked by it."""
     warmup: float = 0.1
 
 
@@ -86,6 +91,12 @@ class Spec:
     training: TrainingSpec
     budget: BudgetSpec
     folder: Path = Path()
+
+    def with_floor(self) -> Spec:
+        """The same SPEC with the head alone among its methods, which shows what every other method has to beat."""
+        if any(entry.name == HEAD for entry in self.methods):
+            return self
+        return dataclasses.replace(self, methods=(*self.methods, MethodEntry(HEAD)))
 
     def to_dict(self) -> dict[str, object]:
         """The SPEC as JSON values, paths as they were written, so that moving the folder changes no digest."""
@@ -188,6 +199,7 @@ def _training(section: _Section) -> TrainingSpec:
         epochs=section.optional("epochs", _POSITIVE, None),
         batch_size=section.optional("batch_size", _integer(1), TrainingSpec.batch_size),
         learning_rate=section.optional("learning_rate", _POSITIVE, None),
+        head_learning_rate=section.optional("head_learning_rate", _POSITIVE, TrainingSpec.head_learning_rate),
         warmup=section.optional("warmup", _WARMUP, TrainingSpec.warmup),
     )
 

@@ -2,48 +2,38 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import os
 import platform
 import statistics
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score
+from torch import nn
 from transformers import (
     DataCollatorWithPadding,
-    PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
-from rankwise.adapters.configs import AdapterConfig
-from rankwise.adapters.lookup import factors, ranks
+from rankwise.compare.candidates import Candidate, candidate_of
+from rankwise.compare.candidates.base import Saved
 from rankwise.compare.checkpoints import newest_complete
 from rankwise.compare.data import Table
 from rankwise.compare.models import open_model, open_tokenizer
-from rankwise.compare.plan import Plan, Run, make_config
+from rankwise.compare.plan import Plan, Run, library_versions
 from rankwise.compare.results import Result
 from rankwise.compare.together import as_first, is_first, on_cpus, processes
-from rankwise.export.lora import export_lora
-from rankwise.export.source import COMMAND
-from rankwise.files import whole_folder
-from rankwise.methods import METHODS
-from rankwise.training.status import status
 
-SHOWN_SINGULAR_VALUES = 64
-"""How many singular values of each update a result keeps."""
 CHECKPOINTS = 5
 """Checkpoints a run writes on its way."""
 WARMUP_STEPS = 3
@@ -65,23 +55,23 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
         on_step: told how many more optimiser steps are done.
     """
     began = time.perf_counter()
+    # The head is made before anything is attached, so that all candidates of one seed start with the same one.
     set_seed(run.seed)
-    config = make_config(plan.spec, run.entry)
+    candidate = candidate_of(plan.spec, run.entry)
     tokenizer = open_tokenizer(plan.spec.model)
-    model = get_peft_model(open_model(plan.spec.model, plan.splits.labels, tokenizer.pad_token_id), config)
+    base = open_model(plan.spec.model, plan.splits.labels, tokenizer.pad_token_id)
+    model = candidate.attach(base)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    initial_ranks = ranks(model)
+    initial_ranks = candidate.ranks(model)
+
     clock = _Clock(on_step)
-    trainer = _trainer(plan, run, model, tokenizer, output, clock)
+    trainer = _trainer(plan, run, candidate, model, tokenizer, output, clock)
     resumed = as_first(newest_complete(checkpoints_of(output, run), processes()))
     trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+
     scores = {name: _score(trainer, getattr(plan.splits, name), plan) for name in ("validation", "test")}
-    if is_first():
-        with whole_folder(output / "adapters" / run.key) as folder:
-            model.save_pretrained(str(folder))
-            (folder / COMMAND).write_text(command + "\n", encoding="utf-8")
-        export_lora(model, output / "exports" / run.key, command=command, overwrite=True)
-    now = status(model)
+    saved = candidate.save(model, output, run.key, command) if is_first() else Saved()
+    measured = candidate.measure(model)
     metric, *extra = scores["test"]
     return Result(
         method=run.entry.name,
@@ -90,26 +80,29 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
         model=plan.spec.model,
         task=plan.spec.task.type,
         learning_rate=run.learning_rate,
+        head_learning_rate=plan.spec.training.head_learning_rate,
         steps=plan.steps,
         batch_size=plan.spec.training.batch_size,
-        fields=method_fields(config),
+        fields=candidate.fields,
         metric=metric,
         score=scores["test"][metric],
         validation_score=scores["validation"][metric],
         extra_metrics={name: scores["test"][name] for name in extra},
-        train_loss=_losses(trainer),
-        parameters=dataclasses.asdict(now.parameters),
-        head_parameters=trainable - now.parameters.initial,
-        mean_rank=statistics.fmean(now.ranks.values()),
-        initial_mean_rank=statistics.fmean(initial_ranks.values()),
-        starting_scale=config.scale_of(""),
-        ranks=now.ranks,
-        singular_values=_spectra(model),
+        train_loss=_logged(trainer, "loss"),
+        gradient_norm=_logged(trainer, "grad_norm"),
+        parameters=measured.parameters,
+        head_parameters=trainable - measured.parameters["initial"],
+        mean_rank=_mean(measured.ranks),
+        initial_mean_rank=_mean(initial_ranks),
+        starting_scale=candidate.starting_scale,
+        ranks=measured.ranks,
+        exported_ranks=saved.exported_ranks,
+        singular_values=measured.singular_values,
         seconds_per_step=statistics.median(clock.seconds[WARMUP_STEPS:] or clock.seconds),
         seconds=time.perf_counter() - began,
-        steps_skipped=now.steps_skipped,
-        export=str(Path("exports") / run.key),
-        versions={name: version(name) for name in ("rankwise", "torch", "peft", "transformers")},
+        steps_skipped=measured.steps_skipped,
+        export=saved.export,
+        versions=library_versions(),
         machine=_machine(),
         command=command,
     )
@@ -118,11 +111,6 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
 def checkpoints_of(output: Path, run: Run) -> Path:
     """Where a run's Trainer keeps its checkpoints; of no use once the result is written."""
     return output / "checkpoints" / run.key
-
-
-def method_fields(config: AdapterConfig) -> dict[str, Any]:
-    """A config's hyper-parameters of its own method, with their resolved values."""
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(METHODS[config.method])}
 
 
 class _Clock(TrainerCallback):
@@ -148,7 +136,9 @@ class _Clock(TrainerCallback):
             self._on_step(1)
 
 
-def _trainer(plan: Plan, run: Run, model: PeftModel | Any, tokenizer: Any, output: Path, clock: _Clock) -> Trainer:
+def _trainer(
+    plan: Plan, run: Run, candidate: Candidate, model: nn.Module, tokenizer: Any, output: Path, clock: _Clock
+) -> Trainer:
     spec = plan.spec
     arguments = TrainingArguments(
         output_dir=str(checkpoints_of(output, run)),
@@ -160,6 +150,7 @@ def _trainer(plan: Plan, run: Run, model: PeftModel | Any, tokenizer: Any, outpu
         learning_rate=run.learning_rate,
         warmup_steps=round(spec.training.warmup * plan.steps),
         logging_steps=max(1, plan.steps // 50),
+        save_strategy="steps" if candidate.keeps_checkpoints else "no",
         save_steps=max(1, plan.steps // CHECKPOINTS),
         save_total_limit=2,
         report_to="none",
@@ -170,6 +161,7 @@ def _trainer(plan: Plan, run: Run, model: PeftModel | Any, tokenizer: Any, outpu
     trainer = Trainer(
         model=model,
         args=arguments,
+        optimizers=(_optimizer(plan, run, candidate, model, arguments), None),
         train_dataset=_tokenized(plan.splits.train, plan, tokenizer),
         eval_dataset=_tokenized(plan.splits.validation, plan, tokenizer),  # development data, for rules that need some
         data_collator=DataCollatorWithPadding(tokenizer),
@@ -180,10 +172,30 @@ def _trainer(plan: Plan, run: Run, model: PeftModel | Any, tokenizer: Any, outpu
     return trainer
 
 
-def _losses(trainer: Trainer) -> list[tuple[int, float]]:
-    """(step, loss) as logged, before a resumption too; a loss that is not finite is left out."""
-    logged = [(int(log["step"]), float(log["loss"])) for log in trainer.state.log_history if "loss" in log]
-    return [(step, loss) for step, loss in logged if math.isfinite(loss)]
+def _optimizer(
+    plan: Plan, run: Run, candidate: Candidate, model: nn.Module, arguments: TrainingArguments
+) -> torch.optim.Optimizer:
+    """The Trainer's own optimiser with two groups: what the candidate trains, and the head at its own rate."""
+    own = candidate.own_parameters(model)
+    own_ids = {id(parameter) for parameter in own}
+    head = [p for p in model.parameters() if p.requires_grad and id(p) not in own_ids]
+    groups = [
+        {"params": own, "lr": run.learning_rate},
+        {"params": head, "lr": plan.spec.training.head_learning_rate},
+    ]
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    return kind([group for group in groups if group["params"]], **options)
+
+
+def _logged(trainer: Trainer, name: str) -> list[tuple[int, float]]:
+    """(step, value) as logged, before a resumption too; a value that is not finite is left out."""
+    logged = [(int(log["step"]), float(log[name])) for log in trainer.state.log_history if name in log]
+    return [(step, value) for step, value in logged if math.isfinite(value)]
+
+
+def _mean(ranks: dict[str, int]) -> float | None:
+    """The mean over modules; None where no module is adapted."""
+    return statistics.fmean(ranks.values()) if ranks else None
 
 
 def _silence(trainer: Trainer) -> None:
@@ -216,10 +228,6 @@ def _score(trainer: Trainer, table: Table, plan: Plan) -> dict[str, float]:
 def _defined(correlation: Any) -> float:
     """A correlation; 0 where it is undefined because the model predicts one value for all."""
     return float(correlation) if math.isfinite(correlation) else 0.0
-
-
-def _spectra(model: PreTrainedModel | Any) -> dict[str, list[float]]:
-    return {name: f.singular_values()[:SHOWN_SINGULAR_VALUES].tolist() for name, f in factors(model).items()}
 
 
 def _machine() -> str:

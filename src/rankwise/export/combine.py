@@ -97,6 +97,10 @@ def _check_adapter(adapter: Adapter, folder: str | Path) -> None:
     config: Any = adapter.config
     if config.bias != "none":
         raise RankwiseError(f"{folder} trains biases, which a merge cannot hold: `bias` is {config.bias!r}")
+    if config.trainable_token_indices:
+        raise RankwiseError(
+            f"{folder} trains rows of an embedding (`trainable_token_indices`), which a merge cannot hold"
+        )
     for name in adapter.updates:
         if adapter.forms[name].unlike:
             raise RankwiseError(f"the update of module {name!r} cannot be a plain LoRA: {adapter.forms[name].unlike}")

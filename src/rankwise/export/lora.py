@@ -140,6 +140,11 @@ def check_exportable(config: AdapterConfig) -> None:
         raise RankwiseError(
             f"trained biases cannot be part of a plain LoRA that servers load: `bias` is {config.bias!r}"
         )
+    if config.trainable_token_indices:
+        raise RankwiseError(
+            "single rows of an embedding (`trainable_token_indices`) cannot be part of a plain LoRA that servers load: "
+            "save the whole model, after `merge_and_unload()`"
+        )
 
 
 def _check(source: Source) -> None:

@@ -30,6 +30,7 @@ from rankwise.adapters.embedding import AdapterEmbedding, without_padding
 from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.lookup import adapted_layers, base_name, factors, ranks
 from rankwise.adapters.progress import LENGTH, Progress
+from rankwise.adapters.tensors import ADDED_IN_FORMAT_2
 from rankwise.adapters.tuner import PREFIX, kind_of
 from rankwise.errors import AdapterFileError, RankwiseError
 from rankwise.update import Factors
@@ -144,6 +145,7 @@ def from_folder(folder: Path, base: str | Path | nn.Module | None) -> Source:
     whole = opened_base(base, config.base_model_name_or_path, folder)
     forms, names = forms_of(whole)
     for name in by_module.keys() & forms.keys():
+        _check_same_base(name, state.get(f"{PEFT_PREFIX}{name}.base_layer.weight"), forms[name], folder)
         _check_whole(config, name, by_module[name], forms[name].shape, folder / TENSORS)
     updates = {
         name: _saved_update(config, name, by_module[name], form.padding)
@@ -157,7 +159,7 @@ def from_folder(folder: Path, base: str | Path | nn.Module | None) -> Source:
         )
     others = {key: tensor for key, tensor in state.items() if f".{PREFIX}" not in key}
     progress = Progress.of(next(iter(by_module.values()))["progress"])
-    kept = [int(config.kept(by_module[name]).sum()) for name in updates]
+    kept = [int(config.ranks_left(by_module[name]).sum()) for name in updates]
     return Source(config, updates, others, progress, kept, forms, names, base_class_of(whole))
 
 
@@ -305,6 +307,17 @@ def model_class(config: PretrainedConfig, task: str | None) -> Any:
     return getattr(transformers, f"AutoModelFor{kind}") if kind else AutoModel
 
 
+def _check_same_base(name: str, saved: Tensor | None, form: Form, folder: Path) -> None:
+    """Raise `AdapterFileError` where PEFT saved the frozen weight of an adapted embedding, and the base's is of another
+    shape: the vocabulary was resized after the base model had been saved."""
+    shape = form.shape[::-1] if issubclass(form.kind, AdapterEmbedding) else form.shape
+    if saved is not None and saved.is_floating_point() and tuple(saved.shape) != shape:
+        raise AdapterFileError(
+            f"{folder} was trained on a base model whose {name!r} is {tuple(saved.shape)}, and this base model's is "
+            f"{shape}: save the base model with its resized vocabulary and pass it as `base`"
+        )
+
+
 def _check_whole(
     config: AdapterConfig, name: str, tensors: dict[str, Tensor], shape: tuple[int, int], file: Path
 ) -> None:
@@ -312,6 +325,8 @@ def _check_whole(
     size = config.size_of(name, *shape)
     slots = config.slots(size)
     expected = {key: slot.shape for key, slot in slots.items()} | {"progress": (LENGTH,)}
+    if config.rankwise_format == 1:
+        expected = {key: wanted for key, wanted in expected.items() if key not in ADDED_IN_FORMAT_2}
     for key, wanted in expected.items():
         seen = tuple(tensors[key].shape) if key in tensors else None
         if seen != wanted:
@@ -322,7 +337,7 @@ def _check_whole(
 
 
 def _saved_update(config: AdapterConfig, name: str, tensors: dict[str, Tensor], padding: int | None) -> Factors:
-    found = config.factors(tensors, config.scale_of(name))
+    found = config.evaluation_factors(tensors, config.scale_of(name))
     return without_padding(Factors(*(t.detach() for t in found)), padding)
 
 

@@ -53,17 +53,30 @@ def share_out(priority: Tensor, room: Tensor, count: int) -> Tensor:
 
 
 def keep_within(scores: Sequence[Tensor], costs: Sequence[Tensor], budget: float) -> list[Tensor]:
-    """Masks that keep the highest scores over all the tensors together, as long as their costs fit the budget.
+    """Masks that keep, from the highest score over all the tensors down, every entry whose cost still fits the budget.
 
-    The kept entries are the longest run from the highest score down whose costs add up to `budget` at most, so that
-    less than one more entry's cost is left over; ties go to the earlier entry.
+    An entry that does not fit is passed over and cheaper ones after it are still kept, so that what is left over is
+    less than the cost of any entry that is not kept. Ties go to the earlier entry.
 
     >>> scores, costs = [torch.tensor([3.0, 1.0]), torch.tensor([2.0])], [torch.tensor([2.0, 2.0]), torch.tensor([5.0])]
     >>> [m.tolist() for m in keep_within(scores, costs, 8)]
     [[True, False], [True]]
+    >>> [m.tolist() for m in keep_within(scores, costs, 6)]
+    [[True, True], [False]]
     """
-    flat = torch.cat([s.flatten().to(scores[0].device) for s in scores])
-    cost = torch.cat([c.expand_as(s).flatten().to(flat.device) for c, s in zip(costs, scores, strict=True)])
-    order = flat.sort(descending=True, stable=True).indices
-    count = int((cost[order].double().cumsum(0) <= budget * (1 + 1e-12)).sum())
-    return keep_top(scores, count)
+    score = torch.cat([s.flatten().cpu() for s in scores])
+    cost = torch.cat([c.expand_as(s).flatten().cpu() for c, s in zip(costs, scores, strict=True)]).double()
+    order = score.sort(descending=True, stable=True).indices
+    cost = cost[order]
+    kept = torch.zeros_like(cost, dtype=torch.bool)
+    left = budget * (1 + 1e-12)
+    # Each pass keeps the run up to the first entry that does not fit. Entries that cost more than is left are out of
+    # the next pass, so there are no more passes than different costs.
+    while bool((candidates := ~kept & (cost <= left)).any()):
+        run = candidates & (torch.where(candidates, cost, 0).cumsum(0) <= left)
+        left -= float(cost[run].sum())
+        kept |= run
+    mask = torch.empty_like(kept)
+    mask[order] = kept
+    parts = mask.split([s.numel() for s in scores])
+    return [part.view_as(s).to(s.device) for part, s in zip(parts, scores, strict=True)]

@@ -8,11 +8,31 @@ from torch import Tensor
 from rankwise.precision import exact
 
 
-def polar(A: Tensor) -> tuple[Tensor, Tensor]:
-    """The partial isometry U Vᵀ and the nuclear norm Σσ of each A = U Σ Vᵀ.
+def inverse_root(A: Tensor) -> tuple[Tensor, Tensor]:
+    """(A Aᵀ)^{-1/2} and the singular values of each A, from one batched symmetric eigendecomposition of A Aᵀ.
 
-    U Vᵀ = (A Aᵀ)^{-1/2} A, from one batched symmetric eigendecomposition of A Aᵀ. Directions whose singular value is
-    zero to working precision get 0 (the pseudo-inverse's answer), so an all-zero row stays zero and nothing is NaN.
+    Directions whose singular value is zero to working precision get 0 (the pseudo-inverse's answer), so an all-zero row
+    stays zero and nothing is NaN.
+
+    Args:
+        A: (…, r, n), in float64 where the device has it.
+
+    Returns:
+        (…, r, r) and the singular values (…, r), ascending, in A's dtype.
+    """
+    gram = A @ A.mT
+    w, V = torch.linalg.eigh(gram)
+    floor = A.shape[-1] * torch.finfo(w.dtype).eps * w.amax(-1, keepdim=True)
+    alive = w > floor
+    sigma = torch.where(alive, w, 1).sqrt()
+    root = (V * torch.where(alive, 1 / sigma, 0).unsqueeze(-2)) @ V.mT
+    # Rounding leaves traces of the other rows in that of a zero row of A.
+    root *= (gram.diagonal(dim1=-2, dim2=-1) != 0).unsqueeze(-1)
+    return root, torch.where(alive, sigma, 0)
+
+
+def polar(A: Tensor) -> tuple[Tensor, Tensor]:
+    """The partial isometry U Vᵀ = (A Aᵀ)^{-1/2} A and the nuclear norm Σσ of each A = U Σ Vᵀ.
 
     Args:
         A: (…, r, n) with r ≤ n for full speed; any r and n are right.
@@ -25,12 +45,5 @@ def polar(A: Tensor) -> tuple[Tensor, Tensor]:
     ([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]], 7.0)
     """
     A64 = exact(A)
-    gram = A64 @ A64.mT
-    w, V = torch.linalg.eigh(gram)
-    floor = A.shape[-1] * torch.finfo(w.dtype).eps * w.amax(-1, keepdim=True)
-    alive = w > floor
-    sigma = torch.where(alive, w, 1).sqrt()
-    inverse_root = (V * torch.where(alive, 1 / sigma, 0).unsqueeze(-2)) @ V.mT
-    # Rounding leaves traces of the other rows in that of a zero row of A.
-    inverse_root *= (gram.diagonal(dim1=-2, dim2=-1) != 0).unsqueeze(-1)
-    return (inverse_root @ A64).to(A.dtype), torch.where(alive, sigma, 0).sum(-1)
+    root, sigma = inverse_root(A64)
+    return (root @ A64).to(A.dtype), sigma.sum(-1)

@@ -29,7 +29,7 @@ from rankwise.linalg.allocate import keep_top
 from rankwise.methods.base import register
 from rankwise.methods.orthonormal import penalty_of_form
 from rankwise.methods.phases import Phased
-from rankwise.methods.stack import Penalty, Size, Slot, Stack, Step, Updates
+from rankwise.methods.stack import CLOSED, Penalty, Size, Slot, Stack, Step, Updates, closed_slot
 from rankwise.schedules import CubicBudget, steps_of
 from rankwise.update import Factors
 
@@ -45,6 +45,7 @@ class AdaLora(Phased):
     summary: ClassVar[str] = "falls from init_r to a mean of target_r, shared over all layers by sensitivity"
     linear_only: ClassVar[bool] = True
     suggested_rate: ClassVar[float] = 1e-2
+    closing_values: ClassVar[Mapping[str, float]] = {"Lambda": 0.0}
 
     target_r: int | None = field(default=None, metadata={"help": "mean rank at the end; None: r"})
     init_r: int | None = field(default=None, metadata={"help": "rank at the start; None: ⌈1.5·target_r⌉"})
@@ -85,14 +86,14 @@ class AdaLora(Phased):
         return self.target_r or self.r
 
     def slots(self, size: Size) -> dict[str, Slot]:
-        """P (out, r), Λ (r), Q (r, in), the kept set, and Ī and Ū of each where they are used."""
+        """P (out, r), Λ (r), Q (r, in), the kept set, what is closed once it is final, and Ī and Ū where used."""
         shapes = {"P": (size.out, size.r), "Lambda": (size.r,), "Q": (size.r, size.into)}
         slots = {name: Slot(shape, exact=name == "Lambda") for name, shape in shapes.items()}
         if self.importance == "smoothed":
             for name, shape in shapes.items():
                 slots[f"{name}_mean"] = Slot(shape, trained=False, exact=True)
                 slots[f"{name}_deviation"] = Slot(shape, trained=False, exact=True)
-        return slots | {"kept": Slot((size.r,), trained=False, dtype=torch.bool)}
+        return slots | {"kept": Slot((size.r,), trained=False, dtype=torch.bool)} | closed_slot(size)
 
     def start(self, size: Size, weight: Callable[[], Tensor], *, zero: bool = True) -> dict[str, Tensor]:
         """P, Q ~ N(0, 0.02²), Λ = 0."""
@@ -135,7 +136,10 @@ class AdaLora(Phased):
         budget = self.budget([size for layers in stacks for size in layers.sizes], step.total)
         if not step.finalized and step.number < budget.final and not budget.due(step.last, step.number):
             return []
-        return [{"Lambda": layers["Lambda"] * layers["kept"]} for layers in stacks]
+        updates = [{"Lambda": layers["Lambda"] * layers["kept"]} for layers in stacks]
+        if step.last < budget.final <= step.number:  # the kept set has just become final
+            return [found | {CLOSED: ~layers["kept"]} for found, layers in zip(updates, stacks, strict=True)]
+        return updates
 
     def finalize(self, stacks: Sequence[Stack]) -> Updates:
         """Keep the final budget's triplets by the scores so far (by |λ| where no average is stored)."""
@@ -143,7 +147,10 @@ class AdaLora(Phased):
         smoothed = self.importance == "smoothed"
         scores = [self._scores(layers) if smoothed else layers["Lambda"].abs() for layers in stacks]
         keep = keep_top(scores, self._end(sizes))
-        return [{"kept": mask, "Lambda": layers["Lambda"] * mask} for layers, mask in zip(stacks, keep, strict=True)]
+        return [
+            {"kept": mask, CLOSED: ~mask, "Lambda": layers["Lambda"] * mask}
+            for layers, mask in zip(stacks, keep, strict=True)
+        ]
 
     def budget(self, sizes: Sequence[Size], total: int | None) -> CubicBudget:
         """b(t): from all triplets to bT = Σ_k min(target_r, rank of layer k)."""

@@ -27,12 +27,12 @@ from torch import Tensor
 from rankwise.checks import require_batch, require_int
 from rankwise.errors import ArgumentError
 from rankwise.linalg.allocate import keep_top, share_out
-from rankwise.methods.base import Method, kaiming_uniform, register
-from rankwise.methods.stack import Size, Slot, Stack, Step, Updates
+from rankwise.linalg.draws import new_seed, uniform
+from rankwise.methods.base import Method, register
+from rankwise.methods.stack import CLOSED, Size, Slot, Stack, Step, Updates, closed_slot
 from rankwise.schedules import Rounds
 
-MOST_ROUNDS = 8
-"""The paper's largest N_A."""
+MOST_ROUNDS = 8  # the paper's largest N_A
 
 
 @register
@@ -49,9 +49,7 @@ class Alora(Method):
     rounds: int | None = field(
         default=None, metadata={"help": "N_A; 0 is plain LoRA; None: as many as end at half the run, at most 8"}
     )
-    prune_per_round: int | None = field(
-        default=None, metadata={"help": "n_A, ranks moved in a round; None: one per module"}
-    )
+    prune_per_round: int | None = field(default=None, metadata={"help": "n_A, ranks moved; None: one per module"})
     warmup_steps: int | None = field(
         default=None,
         metadata={"help": "K1, steps to the first round; None: an epoch, at most a quarter of the run"},
@@ -82,15 +80,19 @@ class Alora(Method):
         return 2 * r if self.max_r is None else max(r, self.max_r)
 
     def slots(self, size: Size) -> dict[str, Slot]:
-        """A (capacity, in), B (out, capacity) and which ranks are in use."""
-        return super().slots(size) | {"active": Slot((size.r,), trained=False, dtype=torch.bool)}
+        """A (capacity, in), B (out, capacity), the ranks in use, those closed for good, the seed of new rows of A."""
+        return super().slots(size) | {
+            "active": Slot((size.r,), trained=False, dtype=torch.bool),
+            "seed": Slot((1,), trained=False, dtype=torch.int64),
+            **closed_slot(size),
+        }
 
     def start(self, size: Size, weight: Callable[[], Tensor], *, zero: bool = True) -> dict[str, Tensor]:
         """As LoRA in the first r ranks; the others are closed."""
         active = torch.arange(size.r) < size.started
         start = super().start(size, weight, zero=zero)
         start["A"] *= active[:, None]
-        return start | {"active": active} | ({} if zero else {"B": start["B"] * active})
+        return start | {"active": active, "seed": new_seed()} | ({} if zero else {"B": start["B"] * active})
 
     def kept(self, t: Mapping[str, Tensor]) -> Tensor:
         """Ranks in use."""
@@ -106,7 +108,7 @@ class Alora(Method):
         Raises:
             ArgumentError: the rounds do not fit the run.
         """
-        quarter = total // 4 if total else None
+        quarter = max(1, total // 4) if total else None
         warmup = self.warmup_steps or _least(epoch, quarter)
         recovery = self.recovery_steps or _least(epoch and max(1, epoch // 4), total and max(1, total // 32))
         if self.rounds == 0:
@@ -115,10 +117,9 @@ class Alora(Method):
             return None
         fitting = ((total or 0) // 2 - warmup) // recovery
         plan = Rounds(warmup, recovery, min(MOST_ROUNDS, fitting) if self.rounds is None else self.rounds)
-        end = plan.warmup + plan.rounds * plan.recovery
-        if plan.rounds < 1 or (total is not None and end > total):
+        if plan.rounds < 1 or (total is not None and warmup + plan.rounds * recovery > total):
             seen = {"warmup_steps": warmup, "recovery_steps": recovery, "rounds": plan.rounds}
-            raise ArgumentError("rounds", f"be at least 1 and end within the run ({total} steps)", seen)
+            raise ArgumentError("rounds", f"be at least 1 and end within the run ({total} steps), or be 0", seen)
         return plan
 
     def needs(self, step: Step) -> tuple[str, str] | None:
@@ -140,18 +141,19 @@ class Alora(Method):
         """A round, if one is due; closed ranks stay zero whatever an optimiser remembers of them."""
         plan = self.plan(step.total, step.epoch)
         if step.finalized or plan is None or not plan.due(step.last, step.number):
-            return [_closed(layers, layers["active"]) for layers in stacks]
+            return self.close_again(stacks)
         assert step.ablate is not None
         whole, without, alone = step.ablate()
         importance = [whole - out + one for out, one in zip(without, alone, strict=True)]
         fates = self._reallocate(importance, [layers["active"].cpu() for layers in stacks])
         return [_moved(layers, *fate, step.number) for layers, fate in zip(stacks, fates, strict=True)]
 
-    def _reallocate(self, importance: Sequence[Tensor], active: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """(kept, opened) masks (n, capacity) per stack: n_A ranks dropped, as many opened elsewhere.
+    def close_again(self, stacks: Sequence[Stack]) -> Updates:
+        """Zeros in A and B of ranks that are not in use."""
+        return [_closed(layers, layers["active"]) for layers in stacks]
 
-        Where fewer than n_A places are free in modules that lose none, fewer are dropped.
-        """
+    def _reallocate(self, importance: Sequence[Tensor], active: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+        """(kept, opened) masks (n, capacity) per stack: n_A dropped, or as many as find a free place elsewhere."""
         modules = [len(mask) for mask in active]
         count = self.prune_per_round or sum(modules)
         scores = [torch.where(mask, score, torch.inf) for mask, score in zip(active, importance, strict=True)]
@@ -190,7 +192,8 @@ def _moved(layers: Stack, kept: Tensor, opened: Tensor, number: int) -> dict[str
     layers.forget("A", ~kept[:, :, None])
     layers.forget("B", ~kept[:, None, :])
     found = _closed(layers, kept)
-    generator = torch.Generator().manual_seed(number)  # the same on every process and after a restart
-    fresh = torch.stack([kaiming_uniform(size.r, size.into, generator) for size in layers.sizes]).to(found["A"])
-    found["A"] = torch.where(opened[:, :, None], fresh, found["A"])
-    return found | {"active": kept | opened}
+    A = found["A"]
+    drawn = uniform(layers["seed"].squeeze(-1), number, A[0].numel()).view_as(A)
+    fresh = (2 * drawn - 1) / A.shape[-1] ** 0.5  # A's start, as in `kaiming_uniform`
+    found["A"] = torch.where(opened[:, :, None], fresh.to(A.dtype), A)
+    return found | {"active": kept | opened, CLOSED: ~(kept | opened)}

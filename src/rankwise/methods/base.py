@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rankwise.checks import require_int
 from rankwise.errors import ArgumentError
-from rankwise.methods.stack import Penalty, Size, Slot, Stack, Step, Updates
+from rankwise.methods.stack import CLOSED, Penalty, Size, Slot, Stack, Step, Updates
 from rankwise.schedules import CubicBudget
 from rankwise.update import Factors
 
@@ -55,6 +55,10 @@ class Method:
     """Whether layers shall keep a copy of their base weight with the frozen part added."""
     scores_ranks: ClassVar[bool] = False
     """Whether rules run the model on development data."""
+    closing_values: ClassVar[Mapping[str, float]] = {}
+    """The trained tensors (r,) that close a rank, each with the value at which it does."""
+    uses_rate: ClassVar[bool] = False
+    """Whether rules multiply or divide by the learning rate, so that the optimiser must tell it."""
     refuses_updates: ClassVar[str | None] = None
     """Why no given update can be its start, where that is so."""
     suggested_rate: ClassVar[float]
@@ -116,6 +120,20 @@ class Method:
         A, B = t["A"].clone(), t["B"].clone()
         A[: update.r], B[:, : update.r] = update.A, update.B * update.s / scale
         return {"A": A, "B": B}
+
+    def evaluation_factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
+        """The update in evaluation, in what is merged and in what is exported: without the ranks that are closed.
+
+        A closed rank is 0 in its parameters too, unless something outside of the optimiser's step (an average of the
+        weights, an interpolation) has moved them since.
+        """
+        B, s, A = self.factors(t, scale)
+        return Factors(B, torch.where(t[CLOSED], 0, s) if CLOSED in t else s, A)
+
+    def ranks_left(self, t: Mapping[str, Tensor]) -> Tensor:
+        """Which ranks the method has not pruned and are not closed, a boolean (…, r)."""
+        kept = self.kept(t)
+        return kept & ~t[CLOSED] if CLOSED in t else kept
 
     def training_factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
         """The update in a training forward; another than `factors` where gates are drawn at random."""
@@ -182,7 +200,12 @@ class Method:
         """The final budget applied now, for a run that stopped before its schedule ended."""
         return []
 
+    def close_again(self, stacks: Sequence[Stack]) -> Updates:
+        """Closed ranks closed in the parameters too, where something outside of the optimiser's step has moved them."""
+        closing = self.closing_values.items()
+        return [{name: layers[name].masked_fill(layers[CLOSED], value) for name, value in closing} for layers in stacks]
 
-def kaiming_uniform(rows: int, columns: int, generator: torch.Generator | None = None) -> Tensor:
+
+def kaiming_uniform(rows: int, columns: int) -> Tensor:
     """PEFT's start of LoRA's A: uniform on ±1/√columns (Kaiming with a = √5)."""
-    return torch.nn.init.kaiming_uniform_(torch.empty(rows, columns), a=math.sqrt(5), generator=generator)
+    return torch.nn.init.kaiming_uniform_(torch.empty(rows, columns), a=math.sqrt(5))

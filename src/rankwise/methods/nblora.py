@@ -144,8 +144,14 @@ class NbLora(Method):
         return (self.bound * whole).float().unsqueeze(0)
 
     def norm_bound(self, size: Size, weight: Callable[[], Tensor]) -> float | None:
-        """‖σ‖_2 ≤ δ·r^max(0, 1/2 − 1/p) where ‖σ‖_p ≤ δ; the 2-norm of a vector of bounds."""
-        share = 1.0 if self.singular_value_bounds is not None else size.r ** max(0.0, 0.5 - 1 / self._p)
+        """The largest ‖σ‖_2: of a vector of bounds its 2-norm, of an even split δ·r^(1/2 − 1/p).
+
+        A learnt split may also put all of ‖σ‖_p ≤ δ into one singular value: δ·r^max(0, 1/2 − 1/p).
+        """
+        share = 1.0
+        if self.singular_value_bounds is None:
+            even = size.r ** (0.5 - 1 / self._p)
+            share = max(1.0, even) if self._split_is_learnt else even
         return share * float(exact(self._absolute(size, weight)).norm())
 
     def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:

@@ -8,7 +8,7 @@ evaluation (eq. 7; see `linalg.gates`). The loss gains
 
 with C read as a ratio of sums: the sum of ratios that is printed is the number of layers with all gates open. λ grows
 by projected gradient ascent, λ ← λ + η_λ(C − b)²; Θ and λ move from tinit to total − tfinal only. There, gates are
-decided for good: in the order of log θ as many are kept as the budget holds.
+decided for good: in the order of log θ, each is kept whose parameters still fit the budget.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from torch import Tensor
 from rankwise.checks import require_choice, require_number
 from rankwise.linalg import gates
 from rankwise.linalg.allocate import keep_within
+from rankwise.linalg.draws import new_seed, uniform
 from rankwise.methods.base import register
 from rankwise.methods.orthonormal import penalty_of_form
 from rankwise.methods.phases import Phased
-from rankwise.methods.stack import Penalty, Size, Slot, Stack, Step, Updates
+from rankwise.methods.stack import CLOSED, Penalty, Size, Slot, Stack, Step, Updates, closed_slot
 from rankwise.update import Factors
 
 EDGE = 1e-6
@@ -50,6 +51,8 @@ class Salora(Phased):
     method: ClassVar[str] = "salora"
     summary: ClassVar[str] = "falls to a density of r·L ranks, learned by random gates under an L0 constraint"
     suggested_rate: ClassVar[float] = 1e-2
+    closing_values: ClassVar[Mapping[str, float]] = {"log_theta": gates.FLOOR}
+    uses_rate: ClassVar[bool] = True
 
     density: float = field(default=0.5, metadata={"help": "b, share of the parameters kept at the end, in [0.05, 1)"})
     orth_reg_weight: float = field(default=0.1, metadata={"help": "β, weight of the orthonormality penalty"})
@@ -78,16 +81,19 @@ class Salora(Phased):
         return self.density * self.r
 
     def slots(self, size: Size) -> dict[str, Slot]:
-        """A (r, in), B (out, r), log θ (r); this step's u (r), 0 for evaluation gates; λ."""
+        """A, B, log θ (r); this step's u (r), 0 for evaluation gates; λ; the seed of all u; ranks closed for good."""
         return super().slots(size) | {
             "log_theta": Slot((size.r,), exact=True),
             "u": Slot((size.r,), trained=False, exact=True),
             "multiplier": Slot((1,), trained=False, exact=True),
+            "seed": Slot((1,), trained=False, dtype=torch.int64),
+            **closed_slot(size),
         }
 
     def start(self, size: Size, weight: Callable[[], Tensor], *, zero: bool = True) -> dict[str, Tensor]:
         """As LoRA; log θ ~ N(2, 0.01²), so that E‖G‖₀/r = 0.97. No u is drawn yet: a copy stays the same function."""
-        return super().start(size, weight, zero=zero) | {"log_theta": 2 + 0.01 * torch.randn(size.r)}
+        start = super().start(size, weight, zero=zero)
+        return start | {"log_theta": 2 + 0.01 * torch.randn(size.r), "seed": new_seed()}
 
     def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
         """B·diag(scale·g)·A with evaluation gates."""
@@ -147,21 +153,19 @@ class Salora(Phased):
         return [{"multiplier": layers["multiplier"] + grown.to(layers["multiplier"].device)} for layers in stacks]
 
     def after_step(self, stacks: Sequence[Stack], step: Step) -> Updates:
-        """Clamp log θ and draw the next u; at total − tfinal, decide."""
+        """Clamp log θ and draw the next u, from the layer's seed and the step's number; at total − tfinal, decide."""
         if self._decided(step):
-            return []
+            return self.close_again(stacks)
         if step.number >= self.phases(step.total)[1]:
             return self.finalize(stacks)
-        generator = torch.Generator().manual_seed(step.number)
-        counts = [layers["u"].numel() for layers in stacks]
-        drawn = torch.empty(sum(counts)).uniform_(EDGE, 1 - EDGE, generator=generator).split(counts)
-        return [
-            {"log_theta": layers["log_theta"].clamp(gates.FLOOR, gates.CEILING), "u": u.view_as(layers["u"])}
-            for layers, u in zip(stacks, drawn, strict=True)
-        ]
+        updates = []
+        for layers in stacks:
+            u = uniform(layers["seed"].squeeze(-1), step.number, layers.sizes[0].r).clamp(EDGE, 1 - EDGE)
+            updates.append({"log_theta": layers["log_theta"].clamp(gates.FLOOR, gates.CEILING), "u": u})
+        return updates
 
     def finalize(self, stacks: Sequence[Stack]) -> Updates:
-        """Keep what the budget holds in the order of log θ; the others go to the floor. Nothing is drawn any more."""
+        """Keep what fits the budget, highest log θ first; the others go to the floor. Nothing is drawn any more."""
         keep = keep_within(
             [s["log_theta"] for s in stacks], [_costs(s) for s in stacks], self.density * _parameters(stacks)
         )
@@ -169,7 +173,7 @@ class Salora(Phased):
         updates = []
         for layers, mask in zip(stacks, keep, strict=True):
             theta = torch.where(mask, layers["log_theta"].clamp(least, gates.CEILING), gates.FLOOR)
-            updates.append({"log_theta": theta, "u": torch.zeros_like(layers["u"])})
+            updates.append({"log_theta": theta, "u": torch.zeros_like(layers["u"]), CLOSED: ~mask})
         return updates
 
     def _moves(self, step: Step) -> bool:

@@ -23,7 +23,7 @@ from torch import Tensor
 from rankwise.checks import require_choice, require_number
 from rankwise.linalg.prox import soft_threshold
 from rankwise.methods.base import Method, register
-from rankwise.methods.stack import Penalty, Size, Slot, Stack, Step, Updates
+from rankwise.methods.stack import CLOSED, Penalty, Size, Slot, Stack, Step, Updates, closed_slot
 from rankwise.update import Factors
 
 
@@ -35,6 +35,7 @@ class Sora(Method):
     method: ClassVar[str] = "sora"
     summary: ClassVar[str] = "falls from r as a proximal step closes gates to exactly 0"
     suggested_rate: ClassVar[float] = 1e-2
+    closing_values: ClassVar[Mapping[str, float]] = {"g": 0.0}
 
     sparse_weight: float = field(
         default=0.375, metadata={"help": "λ; each step shrinks the gates by learning rate × λ"}
@@ -56,9 +57,14 @@ class Sora(Method):
         if self.gate_lr is not None:
             require_number("gate_lr", self.gate_lr, least=1e-30)
 
+    @property
+    def uses_rate(self) -> bool:  # type: ignore[override]  a question of the fields here
+        """Whether gates are thresholded, or have a rate of their own."""
+        return self.sparse_weight > 0 or self.gate_lr is not None
+
     def slots(self, size: Size) -> dict[str, Slot]:
-        """A (r, in), B (out, r) and the gate g (r)."""
-        return super().slots(size) | {"g": Slot((size.r,), exact=True)}
+        """A (r, in), B (out, r), the gate g (r), and which gates the last proximal step left at 0."""
+        return super().slots(size) | {"g": Slot((size.r,), exact=True)} | closed_slot(size)
 
     def start(self, size: Size, weight: Callable[[], Tensor], *, zero: bool = True) -> dict[str, Tensor]:
         """As LoRA, with random or open gates."""
@@ -83,7 +89,7 @@ class Sora(Method):
 
     def advice(self, stacks: Sequence[Stack], step: Step) -> str | None:
         """Says when the whole run cannot shrink a gate as far as the smallest one is from 0."""
-        if step.total is None or self.sparse_weight == 0:
+        if step.total is None or step.rate_estimated or self.sparse_weight == 0:
             return None
         peaks = [float(peak) for layers in stacks for peak in layers.peak("g")]
         reaches = [peak * self.ratio("g", peak, step) * self.sparse_weight * step.total for peak in peaks]
@@ -107,4 +113,5 @@ class Sora(Method):
 
     def after_step(self, stacks: Sequence[Stack], step: Step) -> Updates:
         """The proximal step, with threshold η_t·λ."""
-        return [{"g": soft_threshold(layers["g"], layers.rate("g") * self.sparse_weight)} for layers in stacks]
+        gates = [soft_threshold(layers["g"], layers.rate("g") * self.sparse_weight) for layers in stacks]
+        return [{"g": g, CLOSED: g == 0} for g in gates]

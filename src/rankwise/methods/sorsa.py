@@ -32,6 +32,9 @@ from rankwise.update import Factors
 
 logger = logging.getLogger(__name__)
 
+HEAVIEST = 10.0
+"""The penalty's weight up to which Prodigy's estimate of its rate was seen to grow: it did at 4, and not at 40."""
+
 
 @register
 @dataclass
@@ -67,6 +70,11 @@ class Sorsa(Method):
         require_choice("svd", self.svd, ("randomized", "full"))
         require_choice("residual", self.residual, ("offset", "cached"))
         require_int("svd_iterations", self.svd_iterations, least=1)
+
+    @property
+    def uses_rate(self) -> bool:  # type: ignore[override]  a question of the fields here
+        """Whether there is a penalty, whose weight is γ over the peak rate."""
+        return self.orth_reg_weight > 0
 
     def slots(self, size: Size) -> dict[str, Slot]:
         """U (out, r), S (r), Vh (r, in), and the start U0, S0, Vh0 as buffers."""
@@ -110,6 +118,19 @@ class Sorsa(Method):
     def kept(self, t: Mapping[str, Tensor]) -> Tensor:
         """All r triplets."""
         return torch.ones_like(t["S"], dtype=torch.bool)
+
+    def advice(self, stacks: Sequence[Stack], step: Step) -> str | None:
+        """Says when the penalty may hold down the rate that its own weight depends on."""
+        if not step.rate_estimated:
+            return None
+        rate = min(float(peak) for layers in stacks for peak in layers.peak("U"))
+        if rate == 0 or self.orth_reg_weight <= rate * HEAVIEST:
+            return None
+        return (
+            f"the optimiser's first estimate of its learning rate is {rate:.1g}, at which the penalty's weight, "
+            f"orth_reg_weight / rate, is {self.orth_reg_weight / rate:.0f} and can keep the estimate from growing: let "
+            f"it start at {self.orth_reg_weight / HEAVIEST:.0e} or above (Prodigy's d0), or set `orth_reg_weight` to 0"
+        )
 
     def penalty(self, stacks: Sequence[Stack], step: Step) -> Penalty | None:
         """γ/η_d · (‖UᵀU − I‖_F + ‖VᵀV − I‖_F), averaged over the 2L matrices or summed."""

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from rankwise.shards import part, part_of, stacked
 
+CLOSED = "closed"
+"""The buffer of a method that prunes: booleans (r,), the ranks that it holds at zero for now, or for good."""
+
 
 class Size(NamedTuple):
     """The shape of one adapted layer: W is (out, into), the adapter's tensors hold r ranks."""
@@ -43,6 +46,11 @@ class Slot(NamedTuple):
     from_gradient: bool = False
 
 
+def closed_slot(size: Size) -> dict[str, Slot]:
+    """The slot of `CLOSED`; at the start no rank is closed."""
+    return {CLOSED: Slot((size.r,), trained=False, dtype=torch.bool)}
+
+
 @dataclass(frozen=True)
 class Step:
     """Where a run stands when rules run."""
@@ -57,6 +65,8 @@ class Step:
     """Whether the final budget was applied by hand, so that the kept ranks no longer change."""
     epoch: int | None = None
     """Steps of one pass over the training data, None where nobody told."""
+    rate_estimated: bool = False
+    """Whether the optimiser is still estimating its learning rate (Prodigy), which may grow by orders of magnitude."""
     ablate: Callable[[], Ablation] | None = None
     """Scores the model with single ranks left out or alone; None where no development data is known."""
 

@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.roster import Roster, living_rosters
 from rankwise.errors import TrainingError
+from rankwise.training import averaged
 from rankwise.training.optimizer_step import OptimizerStep
 from rankwise.training.optimizers import Groups, groups_of, running_optimizers
 from rankwise.training.refusals import DEEPSPEED
@@ -53,7 +54,7 @@ _installed = False
 
 
 def install() -> None:
-    """Register the hooks and wrap the two functions, once per process."""
+    """Register the hooks, wrap the two functions and follow averaged models, once per process."""
     global _installed
     if not _installed:
         Roster.on_forward = _saw_forward
@@ -61,6 +62,7 @@ def install() -> None:
         register_optimizer_step_post_hook(_after_step)
         wrapt.wrap_function_wrapper("torch.amp.grad_scaler", "GradScaler.step", _observe_scaler)
         wrapt.register_post_import_hook(_wrap_init_optim_state, "torch.distributed.checkpoint.state_dict")
+        averaged.install()
         _installed = True
 
 

@@ -33,6 +33,7 @@ class OptimizerStep:
         self._adapters: list[Session] = []  # of which an optimiser of this step holds parameters
         self._asked: list[Session] = []  # of which it is known whether they take part
         self._taking_part: list[Session] = []
+        self._stepped: list[Session] = []  # of which an optimiser has moved weights, and not left it to another
         self._optimizers: list[Optimizer] = []  # whose step has begun, outermost first
         self._groups: Groups = {}  # of all of them; an inner one's win over an outer one's
         self._moving: list[Optimizer] = []  # around which rules run now
@@ -79,9 +80,8 @@ class OptimizerStep:
         """
         if steps_others(optimizer, {id(p) for roster in rosters for p in roster.parameters()}):
             return None
-        if not self._moved.isdisjoint(
-            groups_of(optimizer)
-        ):  # the outer one steps it again: the first time is a step too
+        # An outer optimiser that steps this one again has made one step already.
+        if not self._moved.isdisjoint(groups_of(optimizer)):
             self._run_after()
         position = 1 if args and args[0] is optimizer else 0
         closure = kwargs.get("closure") or (args[position] if len(args) > position else None)
@@ -108,6 +108,7 @@ class OptimizerStep:
         self._run_after()
         for session in self._adapters:
             session.watch.paused = False
+        for session in self._stepped:
             session.watch.reset()
 
     def abandon(self, optimizer: Optimizer, *, outermost: bool) -> None:
@@ -146,9 +147,10 @@ class OptimizerStep:
             for session in taking_part:
                 session.before(getattr(optimizer, "grad_scale", None))
             self._taking_part += taking_part
+        self._stepped += sessions
         self._moving.append(optimizer)
         for session in self._taking_part:
-            session.hold(groups)
+            session.hold(groups, optimizer.state)
 
     def _skips(self, optimizer: Optimizer, sessions: list[Session]) -> bool:
         """Whether the step must move nothing; if so, it is counted, and no gradient is left that it could move by."""

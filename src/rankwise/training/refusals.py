@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 from rankwise.adapters.roster import Roster
 from rankwise.adapters.tensors import AdapterTensors
 from rankwise.errors import TrainingError
+from rankwise.methods.base import Method
 
 DEEPSPEED = "DeepSpeed's ZeRO moves flat partitions of weights, where no method's rules can run: take DDP or FSDP2"
 MANY_CALLS = "an optimiser that calls its closure many times a step (LBFGS) cannot train an adapter"
@@ -50,4 +51,13 @@ def check_together(roster: Roster, first: AdapterTensors) -> None:
         raise TrainingError(
             f"the {dist.get_world_size()} processes cannot agree on what {type(roster.method).__name__} finds out from "
             "data: train with DDP or FSDP2"
+        )
+
+
+def check_needs_no_rate(method: Method) -> None:
+    """Raise where rules multiply or divide by a learning rate that the optimiser keeps to itself."""
+    if method.uses_rate:
+        raise TrainingError(
+            f"{type(method).__name__} needs the learning rate at which its tensors move, and this optimiser tells none "
+            "(lr=None or relative_step=True): give the optimiser `lr`, with relative_step=False"
         )

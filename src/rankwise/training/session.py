@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rankwise.adapters.progress import CONFIG, TRAINER, Progress
+from rankwise.adapters.progress import CONFIG, TRAINER, Progress, final_ranks_due
 from rankwise.adapters.roster import Roster
 from rankwise.adapters.tensors import AdapterTensors
 from rankwise.errors import TrainingError
@@ -28,7 +28,9 @@ from rankwise.training.development import ablate, can_ablate, check
 from rankwise.training.gradients import add_to_gradients, any_nonzero, unscaled
 from rankwise.training.held import Held
 from rankwise.training.optimizers import Groups
-from rankwise.training.refusals import check_together, check_whole
+from rankwise.training.rates import Rates
+from rankwise.training.refusals import check_needs_no_rate, check_together, check_whole
+from rankwise.training.schedule_free import holds_average, restart, set_in_both
 from rankwise.training.watch import Watch
 
 BAD_GRADIENTS = 5
@@ -50,6 +52,7 @@ class Session:
         self._held: list[Held] = []
         self._members: list[AdapterTensors] = []
         self._groups: Groups = {}
+        self._rates = Rates()
         self._progress = Progress()
         self._read_from: tuple[int, int] | None = None
         self._told = False
@@ -93,7 +96,9 @@ class Session:
         Args:
             scale: what the gradients are still multiplied by, under a GradScaler and a fused optimiser.
         """
-        step = self._step = self._next_step()
+        progress = self.progress()
+        self._rates.read(self._members, self._groups)
+        step = self._step = self._next_step(progress)
         self._check_runnable(step)
         self._find_starts()
         stacks = self.stacks(scale)
@@ -113,23 +118,31 @@ class Session:
         for tensors in self._members:
             if tensors.from_gradient and any(self._may_move(p) for p in tensors.trained()):
                 tensors.fill(tensors.from_gradient)
+                for state in states:
+                    restart(tensors.trained(), state)
         stacks = self.stacks(moments=states)
-        self._write(stacks, self.roster.method.after_step(stacks, step))
+        updates = self.roster.method.after_step(stacks, step)
+        for state in states:
+            set_in_both(stacks, updates, state, self._groups)
+        self._write(stacks, updates)
         self._step = None
         progress = self.progress()
         progress.step = progress.last = step.number
         progress.total, progress.epoch = step.total or 0, step.epoch or 0
         progress.rules += 1
         progress.bad = 0
+        self._rates.store(self._members)
         self._store(progress)
 
     @torch.no_grad()
     def finalize(self) -> None:
-        """The method's final budget, applied now."""
-        stacks = self.stacks()
-        self._write(stacks, self.roster.method.finalize(stacks))
-        progress = self.progress()
-        progress.finalized = 1
+        """The method's final budget, applied now; once the ranks are final, what is closed is closed again."""
+        stacks, progress = self.stacks(), self.progress()
+        if final_ranks_due(self.roster.method, progress) is None:
+            self._write(stacks, self.roster.method.close_again(stacks))
+        else:
+            self._write(stacks, self.roster.method.finalize(stacks))
+            progress.finalized = 1
         self._store(progress)
 
     # --- counters ---------------------------------------------------------------------------------------------------
@@ -140,6 +153,7 @@ class Session:
         seen = (id(stored), stored._version)
         if seen != self._read_from:
             self._progress, self._read_from = Progress.of(stored), seen  # type: ignore[arg-type]
+            self._rates.forget()
         return self._progress
 
     def _store(self, progress: Progress) -> None:
@@ -148,14 +162,15 @@ class Session:
         torch._foreach_copy_(stored, [value.to(stored[0].device)] * len(stored))  # type: ignore[arg-type]
         self._progress, self._read_from = progress, (id(stored[0]), stored[0]._version)  # type: ignore[assignment]
 
-    def _next_step(self) -> Step:
-        progress, roster = self.progress(), self.roster
+    def _next_step(self, progress: Progress) -> Step:
+        roster = self.roster
         return Step(
             number=progress.step + 1,
             last=progress.last,
             total=self._total(progress),
             finalized=bool(progress.finalized),
             epoch=progress.epoch or (None if progress.total else roster.trainer_epoch),
+            rate_estimated=self._rates.estimated,
             ablate=self._ablate if can_ablate(roster) else None,
         )
 
@@ -204,6 +219,8 @@ class Session:
     def _check_runnable(self, step: Step) -> None:
         """A run whose ranks cannot adapt fails at its first step."""
         method = self.roster.method
+        if self._rates.unknown:
+            check_needs_no_rate(method)
         missing = method.needs(step)
         if missing:
             argument, meaning = missing
@@ -252,15 +269,14 @@ class Session:
             [tensors.size for tensors in alike],
             values,
             gradients=lambda name: unscaled(values[name], scale),
-            rates=lambda name: [self._rates(p, name) for p in values[name]],
+            rates=lambda name: [self._rates_of(p, name) for p in values[name]],
             moments=lambda name: [_moments(moments, p) for p in values[name]],
         )
 
-    def _rates(self, parameter: Tensor, name: str) -> tuple[float, float]:
-        group = self._groups.get(id(parameter), {"lr": 0.0})
-        peak = peak_rate(group)
+    def _rates_of(self, parameter: Tensor, name: str) -> tuple[float, float]:
+        rate, peak = self._rates.of(parameter)
         ratio = 1.0 if self._step is None else self.roster.method.ratio(name, peak, self._step)
-        return float(group["lr"]) * ratio, peak
+        return rate * ratio, peak
 
     def _write(self, stacks: Sequence[Stack], updates: Updates) -> None:
         self.watch.reset()
@@ -312,7 +328,7 @@ class Session:
             )
 
     @torch.no_grad()
-    def hold(self, groups: Groups) -> None:
+    def hold(self, groups: Groups, state: Moments) -> None:
         """Remember what has its own rate, must not decay, or gets its start at this step and must not move at all.
 
         Weight decay is undone without knowing the optimiser's formula: it is shown a zero in the tensor's place, which
@@ -320,23 +336,27 @@ class Session:
 
         Args:
             groups: of the optimiser that is about to move weights.
+            state: what it remembers, by parameter.
         """
         step = self._step
         if step is None:
             return
-        kinds: dict[tuple[float, bool], list[Tensor]] = {}
+        kinds: dict[tuple[float, bool, bool], list[Tensor]] = {}
         for tensors in self._members:
             waits = tensors.awaits_gradient  # nothing of it moves before it has its start
             for name, slot in tensors.slots.items():
                 group = groups.get(id(getattr(tensors, name))) if slot.trained else None
                 if group is None:
                     continue
-                ratio = 0.0 if waits else self.roster.method.ratio(name, peak_rate(group), step)
+                peak = self._rates.of(getattr(tensors, name))[1]
+                ratio = 0.0 if waits else self.roster.method.ratio(name, peak, step)
                 zeroed = (slot.exact or waits) and group.get("weight_decay", 0) != 0
-                if ratio != 1.0 or zeroed:
-                    kinds.setdefault((ratio, zeroed), []).append(getattr(tensors, name))
-        for kind, parameters in kinds.items():
-            self._held.append(Held.of(*kind, parameters))
+                averaged = holds_average(group)
+                if ratio != 1.0 or zeroed or (averaged and slot.exact):
+                    kinds.setdefault((ratio, zeroed, averaged), []).append(getattr(tensors, name))
+        for (ratio, zeroed, averaged), parameters in kinds.items():
+            states = [state[p] for p in parameters] if averaged else None
+            self._held.append(Held.of(ratio, zeroed, parameters, states))
 
     @torch.no_grad()
     def settle(self) -> None:
@@ -370,11 +390,6 @@ def session_of(roster: Roster) -> Session:
     if roster.session is None:
         roster.session = Session(roster)
     return roster.session
-
-
-def peak_rate(group: dict[str, Any]) -> float:
-    """The highest learning rate of a group's schedule: `max_lr` where one wrote it, else `initial_lr`, else `lr`."""
-    return float(group.get("max_lr") or group.get("initial_lr") or group["lr"])
 
 
 def _moments(states: Sequence[Moments], parameter: Tensor) -> list[Tensor]:

@@ -86,16 +86,14 @@ def status(model: nn.Module, adapter: str = "default") -> Status:
 def finalize(model: nn.Module, adapter: str = "default") -> None:
     """Apply the final budget now, for a run that stopped before its schedule did.
 
-    Ranks that the schedule would still have pruned are pruned by the scores so far. Nothing happens where the ranks
-    are final already, or the method has no schedule.
+    Ranks that the schedule would still have pruned are pruned by the scores so far. Where the ranks are final already,
+    the same ranks are pruned again, in case something has moved their weights since (an average over steps).
 
     Raises:
         ArgumentError: the model has no such adapter.
     """
     roster = next(iter(adapted_layers(model, adapter).values())).rosters[adapter]
-    session = session_of(roster)
-    if final_ranks_due(roster.method, session.progress()) is not None:
-        session.finalize()
+    session_of(roster).finalize()
 
 
 def metrics(roster: Roster) -> dict[str, float]:

@@ -36,10 +36,11 @@ class Watch:
         self._values: Tensor | None = None
         self._edits = -1
         self._two_stage: weakref.ref[Optimizer] | None = None
+        self._moved_once = False
 
     def reset(self) -> None:
         """Forget: what has just changed was a step, or our own doing."""
-        self._values, self.saw_backward = None, False
+        self._values, self.saw_backward, self._moved_once = None, False, False
 
     def saw_forward(self, tensors: AdapterTensors, output: Tensor) -> None:
         """The layer ran forward in training.
@@ -72,16 +73,13 @@ class Watch:
     def _check_mover(self, parameter: Tensor) -> None:
         """Raise, unless it may be an optimiser that moves weights amid a step, as SAM's `first_step()` does.
 
-        Such an optimiser holds another one, whose step is the one that counts.
+        Such an optimiser holds another one, whose step is the one that counts and must come next.
         """
-        if self._two_stage is not None and self._two_stage() is not None:
-            return
-        holders = holders_of(parameter)
-        parameters = {id(p) for p in self._roster.parameters()}
-        for optimizer in holders:
-            if steps_others(optimizer, parameters):
-                self._two_stage = weakref.ref(optimizer)
+        if not self._moved_once:
+            self._moved_once = True
+            if self._moves_in_two_stages(parameter):
                 return
+        holders = holders_of(parameter)
         adapter = self._roster.adapter
         moved = f"the weights of adapter {adapter!r} moved after a backward pass and no optimiser step was seen"
         if holders:
@@ -93,6 +91,14 @@ class Watch:
         raise TrainingError(
             f"{moved}: an engine that bypasses torch's optimiser hooks (DeepSpeed) cannot run the method's rules"
         )
+
+    def _moves_in_two_stages(self, parameter: Tensor) -> bool:
+        known = self._two_stage() if self._two_stage is not None else None
+        if known is None:
+            parameters = {id(p) for p in self._roster.parameters()}
+            known = next((o for o in holders_of(parameter) if steps_others(o, parameters)), None)
+            self._two_stage = None if known is None else weakref.ref(known)
+        return known is not None
 
     def _ran_backward(self, _: Tensor) -> None:
         self.saw_backward = True

@@ -1,0 +1,84 @@
+"""The questions a comparison asks of everything that it trains."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a trained candidate came to. A candidate without ranks leaves everything about ranks empty."""
+
+    parameters: dict[str, int]
+    """Trained numbers beside the head: `initial`, `final` (what was not pruned) and `exported` (as a plain LoRA)."""
+    ranks: dict[str, int] = field(default_factory=dict)
+    """The rank that was kept, by module."""
+    singular_values: dict[str, list[float]] = field(default_factory=dict)
+    """All singular values of each module's update, largest first."""
+    steps_skipped: int = 0
+    """Optimiser steps that moved nothing, because of an overflow or of gradients that were not finite."""
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a candidate left in the output folder."""
+
+    export: str | None = None
+    """The folder of the plain LoRA, relative to the output folder; None where there is nothing to export."""
+    exported_ranks: dict[str, int] = field(default_factory=dict)
+    """The rank of each module in the plain LoRA."""
+
+
+class Candidate(ABC):
+    """One way to train a model: what is attached to it, what it costs, and what it leaves behind."""
+
+    name: str
+    """The method's name in the SPEC and in results."""
+    suggested_rate: float
+    """Peak learning rate where the SPEC gives none."""
+    has_own_rate: bool = True
+    """Whether the SPEC's `learning_rate` is for this candidate; the head alone has the head's rate only."""
+    keeps_checkpoints: bool = True
+    """Whether a run writes checkpoints to go on from: small ones, of what trains alone."""
+    starting_scale: float | None
+    """What the update is multiplied by at the start, lora_alpha / r; None where there is no such scale."""
+    fields: dict[str, Any]
+    """Hyper-parameters with their resolved values."""
+
+    @abstractmethod
+    def check(self, model: PreTrainedModel, steps: int) -> None:
+        """Refuse what cannot work, before any weight is loaded.
+
+        Args:
+            model: the model without weights, on the meta device.
+            steps: optimiser steps of the run.
+
+        Raises:
+            ArgumentError: naming the field, its rule and the value.
+        """
+
+    @abstractmethod
+    def attach(self, model: PreTrainedModel) -> nn.Module:
+        """The model with everything that this candidate trains set to require gradients, and nothing else."""
+
+    @abstractmethod
+    def own_parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """What trains at the candidate's own learning rate; everything else that trains takes the head's rate."""
+
+    @abstractmethod
+    def ranks(self, model: nn.Module) -> dict[str, int]:
+        """The rank of each adapted module now."""
+
+    @abstractmethod
+    def measure(self, model: nn.Module) -> Measured:
+        """Sizes, ranks and spectra of the trained model."""
+
+    @abstractmethod
+    def save(self, model: nn.Module, output: Path, key: str, command: str) -> Saved:
+        """Write what the run leaves behind under `output`, in folders named `key`."""

@@ -1,0 +1,88 @@
+"""The floor of a comparison: the task head alone, on the frozen model.
+
+A method that does not score above it has added nothing to the pretrained model.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from rankwise.compare.candidates.base import Candidate, Measured, Saved
+from rankwise.compare.spec import HEAD, MethodEntry, Spec
+from rankwise.errors import ArgumentError
+
+HEAD_MODULES = ("classifier", "score")
+"""What PEFT trains in full beside an adapter for sequence classification, by module name."""
+
+
+class HeadCandidate(Candidate):
+    """Everything frozen but the modules that every other candidate trains in full.
+
+    Args:
+        rate: the head's learning rate, which is the only one there is.
+    """
+
+    has_own_rate = False
+    keeps_checkpoints = False  # the Trainer would write the whole frozen model each time
+
+    def __init__(self, rate: float) -> None:
+        self.name = HEAD
+        self.suggested_rate = rate
+        self.starting_scale = None
+        self.fields = {}
+
+    @classmethod
+    def of(cls, spec: Spec, entry: MethodEntry) -> HeadCandidate:
+        """The candidate of a SPEC's entry.
+
+        Raises:
+            ArgumentError: the entry has fields or a learning rate of its own.
+        """
+        for name, value in entry.fields.items():
+            raise ArgumentError(f"{HEAD}.{name}", "be left out: the head alone has no fields", value)
+        if entry.learning_rate is not None:
+            rule = "be left out: the head's rate is training.head_learning_rate, the same for all methods"
+            raise ArgumentError(f"{HEAD}.learning_rate", rule, entry.learning_rate)
+        return cls(spec.training.head_learning_rate)
+
+    def check(self, model: PreTrainedModel, steps: int) -> None:
+        """Refuse a model without a head.
+
+        Raises:
+            ArgumentError: the model has no module that is trained in full.
+        """
+        if not _head(model):
+            modules = [name for name, _ in model.named_children()]
+            raise ArgumentError("model", f"have a head among {', '.join(HEAD_MODULES)}", modules)
+
+    def attach(self, model: PreTrainedModel) -> nn.Module:
+        """The model with its head alone set to train."""
+        model.requires_grad_(False)
+        for parameter in _head(model):
+            parameter.requires_grad_(True)
+        return model
+
+    def own_parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """None: all that trains is the head."""
+        return []
+
+    def ranks(self, model: nn.Module) -> dict[str, int]:
+        """None: no module is adapted."""
+        return {}
+
+    def measure(self, model: nn.Module) -> Measured:
+        """No parameters beside the head."""
+        return Measured(parameters={"initial": 0, "final": 0, "exported": 0})
+
+    def save(self, model: nn.Module, output: Path, key: str, command: str) -> Saved:
+        """Nothing: the floor is there to compare with."""
+        return Saved()
+
+
+def _head(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of the modules that are trained in full."""
+    modules = [module for name, module in model.named_modules() if name.rpartition(".")[2] in HEAD_MODULES]
+    return [parameter for module in modules for parameter in module.parameters()]
