@@ -122,8 +122,9 @@ class Search:
         head_rate = HEAD[self.task] if head_rate is None else head_rate
         file = RESULTS / f"{self.task}--{method}.json"
         rows = json.loads(file.read_text()) if file.exists() else []
+        asked = {"learning_rate": rate, "head_learning_rate": head_rate, "seed": seed, "steps": STEPS[self.task]}
         for row in rows:
-            if (row["learning_rate"], row["head_learning_rate"], row["seed"]) == (rate, head_rate, seed):
+            if all(row[name] == value for name, value in asked.items()):
                 return row["validation_score"]
         row = self.trained(method, rate, seed, head_rate)
         print(

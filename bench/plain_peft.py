@@ -25,6 +25,7 @@ from transformers import (
 from rankwise.compare.data import Table, load_splits
 from rankwise.compare.models import locate
 from rankwise.compare.spec import read_spec
+from rankwise.methods import METHODS
 
 
 def main(path: str) -> None:
@@ -44,20 +45,31 @@ def main(path: str) -> None:
             locate(spec.model), num_labels=len(splits.labels or [0])
         )
         r = spec.budget.r
+        rate = spec.training.learning_rate or METHODS["lora"].suggested_rate
         config = peft.LoraConfig(r=r, lora_alpha=r, target_modules="all-linear", task_type="SEQ_CLS")
         arguments = TrainingArguments(
             output_dir=tempfile.mkdtemp(),
             max_steps=spec.training.steps,
             per_device_train_batch_size=spec.training.batch_size,
-            learning_rate=spec.training.learning_rate,
+            learning_rate=rate,
             warmup_steps=round(spec.training.warmup * spec.training.steps),
             save_strategy="no",
             report_to="none",
             seed=seed,
         )
+        adapted = peft.get_peft_model(model, config)
+        trained = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
+        head = [p for name, p in trained.items() if "modules_to_save" in name]
+        adapter = [p for name, p in trained.items() if "modules_to_save" not in name]
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        groups = [
+            {"params": adapter, "lr": rate, "weight_decay": 0.0},
+            {"params": head, "lr": spec.training.head_learning_rate, "weight_decay": 0.0},
+        ]
         trainer = Trainer(
-            model=peft.get_peft_model(model, config),
+            model=adapted,
             args=arguments,
+            optimizers=(kind(groups, **options), None),
             train_dataset=tokenized(splits.train),
             data_collator=DataCollatorWithPadding(tokenizer),
         )

@@ -45,7 +45,7 @@ class Row(NamedTuple):
 
     @property
     def functions(self) -> list[str]:
-        """The functions and classes of the library that compute it."""
+        """The functions of the library that compute it."""
         return re.findall(r"`(rankwise\.[\w.]+)`", self.where)
 
 
@@ -88,12 +88,10 @@ def everyday_tests(row: Row, root: Path) -> list[str]:
 
 
 def code_of(name: str) -> set[CodeType]:
-    """The code of a function, or of what a class defines itself."""
+    """The code of a function, a method or a property; none of a class, which any use of an object of it would run."""
     found = pkgutil.resolve_name(name)
-    members = list(vars(found).values()) if inspect.isclass(found) else [found]
-    plain = [member.fget if isinstance(member, property) else inspect.unwrap(member) for member in members]
-    plain = [member.__func__ if isinstance(member, staticmethod | classmethod) else member for member in plain]
-    return {member.__code__ for member in plain if inspect.isfunction(member)}
+    plain = found.fget if isinstance(found, property) else inspect.unwrap(found)
+    return {plain.__code__} if inspect.isroutine(plain) and hasattr(plain, "__code__") else set()
 
 
 @contextmanager

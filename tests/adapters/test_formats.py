@@ -20,7 +20,7 @@ from rankwise.adapters.configs import CONFIGS
 from rankwise.errors import AdapterFileError
 
 ROWS = pytest.mark.parametrize(("name", "case"), CASES.items(), ids=list(CASES))
-ADDED = (".closed", ".peaks")
+ADDED = (".closed", ".peaks", ".seed")
 
 
 def trained(name: str, case: Case, batch: dict[str, Tensor]) -> Any:

@@ -14,6 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
+import rankwise
 from rankwise.adapters.configs import CONFIGS
 from rankwise.compare import models, runner
 from rankwise.compare import plan as planning
@@ -367,7 +368,7 @@ def test_a_key_changes_with_the_files_of_a_model_folder(
         path.write_text(json.dumps(json.loads(path.read_text()) | {"note": "another"}))
     else:
         tensors = load_file(path)
-        name = sorted(tensors)[-1]
+        name = max(tensors, key=lambda name: tensors[name].numel())
         save_file(tensors | {name: tensors[name] + 1}, path, metadata={"format": "pt"})
     assert keys(planned(write_spec, tmp_path, model="model")) != before
 
@@ -375,8 +376,27 @@ def test_a_key_changes_with_the_files_of_a_model_folder(
 def test_data_and_model_are_hashed_once_for_all_runs(
     write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
-    real = planning.identity
-    monkeypatch.setattr(planning, "identity", lambda name: asked.append(name) or real(name))
+    asked: list[object] = []
+    identity, digest = planning.identity, planning._digest
+    monkeypatch.setattr(planning, "identity", lambda name: asked.append(name) or identity(name))
+    monkeypatch.setattr(planning, "_digest", lambda value: asked.append("digest") or digest(value))
     planned(write_spec, tmp_path, methods=["lora", "nnm", "sora"], seeds=[0, 1, 2])
-    assert len(asked) == 1
+    assert len([name for name in asked if name != "digest"]) == 1
+    assert asked.count("digest") == 2 + 9  # the data, what all runs share, and each run's own
+
+
+def test_a_key_changes_with_a_default(write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = keys(planned(write_spec, tmp_path, methods=["sora"]))
+    original = rankwise.SoraConfig.__init__
+
+    def another_default(self: Any, *args: Any, **given: Any) -> None:
+        original(self, *args, **{"sparse_weight": 0.125} | given)
+
+    monkeypatch.setattr(rankwise.SoraConfig, "__init__", another_default)
+    assert keys(planned(write_spec, tmp_path, methods=["sora"])) != before
+
+
+def test_one_rate_is_one_run_whichever_key_gives_it(write_spec: WriteSpec, tmp_path: Path) -> None:
+    by_section = planned(write_spec, tmp_path, methods=["lora"], training={"learning_rate": 5e-3})
+    by_entry = planned(write_spec, tmp_path, method=[{"name": "lora", "learning_rate": 5e-3}])
+    assert keys(by_section) == keys(by_entry)

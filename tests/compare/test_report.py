@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rankwise.compare.report import markdown, table, write_page
+from rankwise.compare.report import markdown, notes, table, write_page
 from rankwise.compare.results import Result, summarise
 from rankwise.errors import DataError
 
@@ -41,6 +41,7 @@ def made(label: str = "lora", seed: int = 0, ranks: dict[str, int] | None = None
         "validation_score": 0.8,
         "extra_metrics": {"macro_f1": 0.7},
         "train_loss": [[step, 3 / step] for step in range(1, 61)],
+        "diverged": False,
         "gradient_norm": [[step, 2 / step] for step in range(1, 61)],
         "parameters": {"initial": 147456, "final": 120000, "exported": 131072},
         "head_parameters": 57750,
@@ -228,3 +229,51 @@ def test_what_is_no_comparison_is_refused(tmp_path, results, sentence):
     with pytest.raises(DataError, match=sentence):
         write_page(results, tmp_path / "report.html", "A comparison")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_rows_that_mean_nothing_are_named():
+    flat = [[step, 2.0] for step in range(1, 61)]
+    head: dict[str, Any] = {
+        "parameters": {"initial": 0, "final": 0, "exported": 0},
+        "mean_rank": None,
+        "method": "head",
+    }
+    results = [
+        made("head", score=0.5, starting_scale=None, **head),
+        made("lora", score=0.6),
+        made("sora", score=0.5),
+        made("nnm", score=0.7, train_loss=flat),
+    ]
+    rows = summarise(results)
+    said = notes(rows)
+    assert said == [
+        "sora is not above the floor, the head alone on the frozen model: its adapter has added nothing",
+        "nnm has not learnt anything at this rate (0.001): its loss did not fall",
+        "one seed: a first impression, not a ranking",
+    ]
+    text = markdown(rows, "accuracy")
+    assert "| head (floor) | 0.500 | – | – | – | – | 0.200 | 1.00 |" in text
+    assert all(f"- {note}\n" in text for note in said)
+
+
+def test_the_page_names_the_floor_and_draws_it(tmp_path):
+    head: dict[str, Any] = {
+        "parameters": {"initial": 0, "final": 0, "exported": 0},
+        "mean_rank": None,
+        "method": "head",
+    }
+    nothing: dict[str, Any] = {"ranks": {}, "exported_ranks": {}, "singular_values": {}, "starting_scale": None}
+    text = page(tmp_path, [made("head", score=0.5, **head | nothing), made("lora", score=0.5)])
+    assert "lora is not above the floor" in text
+    assert text.count("The dashed line is the floor, 0.500: the head alone on the frozen model.") >= 2
+    assert "head: it adapts no module" not in text
+    assert "<dt>Learning rate of the task head</dt><dd>0.02</dd>" in text
+
+
+def test_exported_ranks_have_a_figure_where_they_differ(tmp_path):
+    exported = {name: 1 + place % 3 for place, name in enumerate(UNEVEN)}
+    text = page(tmp_path, [made("deep", exported_ranks=exported), made("lora")])
+    assert "Exported ranks: deep<" in text
+    assert "Exported ranks: lora<" not in text
+    row = markdown(summarise([made("deep", exported_ranks=exported)]), "accuracy")
+    assert "| 8.0 → 2.0 |" in row

@@ -30,6 +30,7 @@ def made(label: str = "lora", seed: int = 0, **changes: Any) -> Result:
         validation_score=0.75,
         extra_metrics={"macro_f1": 0.7},
         train_loss=[(1, 2.0), (2, 1.5), (3, 1.0), (4, 1.0)],
+        diverged=False,
         gradient_norm=[(1, 3.0), (2, 2.0), (3, 1.0), (4, 0.5)],
         parameters={"initial": 400, "final": 300, "exported": 350},
         head_parameters=20,
@@ -95,6 +96,7 @@ def without_score() -> str:
         (without_score(), "a result needs score"),
         (json.dumps(made().to_dict() | {"score": "high"}), "`score` of a result must be a number; found 'high'"),
         (json.dumps(made().to_dict() | {"ranks": {"query": 1.5}}), "`ranks` of a result must be an object"),
+        (json.dumps(made().to_dict() | {"diverged": 0}), "`diverged` of a result must be true or false; found 0"),
         (json.dumps(made().to_dict() | {"export": 3}), "`export` of a result must be text or null; found 3"),
         (json.dumps(made().to_dict() | {"train_loss": [[1]]}), "`train_loss` of a result must be a list"),
         (json.dumps(made().to_dict() | {"parameters": {"initial": 1}}), "must have initial, final and exported"),
@@ -225,6 +227,10 @@ def test_without_a_floor_nothing_is_said_of_it():
 )
 def test_a_run_has_learnt_if_its_loss_ends_below_its_beginning(losses, learnt):
     assert made(train_loss=list(enumerate(losses, start=1))).has_learnt is learnt
+
+
+def test_a_run_whose_loss_was_not_finite_has_not_learnt():
+    assert not made(diverged=True).has_learnt
 
 
 def test_seeds_that_have_not_learnt_are_counted():

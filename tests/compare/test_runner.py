@@ -452,6 +452,7 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, float]]:
             if state.global_step == 0:
                 adapter, head = optimizer.param_groups
                 assert head["initial_lr"] == 2e-2  # the SPEC's, whatever the adapter's rate is
+                assert adapter["weight_decay"] == head["weight_decay"] == args.weight_decay == 0.0
                 seen.append((adapter["initial_lr"], adapter["lr"]))
 
     callbacks = [*transformers.trainer.DEFAULT_CALLBACKS, Recorder]

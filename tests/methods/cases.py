@@ -81,9 +81,9 @@ CASES: dict[str, Case] = {
         penalty=adalora,
         exported_rank=6,
         exact={"Lambda"} | AVERAGES,
-        buffers={"kept"} | AVERAGES,
+        buffers={"kept", "closed"} | AVERAGES,
     ),
-    "sora": Case({"sparse_weight": 5.0}, exact={"g"}),
+    "sora": Case({"sparse_weight": 5.0}, exact={"g"}, buffers={"closed"}),
     "sorsa": Case(
         penalty=sorsa,
         start_error=1e-6,
@@ -94,14 +94,14 @@ CASES: dict[str, Case] = {
     "alora": Case(
         told={"rounds": 2, "warmup_steps": 3, "recovery_steps": 3, "prune_per_round": 4, "score_batch": score},
         exported_rank=8,
-        buffers={"active", "seed"},
+        buffers={"active", "seed", "closed"},
     ),
     "salora": Case(
         {"tinit": 2, "tfinal": 4},
         told={"total_step": 12},
         penalty=salora,
         exact={"log_theta", "u", "multiplier"},
-        buffers={"u", "multiplier", "seed"},
+        buffers={"u", "multiplier", "seed", "closed"},
     ),
     "nblora": Case(exact={"delta"}, buffers={"delta"}),
     "deep": Case(),

@@ -60,4 +60,5 @@ def test_an_adapter_starts_trains_and_exports_the_same_under_any_default_dtype(
     for dtype in (torch.bfloat16, torch.float64):
         found = outcome(name, fields, dtype, batch, tmp_path / str(dtype))
         assert found.keys() == usual.keys()
+        assert {key: t.dtype for key, t in found.items()} == {key: t.dtype for key, t in usual.items()}
         assert [key for key in usual if not torch.equal(found[key], usual[key])] == []

@@ -110,6 +110,29 @@ def test_fsdp2_ends_as_one_process_does_and_goes_on_from_what_it_saved(name: str
     assert all(torch.equal(again[key], two[key]) for key in two)
 
 
+def by_loss_scale(rank: int, name: str, folder: Path) -> None:
+    """The gradients overflow in one process's shards alone, and all processes skip the step."""
+    model = sharded(adapted(name, seed=0))
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(4):
+        scaler.scale(model(**batch(step)).loss).backward()
+        if step % 2 == 0 and rank == 0:
+            next(p for p in model.parameters() if p.grad is not None).grad.to_local().fill_(torch.inf)  # type: ignore[union-attr]
+        scaler.step(optimizer)
+        told = rankwise.status(model)
+        assert (told.step, told.rules_run, told.steps_skipped) == (step + 1, (step + 1) // 2, step // 2 + 1)
+        scaler.update()
+        optimizer.zero_grad()
+    (folder / str(rank)).touch()
+
+
+@NAMES
+def test_a_step_that_a_loss_scale_skips_is_counted_under_fsdp2(name: str, tmp_path: Path) -> None:
+    assert together(by_loss_scale, name, tmp_path) == [0, 0]
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+
+
 def by_root_alone(rank: int, folder: Path) -> None:
     model = adapted("sora", seed=0)
     fully_shard(model)

@@ -46,7 +46,13 @@ PEAK = 1e-2
         pytest.param({"lr": 1.0, "d": 1e-6, "d0": 1e-6, "d_max": 1e-6}, 1e-6, 0.0, id="Prodigy"),
         pytest.param({"lr": 0.5, "initial_lr": 0.5, "d": 1e-2, "d0": 1e-6}, 5e-3, 0.0, id="Prodigy, scheduled"),
         pytest.param({"lr": 1.0, "d": 1e-3, "growth_rate": 1.02, "k": 0}, 1e-3, 0.0, id="D-Adaptation"),
-        pytest.param({"lr": 1e-2, "d": 2.0, "beta2_decay": -0.8}, 1e-2, 0.0, id="torch's Adafactor: d clips"),
+        pytest.param({"lr": 1e-2, "d": 2.0, "beta2_decay": -0.8}, None, 0.0, id="torch's Adafactor: d clips"),
+        pytest.param({"lr": 1e-3, "scale_parameter": True}, None, 0.0, id="Adafactor, scaled by the parameter"),
+        pytest.param({"lr": 1e-3, "rho": 0.9, "eps": 1e-6}, None, 0.0, id="Adadelta, whatever its factor"),
+        pytest.param({"lr": 1e-3, "rho": 0.05, "eps": 1e-8, "betas": (0.9, 0.999)}, 1e-3, 0.0, id="SAM on Adam"),
+        pytest.param({"lr": 1.0, "betas": (0.9, 0.999)}, None, 0.0, id="an unknown factor"),
+        pytest.param({"lr": 2.0, "dampening": 0, "nesterov": False}, 2.0, 0.0, id="SGD"),
+        pytest.param({"lr": 1.0, "scheduled_lr": 0.0}, 1.0, 0.0, id="schedule-free SGD"),
         pytest.param({"lr": None, "relative_step": True}, None, 0.0, id="Adafactor, its own rate"),
         pytest.param({"lr": 1e-3, "relative_step": True}, None, 0.0, id="Adafactor, its own rate reported"),
         pytest.param({"lr": 1e-3, "relative_step": False}, 1e-3, 0.0, id="Adafactor, a given rate"),
@@ -448,7 +454,49 @@ def test_without_a_threshold_or_a_penalty_no_rate_is_needed(config: Any) -> None
 
 
 def test_adafactor_with_a_given_rate_has_that_rate() -> None:
-    given = Adafactor, {"lr": PEAK, "relative_step": False, "scale_parameter": False}
-    for kind, options in (given, (torch.optim.Adafactor, {"lr": PEAK, "d": 2.0})):
-        model = sora()
-        assert sora_rate(model, kind(trained(model), **options)) == pytest.approx(PEAK, rel=1e-3)
+    model = sora()
+    optimizer = Adafactor(trained(model), lr=PEAK, relative_step=False, scale_parameter=False)
+    assert sora_rate(model, optimizer) == pytest.approx(PEAK, rel=1e-3)
+
+
+class Factor(torch.optim.Optimizer):
+    """Finds its rate by itself, as DoG does, and multiplies it by lr."""
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        super().__init__(parameters, {"lr": 1.0})
+
+    def step(self, closure: Any = None) -> None:
+        """A hundredth, whatever the gradient's size."""
+        for p in self.param_groups[0]["params"]:
+            if p.grad is not None:
+                p.data.add_(p.grad.sign(), alpha=-0.01)
+
+
+NOT_ITS_RATE: dict[str, Callable[[list[nn.Parameter]], Any]] = {
+    "Adadelta": torch.optim.Adadelta,
+    "Adadelta, a small factor": lambda own: torch.optim.Adadelta(own, lr=PEAK),
+    "an unknown factor": Factor,
+    "Adafactor, scaled": lambda own: Adafactor(own, lr=PEAK, relative_step=False, scale_parameter=True),
+    "torch's Adafactor": lambda own: torch.optim.Adafactor(own, lr=PEAK),
+}
+"""Optimisers whose `lr` is not the rate at which they move, and that tell no other."""
+
+
+@pytest.mark.parametrize("kind", NOT_ITS_RATE.values(), ids=list(NOT_ITS_RATE))
+@ROWS
+def test_an_lr_that_is_no_rate_is_refused_where_a_rule_needs_one(
+    kind: Callable[[list[nn.Parameter]], Any], name: str, case: Case, batch: dict[str, Tensor]
+) -> None:
+    """SoRA closed every gate within three steps of Adadelta, without a word."""
+    fields = {"r": 4, "target_modules": ["query"], "task_type": "SEQ_CLS"} | case.alone
+    model = get_peft_model(tiny_bert(), CONFIGS[name](**fields)).train()
+    before = rankwise.ranks(model)
+    optimizer = kind(trained(model))
+    model(**batch).loss.backward()
+    if name in ("sora", "salora", "sorsa"):
+        with pytest.raises(TrainingError, match=r"give the optimiser `lr` below 1, .* scale_parameter=False"):
+            optimizer.step()
+        assert rankwise.ranks(model) == before
+    else:
+        optimizer.step()
+        assert rankwise.status(model).rules_run == 1

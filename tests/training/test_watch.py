@@ -36,7 +36,7 @@ def state(model: Any) -> dict[str, torch.Tensor]:
 
 @ROWS
 def test_a_step_the_loss_scale_skipped_is_counted(name: str, case: Case, batch: Batch) -> None:
-    """A plain optimiser is not called on overflow, so only the next forward pass can tell."""
+    """A plain optimiser is not called on overflow."""
     model = adapted(name, case)
     optimizer = torch.optim.AdamW(parameters(model), lr=1e-2, foreach=True)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)

@@ -277,12 +277,17 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return self._cast_input_dtype(self.rankwise_dropout[adapter](x), dtype)
 
     def _start_from_gradient(self, adapter: str, gradient: Tensor) -> None:
-        """Work out the start now and keep only that; a step takes it up. A gradient that is not finite gives none."""
+        """Work out the start now and keep only that; a step takes it up.
+
+        A gradient that is not finite, or zero (a batch whose labels are all masked), gives none: the next one may.
+        """
         tensors = self.tensors(adapter)
         if not tensors.awaits_gradient or tensors.from_gradient:
             return
+        tensors.saw_gradient = True
         gradient = mean(gradient, self.rosters[adapter].peers)
-        if torch.linalg.vector_norm(gradient, torch.inf).isfinite():
+        largest = float(torch.linalg.vector_norm(gradient, torch.inf))
+        if 0 < largest < torch.inf:
             tensors.from_gradient = self.methods[adapter].start_from_gradient(tensors.size, gradient)
 
     # --- copies -----------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ class Roster:
     """
 
     on_forward: ClassVar[Callable[[Roster, AdapterLayer, Tensor], None] | None] = None
-    """What `training` wants to see of the first layer's training forwards: (roster, layer, output)."""
+    """What `training` wants to see of one layer's training forwards: (roster, layer, output)."""
 
     def __init__(self, adapter: str, method: Method) -> None:
         self.adapter = adapter
@@ -48,6 +48,7 @@ class Roster:
         self.sharded = False  # by FSDP2
         self.in_ddp = False  # DDP was told not to send its buffers
         self._layers: list[weakref.ref[AdapterLayer]] = []
+        self._watched: weakref.ref[AdapterLayer] | None = None  # the first layer that trains
         self._model: weakref.ref[nn.Module] | None = None
         _ROSTERS.append(weakref.ref(self, _ROSTERS.remove))
 
@@ -93,9 +94,16 @@ class Roster:
                 layer.tensors(self.adapter).share(peers)
 
     def saw_forward(self, layer: AdapterLayer, output: Tensor) -> None:
-        """A layer ran forward in training; pass it on if it is the first of the model."""
-        if Roster.on_forward is not None and self._layers and self._layers[0]() is layer:
+        """A layer ran forward in training; pass it on if it is the first that trains."""
+        if Roster.on_forward is None:
+            return
+        if self._layers and self._layers[0]() is layer:
+            self._watched = next((weakref.ref(each) for each in self.layers if self._trains(each)), None)
+        if self._watched is not None and self._watched() is layer:
             Roster.on_forward(self, layer, output)
+
+    def _trains(self, layer: AdapterLayer) -> bool:
+        return any(p.requires_grad for p in layer.tensors(self.adapter).trained())
 
     def unfinished(self) -> str | None:
         """A sentence about ranks short of their budget, if training has begun; see `progress.unfinished`.

@@ -42,6 +42,7 @@ class AdapterTensors(nn.Module):
         self.awaits_start = False
         self.unchecked = False  # loaded, and not yet known to be finite
         self.awaits_gradient = False  # some tensors are 0 until a gradient of the base weight gives them their start
+        self.saw_gradient = False  # a backward pass has shown one, if only zeros
         self.from_gradient: dict[str, Tensor] = {}  # that start, found in a backward pass, until a step takes it up
         self.folded: tuple[int, Tensor] | None = None  # (edits, the base weight with a frozen part of the update)
         self._prefix: tuple[Tensor, int, int] | None = None  # a mask, its version, how many ranks hold all that is open

@@ -96,7 +96,9 @@ def _run(spec: Spec, entry: MethodEntry, candidate: Candidate, seed: int, shared
     if not candidate.has_own_rate:
         rate = spec.training.head_learning_rate
     stem = "".join(c if c.isalnum() or c in "-_." else "-" for c in entry.name)
-    digest = _digest([shared, dataclasses.asdict(entry), rate])
+    # Resolved fields, so that a changed default makes another run; and the rate once, whichever key gave it.
+    told = {"method": entry.name, "given": entry.fields, "resolved": candidate.fields, "rate": rate}
+    digest = _digest([shared, told, candidate.starting_scale])
     return Run(label, entry, seed, rate, f"{stem}--{digest}--seed{seed}")
 
 
@@ -116,7 +118,7 @@ def _shared_digest(spec: Spec, splits: Splits) -> str:
     """
     settings = spec.to_dict()
     told = {name: settings[name] for name in ("task", "training", "budget")}
-    # Each run's key holds the rate that it takes, whichever key of the SPEC gave it.
+    # The adapter's rate is in each run's own digest.
     told["training"] = {name: value for name, value in settings["training"].items() if name != "learning_rate"}  # type: ignore[attr-defined]
     told["data"] = _digest(dataclasses.asdict(splits))
     told["model"] = identity(spec.model)

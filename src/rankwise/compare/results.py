@@ -35,7 +35,8 @@ class Result:
     and has the keys initial, final and exported. `ranks` (what the method kept), `exported_ranks` (what the plain LoRA
     holds) and `singular_values` are by module name, and empty for a candidate without an adapter. `export` is the
     folder of the plain LoRA, relative to the output folder. `train_loss` and `gradient_norm` are (step, value) as the
-    Trainer logged them; the norm is taken over everything that trains, before clipping.
+    Trainer logged them, where they are finite; `diverged` says that a loss was not. The norm is taken over everything
+    that trains, before clipping.
     """
 
     method: str
@@ -53,6 +54,7 @@ class Result:
     validation_score: float
     extra_metrics: dict[str, float]
     train_loss: list[tuple[int, float]]
+    diverged: bool
     gradient_norm: list[tuple[int, float]]
     parameters: dict[str, int]
     head_parameters: int
@@ -100,7 +102,12 @@ class Result:
 
     @property
     def has_learnt(self) -> bool:
-        """Whether the training loss ended below where it began; both are means over a tenth of what was logged."""
+        """Whether the training loss stayed finite and ended below where it began.
+
+        Both ends are means over a tenth of what was logged. A single logged loss tells nothing, and counts as learnt.
+        """
+        if self.diverged:
+            return False
         losses = [loss for _, loss in self.train_loss]
         window = max(1, len(losses) // 10)
         if len(losses) < 2:
@@ -121,6 +128,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return isinstance(value, list) and all(_fits(item, inner[0]) for item in value)
     if origin is tuple:
         return isinstance(value, list | tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
+    if hint is bool:
+        return isinstance(value, bool)
     kinds = (int, float) if hint is float else hint
     return isinstance(value, kinds) and not isinstance(value, bool)
 
@@ -128,7 +137,14 @@ def _fits(value: Any, hint: Any) -> bool:
 def _spoken(hint: Any) -> str:
     if get_origin(hint) in (Union, UnionType):
         return f"{_spoken(get_args(hint)[0])} or null"
-    names = {str: "text", int: "an integer", float: "a number", dict: "an object", list: "a list"}
+    names = {
+        str: "text",
+        int: "an integer",
+        float: "a number",
+        bool: "true or false",
+        dict: "an object",
+        list: "a list",
+    }
     return names[get_origin(hint) or hint]
 
 

@@ -88,6 +88,7 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
         validation_score=scores["validation"][metric],
         extra_metrics={name: scores["test"][name] for name in extra},
         train_loss=_logged(trainer, "loss"),
+        diverged=_diverged(trainer),
         gradient_norm=_logged(trainer, "grad_norm"),
         parameters=measured.parameters,
         head_parameters=trainable - measured.parameters["initial"],
@@ -149,6 +150,7 @@ def _trainer(
         learning_rate=run.learning_rate,
         warmup_steps=round(spec.training.warmup * plan.steps),
         logging_steps=max(1, plan.steps // 50),
+        logging_nan_inf_filter=False,  # a loss that is not finite must not pass for a good one
         save_strategy="steps" if candidate.keeps_checkpoints else "no",
         save_steps=max(1, plan.steps // CHECKPOINTS),
         save_total_limit=2,
@@ -174,13 +176,17 @@ def _trainer(
 def _optimizer(
     plan: Plan, run: Run, candidate: Candidate, model: nn.Module, arguments: TrainingArguments
 ) -> torch.optim.Optimizer:
-    """The Trainer's own optimiser with two groups: what the candidate trains, and the head at its own rate."""
+    """The Trainer's own optimiser with two groups: what the candidate trains, and the head at its own rate.
+
+    Groups that are given carry their own weight decay; without it they would have torch's default, not the Trainer's.
+    """
     own = candidate.own_parameters(model)
     own_ids = {id(parameter) for parameter in own}
     head = [p for p in model.parameters() if p.requires_grad and id(p) not in own_ids]
+    decay = arguments.weight_decay
     groups = [
-        {"params": own, "lr": run.learning_rate},
-        {"params": head, "lr": plan.spec.training.head_learning_rate},
+        {"params": own, "lr": run.learning_rate, "weight_decay": decay},
+        {"params": head, "lr": plan.spec.training.head_learning_rate, "weight_decay": decay},
     ]
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     return kind([group for group in groups if group["params"]], **options)
@@ -190,6 +196,11 @@ def _logged(trainer: Trainer, name: str) -> list[tuple[int, float]]:
     """(step, value) as logged, before a resumption too; a value that is not finite is left out."""
     logged = [(int(log["step"]), float(log[name])) for log in trainer.state.log_history if name in log]
     return [(step, value) for step, value in logged if math.isfinite(value)]
+
+
+def _diverged(trainer: Trainer) -> bool:
+    """Whether a logged training loss was not finite."""
+    return any(not math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
 
 
 def _mean(ranks: dict[str, int]) -> float | None:

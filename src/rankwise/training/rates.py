@@ -4,7 +4,10 @@ The `lr` of a parameter group is not always that rate:
 
 - Prodigy and D-Adaptation estimate a distance d while they run and move by d·lr; their lr is 1 unless changed.
 - Schedule-free optimisers warm up by themselves, and write the rate of their last step under `scheduled_lr`.
-- Adafactor with `relative_step=True` works out a rate for every parameter and tells nobody.
+- Adafactor with `relative_step=True` works out a rate for every parameter and tells nobody; with `scale_parameter=True`
+  it multiplies `lr` by the size of the parameter, and so does torch's own Adafactor.
+- Adadelta works out its steps from those before; its lr is a factor of them, 1 unless changed.
+- Other optimisers that find a rate by themselves take `lr` for a factor too, and leave it at 1.
 
 The peak of a parameter's schedule is what the schedule declares: `max_lr` (OneCycleLR), else `initial_lr`, which every
 other scheduler of torch writes. Where nothing is declared (rates set by hand, ReduceLROnPlateau), or the rate rises
@@ -26,11 +29,19 @@ Group = Mapping[str, Any]
 """A parameter group of an optimiser."""
 
 NOMINAL = 1.0
-"""An `initial_lr` from here on is no rate: LambdaLR is often given a base of 1 and a function that returns rates."""
+"""From here on a number is a factor and no rate: LambdaLR is often given a base of 1 and a function that returns rates,
+and an optimiser that finds its rate by itself an `lr` of 1. Plain SGD may move by a rate of 1 and more."""
 ROUNDING = 1e-6
 """A rate above the declared peak by less than this share is the peak, rounded."""
 DISTANCE_KEYS = frozenset({"d0", "d_max", "growth_rate", "numerator_weighted"})
 """What stands beside an estimated distance `d`. The `d` of torch's Adafactor is a threshold for clipping instead."""
+
+
+SGD_KEYS = frozenset({"dampening", "nesterov"})
+ADADELTA_KEYS = frozenset({"rho", "eps"})
+MOMENTUM_KEYS = frozenset({"betas", "momentum"})
+"""What Adadelta does not have, but the optimisers inside SAM, which has a `rho` too."""
+TORCH_ADAFACTOR_KEYS = frozenset({"beta2_decay", "d"})
 
 
 def estimates_distance(group: Group) -> bool:
@@ -39,15 +50,24 @@ def estimates_distance(group: Group) -> bool:
 
 
 def rate_of(group: Group) -> float | None:
-    """The learning rate of a group's coming step; None where the optimiser tells nobody.
+    """The learning rate of a group's coming step; None where `lr` is not that and nothing else tells it.
 
     >>> rate_of({"lr": 1.0, "d": 2e-6, "d0": 1e-6})
     2e-06
     """
     lr = group["lr"]
-    if lr is None or group.get("relative_step"):
+    if lr is None or _moves_otherwise(group):
         return None
-    return float(lr) * float(group["d"]) if estimates_distance(group) else float(lr)
+    if estimates_distance(group):
+        return float(lr) * float(group["d"])
+    real = group.keys() >= SGD_KEYS or "scheduled_lr" in group
+    return float(lr) if real or float(lr) < NOMINAL else None
+
+
+def _moves_otherwise(group: Group) -> bool:
+    """Whether the optimiser is an Adafactor that works out or scales its rate, or Adadelta."""
+    adafactor = group.get("relative_step") or group.get("scale_parameter") or group.keys() >= TORCH_ADAFACTOR_KEYS
+    return bool(adafactor) or (group.keys() >= ADADELTA_KEYS and MOMENTUM_KEYS.isdisjoint(group))
 
 
 def declared_peak(group: Group) -> float:

@@ -55,9 +55,11 @@ def check_together(roster: Roster, first: AdapterTensors) -> None:
 
 
 def check_needs_no_rate(method: Method) -> None:
-    """Raise where rules multiply or divide by a learning rate that the optimiser keeps to itself."""
+    """Raise where rules multiply or divide by a learning rate, and the optimiser's `lr` is not it: see `rates`."""
     if method.uses_rate:
         raise TrainingError(
             f"{type(method).__name__} needs the learning rate at which its tensors move, and this optimiser tells none "
-            "(lr=None or relative_step=True): give the optimiser `lr`, with relative_step=False"
+            "(Adadelta; torch's Adafactor; another one with relative_step=True or scale_parameter=True; lr=None; an lr "
+            "of 1 or more that is only a factor): give the optimiser `lr` below 1, Adafactor also relative_step=False "
+            "and scale_parameter=False, or take torch.optim.AdamW"
         )

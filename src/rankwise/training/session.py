@@ -1,42 +1,42 @@
 """One adapter under an optimiser: the rules of its method around every optimiser step.
 
-Before the optimiser moves the weights, `before` counts the step, refuses bad gradients, adds the penalty's gradient and
-lets the method observe; `after` gives tensors with a rate of their own their move and lets the method act. Layers of
-one shape are stacked, so that a rule costs as many kernels for 96 layers as for 6.
+`OptimizerStep` calls it. Before the optimiser moves the weights, `before` adds the penalty's gradient and lets the
+method observe, and `hold` remembers what has a learning rate of its own. Afterwards `settle` gives these tensors their
+move, and `after` lets the method act and counts the step. Layers of one shape are stacked, so that a rule costs as many
+kernels for 96 layers as for 6.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import compress
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.utils import get_total_norm
 
 from rankwise.adapters.progress import CONFIG, TRAINER, Progress, final_ranks_due
 from rankwise.adapters.roster import Roster
 from rankwise.adapters.tensors import AdapterTensors
 from rankwise.errors import TrainingError
 from rankwise.methods.stack import Ablation, Stack, Step, Updates
-from rankwise.shards import part, part_of, whole, write
+from rankwise.shards import write
 from rankwise.training.aside import backward_through
 from rankwise.training.development import ablate, can_ablate, check
+from rankwise.training.gradients import add_to_gradients, any_nonzero, unscaled
 from rankwise.training.held import Held
+from rankwise.training.optimizers import Groups
 from rankwise.training.rates import Rates
 from rankwise.training.refusals import check_needs_no_rate, check_together, check_whole
 from rankwise.training.schedule_free import holds_average, restart, set_in_both
-from rankwise.training.watch import Seen, Watch
+from rankwise.training.watch import Watch
 
 BAD_GRADIENTS = 5
 """Steps in a row with NaN or infinite gradients that stop a run."""
 
 T = TypeVar("T")
-Groups = dict[int, dict[str, Any]]
-"""The optimiser's parameter group of every parameter it moves, by the parameter's id at this step."""
-
 Moments = Mapping[Any, dict[str, Any]]
 """An optimiser's state by parameter."""
 
@@ -47,6 +47,7 @@ class Session:
     def __init__(self, roster: Roster) -> None:
         self.roster = roster
         self.last_penalty: Tensor | None = None
+        self.watch = Watch(roster)
         self._step: Step | None = None
         self._held: list[Held] = []
         self._members: list[AdapterTensors] = []
@@ -56,42 +57,44 @@ class Session:
         self._read_from: tuple[int, int] | None = None
         self._told = False
         self._looked = False
-        self._watch = Watch()
+        self._trains = False
 
-    # --- the two moments --------------------------------------------------------------------------------------------
+    # --- one optimiser step -----------------------------------------------------------------------------------------
 
     def takes_part(self, groups: Groups) -> bool:
-        """Whether the coming step is one of this adapter's: it is active and has gradients.
+        """Whether the coming step is one of this adapter's.
+
+        It is if the adapter trains: it is active, and the optimiser holds a parameter of it that requires gradients.
+        Gradients that are zero or missing then make no difference: the loss may give none in a step. It also is if the
+        adapter has gradients, although another one has been made the active adapter since.
 
         Raises:
             TrainingError: the optimiser holds only a part of what trains, or processes cannot agree.
         """
-        self._abandon()
+        self.abandon()
         self._groups = groups
         layers = self.roster.layers
         self._members = [layer.started(self.roster.adapter) for layer in layers]
-        if self.roster.adapter not in layers[0].active_adapters or not self._gradients():
+        active = self.roster.adapter in layers[0].active_adapters
+        self._trains = active and any(p.requires_grad and id(p) in groups for p in self._trained())
+        if not self._trains and not self._has_gradients():
             return False
         self._join()
         check_whole(self.roster, self._members[0], [p for p in self._trained() if id(p) not in groups])
         check_together(self.roster, self._members[0])
         return True
 
-    @torch.no_grad()
-    def finite(self) -> bool:
-        """Whether every gradient is finite; reads one number back from the device if so."""
-        gradients = self._gradients()
-        if bool(whole(get_total_norm(gradients)).isfinite()):
-            return True
-        return all(bool(whole(g).isfinite().all()) for g in gradients)  # the norm of finite numbers may be infinite
+    def _has_gradients(self) -> bool:
+        """Whether gradients are there and not left from an earlier step, after which the loop has set them to zero."""
+        gradients = self.gradients()
+        return bool(gradients) and (self.watch.saw_backward or any_nonzero(gradients))
 
     @torch.no_grad()
-    def before(self, scale: Tensor | None, optimizer_state: Moments) -> None:
-        """Everything that happens once the gradients are complete and finite, and nothing has moved.
+    def before(self, scale: Tensor | None) -> None:
+        """Run the rules that come before the move: the gradients are complete and finite, and nothing has moved.
 
         Args:
             scale: what the gradients are still multiplied by, under a GradScaler and a fused optimiser.
-            optimizer_state: what the optimiser remembers, by parameter.
         """
         progress = self.progress()
         self._rates.read(self._members, self._groups)
@@ -101,22 +104,26 @@ class Session:
         stacks = self.stacks(scale)
         self._add_penalty(stacks, step, scale)
         self._write(stacks, self.roster.method.before_step(stacks, step))
-        self._hold(step, optimizer_state)
 
     @torch.no_grad()
-    def after(self, optimizer_state: Moments) -> None:
-        """Everything that happens once the optimiser has moved the weights.
+    def after(self, states: Sequence[Moments]) -> None:
+        """Run the rules that come after the move, and count the step.
 
         Args:
-            optimizer_state: what the optimiser remembers, by parameter.
+            states: what each of the step's optimisers remembers, by parameter.
         """
         step = self._step
         if step is None:
             return
-        self._settle(optimizer_state)
-        stacks = self.stacks(moments=optimizer_state)
+        for tensors in self._members:
+            if tensors.from_gradient and any(self._may_move(p) for p in tensors.trained()):
+                tensors.fill(tensors.from_gradient)
+                for state in states:
+                    restart(tensors.trained(), state)
+        stacks = self.stacks(moments=states)
         updates = self.roster.method.after_step(stacks, step)
-        set_in_both(stacks, updates, optimizer_state, self._groups)
+        for state in states:
+            set_in_both(stacks, updates, state, self._groups)
         self._write(stacks, updates)
         self._step = None
         progress = self.progress()
@@ -138,25 +145,6 @@ class Session:
             progress.finalized = 1
         self._store(progress)
 
-    def saw_forward(self, tensors: AdapterTensors, output: Tensor) -> None:
-        """The first layer ran forward in training: notice steps that were skipped or taken out of sight.
-
-        Raises:
-            TrainingError: the weights moved without an optimiser step.
-        """
-        if self._step is not None:  # a pass of our own, or an optimiser's closure, within a step
-            return
-        if self.roster.sharded:  # FSDP2 shows a layer in its forward pass copies of its weights without gradients
-            return
-        seen = self._watch.forward(tensors, output)
-        if seen is Seen.DROPPED:
-            self.skip(bad=False)
-        if seen is Seen.MOVED:
-            raise TrainingError(
-                f"the weights of adapter {self.roster.adapter!r} moved after a backward pass and no optimiser step was "
-                "seen: an engine that bypasses torch's optimiser hooks (DeepSpeed) cannot run the method's rules"
-            )
-
     # --- counters ---------------------------------------------------------------------------------------------------
 
     def progress(self) -> Progress:
@@ -172,7 +160,6 @@ class Session:
         value = progress.tensor()
         stored = [layer.rankwise_tensors[self.roster.adapter].progress for layer in self.roster.layers]
         torch._foreach_copy_(stored, [value.to(stored[0].device)] * len(stored))  # type: ignore[arg-type]
-        self._watch.reset()
         self._progress, self._read_from = progress, (id(stored[0]), stored[0]._version)  # type: ignore[assignment]
 
     def _next_step(self, progress: Progress) -> Step:
@@ -251,16 +238,16 @@ class Session:
 
     # --- what the rules read and write ------------------------------------------------------------------------------
 
-    def stacks(self, scale: Tensor | None = None, moments: Moments | None = None) -> list[Stack]:
+    def stacks(self, scale: Tensor | None = None, moments: Sequence[Moments] = ()) -> list[Stack]:
         """The adapter's layers grouped by shape, in model order.
 
         Args:
             scale: what the gradients are multiplied by.
-            moments: what the optimiser remembers, by parameter.
+            moments: what each optimiser remembers, by parameter.
         """
         if not self._members:
             self._members = [layer.started(self.roster.adapter) for layer in self.roster.layers]
-        return [self._stack(alike, scale, moments or {}) for alike in self._grouped(self._members)]
+        return [self._stack(alike, scale, moments) for alike in self._grouped(self._members)]
 
     def _grouped(self, values: Sequence[T]) -> list[list[T]]:
         """One value per layer, grouped as stacks are: by shape, dtype and device."""
@@ -275,13 +262,13 @@ class Session:
         without, alone = ([torch.stack(group) for group in self._grouped(part)] for part in found[1:])
         return Ablation(found.whole, without, alone)
 
-    def _stack(self, alike: Sequence[AdapterTensors], scale: Tensor | None, moments: Moments) -> Stack:
+    def _stack(self, alike: Sequence[AdapterTensors], scale: Tensor | None, moments: Sequence[Moments]) -> Stack:
         names = alike[0].slots
         values = {name: [getattr(tensors, name) for tensors in alike] for name in names}
         return Stack(
             [tensors.size for tensors in alike],
             values,
-            gradients=lambda name: _gradients(values[name], scale),
+            gradients=lambda name: unscaled(values[name], scale),
             rates=lambda name: [self._rates_of(p, name) for p in values[name]],
             moments=lambda name: [_moments(moments, p) for p in values[name]],
         )
@@ -292,6 +279,7 @@ class Session:
         return rate * ratio, peak
 
     def _write(self, stacks: Sequence[Stack], updates: Updates) -> None:
+        self.watch.reset()
         for stack, update in zip(stacks, updates, strict=False):
             for name, value in update.items():
                 write(stack.tensors(name), list(value.unbind(0)))
@@ -304,7 +292,20 @@ class Session:
         for stack, gradients in zip(stacks, penalty.gradients, strict=True):
             for name, gradient in gradients.items():
                 gradient = gradient if scale is None else gradient * scale
-                _accumulate(stack.tensors(name), gradient)
+                self._accumulate(stack.tensors(name), gradient)
+
+    def _accumulate(self, parameters: Sequence[Tensor], gradient: Tensor) -> None:
+        """Add to what the optimiser will move: a layer that the loss did not reach gets the penalty alone."""
+        moving = [self._may_move(p) for p in parameters]
+        more = gradient.to(parameters[0].dtype).unbind(0)
+        add_to_gradients(list(compress(parameters, moving)), list(compress(more, moving)))
+
+    def _may_move(self, p: Tensor) -> bool:
+        """Whether a parameter is not frozen.
+
+        Of an adapter that is not the active one any more, no parameter requires gradients; what has some will move.
+        """
+        return p.requires_grad if self._trains else p.grad is not None
 
     # --- rates of their own, and no weight decay --------------------------------------------------------------------
 
@@ -320,23 +321,31 @@ class Session:
                 tensors.from_gradient = {}
             backward_through(self.roster)
             self._looked = True  # layers that the batch does not reach go on waiting for the loop's own gradients
-        if len(waiting) == len(self._members) and not any(tensors.from_gradient for tensors in waiting):
+        if len(waiting) == len(self._members) and not any(tensors.saw_gradient for tensors in waiting):
             raise TrainingError(
                 f"adapter {self.roster.adapter!r} starts from the gradient of its base weights, and no backward pass "
                 "has shown one: pass `init_batch`"
             )
 
-    def _hold(self, step: Step, state: Moments) -> None:
+    @torch.no_grad()
+    def hold(self, groups: Groups, state: Moments) -> None:
         """Remember what has its own rate, must not decay, or gets its start at this step and must not move at all.
 
         Weight decay is undone without knowing the optimiser's formula: it is shown a zero in the tensor's place, which
         no decay can shrink, and the tensor is then moved by what the optimiser made of the zero.
+
+        Args:
+            groups: of the optimiser that is about to move weights.
+            state: what it remembers, by parameter.
         """
+        step = self._step
+        if step is None:
+            return
         kinds: dict[tuple[float, bool, bool], list[Tensor]] = {}
         for tensors in self._members:
             waits = tensors.awaits_gradient  # nothing of it moves before it has its start
             for name, slot in tensors.slots.items():
-                group = self._groups.get(id(getattr(tensors, name))) if slot.trained else None
+                group = groups.get(id(getattr(tensors, name))) if slot.trained else None
                 if group is None:
                     continue
                 peak = self._rates.of(getattr(tensors, name))[1]
@@ -349,25 +358,30 @@ class Session:
             states = [state[p] for p in parameters] if averaged else None
             self._held.append(Held.of(ratio, zeroed, parameters, states))
 
-    def _settle(self, state: Moments) -> None:
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Give what was held its move: the optimiser that moves weights has done so."""
         for held in self._held:
             held.settle()
         self._held = []
-        for tensors in self._members:
-            if tensors.from_gradient:
-                tensors.fill(tensors.from_gradient)
-                restart(tensors.trained(), state)
 
-    def _abandon(self) -> None:
-        """Give back what an optimiser step that raised has left held."""
+    @torch.no_grad()
+    def give_back(self) -> None:
+        """Put back what was held, after an optimiser that raised."""
         for held in self._held:
             held.give_back()
-        self._held, self._step = [], None
+        self._held = []
+
+    def abandon(self) -> None:
+        """Forget an optimiser step that raised."""
+        self.give_back()
+        self._step = None
 
     def _trained(self) -> list[Tensor]:
         return [p for tensors in self._members for p in tensors.trained()]
 
-    def _gradients(self) -> list[Tensor]:
+    def gradients(self) -> list[Tensor]:
+        """What the loss gave, layer by layer."""
         return [p.grad for p in self._trained() if p.grad is not None]
 
 
@@ -378,23 +392,7 @@ def session_of(roster: Roster) -> Session:
     return roster.session
 
 
-def _moments(state: Moments, parameter: Tensor) -> list[Tensor]:
-    """What an optimiser remembers entry by entry of a parameter (momentum, squares), as floating point numbers."""
-    found = state[parameter].values() if parameter in state else ()
+def _moments(states: Sequence[Moments], parameter: Tensor) -> list[Tensor]:
+    """What optimisers remember entry by entry of a parameter (momentum, squares), as floating point numbers."""
+    found = [value for state in states if parameter in state for value in state[parameter].values()]
     return [t for t in found if isinstance(t, Tensor) and t.shape == parameter.shape and t.is_floating_point()]
-
-
-def _gradients(parameters: Sequence[Tensor], scale: Tensor | None) -> list[Tensor]:
-    found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-    return found if scale is None else [g / scale for g in found]
-
-
-def _accumulate(parameters: Sequence[Tensor], gradient: Tensor) -> None:
-    """Add to what trains; a layer the loss did not reach gets the penalty alone, a frozen tensor nothing."""
-    pairs = [(p, more) for p, more in zip(parameters, gradient.to(parameters[0].dtype), strict=True) if p.requires_grad]
-    for p, _ in pairs:
-        if p.grad is None:
-            p.grad = torch.zeros_like(p)
-    if pairs:
-        own = [part_of(more, p) for p, more in pairs]
-        torch._foreach_add_([part(p.grad) for p, _ in pairs], own)  # type: ignore[arg-type]

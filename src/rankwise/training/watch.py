@@ -1,61 +1,104 @@
-"""Notices what the optimiser hooks cannot: gradients that were dropped without a step, and weights moved without one.
+"""Notices weights that moved without an optimiser step, which the hooks of optimisers cannot see.
 
-It looks at one layer of an adapter, the first, when that layer runs forward in training. A plain optimiser under a
-GradScaler is not called at all on overflow: its gradients vanish between two forward passes. An engine with optimisers
-of its own moves the weights past torch's hooks: rules would never run.
+It looks at one layer of an adapter, the first that trains, when that layer runs forward in training. An engine with
+optimisers of its own moves the weights past torch's hooks: the method's rules would never run.
 """
 
 from __future__ import annotations
 
-from enum import Enum
+import weakref
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from rankwise.adapters.roster import Roster
 from rankwise.adapters.tensors import AdapterTensors
+from rankwise.errors import TrainingError
 from rankwise.precision import exact
-
-
-class Seen(Enum):
-    """What happened since the last step, load or cast."""
-
-    NOTHING = "nothing new, or gradients still accumulating"
-    DROPPED = "gradients came and were dropped without a step"
-    MOVED = "gradients came and the weights moved without a step"
+from rankwise.training.optimizers import holders_of, steps_others
 
 
 class Watch:
-    """What one layer looked like when it last ran forward."""
+    """What one layer of an adapter looked like when it last ran forward.
 
-    def __init__(self) -> None:
+    Args:
+        roster: the adapter.
+    """
+
+    def __init__(self, roster: Roster) -> None:
+        self.paused = False
+        """While an optimiser step runs, whose closure may run the model: SAM calls it at weights that it has moved."""
+        self.saw_backward = False
+        """Whether a backward pass has run through the layer since the last step, load or cast."""
+        self._roster = roster
+        self._tensors: AdapterTensors | None = None
         self._values: Tensor | None = None
         self._edits = -1
-        self._backward = False
+        self._two_stage: weakref.ref[Optimizer] | None = None
+        self._moved_once = False
 
     def reset(self) -> None:
         """Forget: what has just changed was a step, or our own doing."""
-        self._values, self._backward = None, False
+        self._values, self.saw_backward, self._moved_once = None, False, False
 
-    def forward(self, tensors: AdapterTensors, output: Tensor) -> Seen:
-        """Look, at a training forward whose output is `output`.
+    def saw_forward(self, tensors: AdapterTensors, output: Tensor) -> None:
+        """The layer ran forward in training.
+
+        Raises:
+            TrainingError: its weights moved after a backward pass, and no optimiser step was seen.
+        """
+        if self.paused:
+            return
+        if self._roster.sharded:  # FSDP2 shows a layer in its forward pass copies of its weights without gradients
+            return
+        if self._moved(tensors):
+            self._check_mover(tensors.trained()[0])
+        if output.requires_grad:
+            output.register_hook(self._ran_backward)
+
+    def _moved(self, tensors: AdapterTensors) -> bool:
+        """Whether the weights are others than before a backward pass that came in between.
 
         Nothing is read back from the device unless a backward pass has run since the last step.
         """
         values = torch.stack([exact(p.detach()).sum() for p in tensors.trained()])
-        seen = self._compare(tensors, values) if self._backward and self._edits == tensors.edits else Seen.NOTHING
-        if seen is not Seen.NOTHING or self._values is None or self._edits != tensors.edits:
-            self._values, self._edits, self._backward = values, tensors.edits, False
-        if output.requires_grad:
-            output.register_hook(self._ran_backward)
-        return seen
+        same_edits = self._tensors is tensors and self._edits == tensors.edits  # no load, cast or start
+        known = self._values is not None and same_edits
+        moved = known and self.saw_backward and not torch.equal(self._values, values)  # type: ignore[arg-type]
+        if moved or not known:
+            self._tensors, self._values, self._edits, self.saw_backward = tensors, values, tensors.edits, False
+        return moved
 
-    def _compare(self, tensors: AdapterTensors, values: Tensor) -> Seen:
-        if self._values is not None and not torch.equal(self._values, values):
-            return Seen.MOVED
-        gradients = [p.grad for p in tensors.trained() if p.grad is not None]
-        # Tensors that wait for their start are 0, and so are all gradients.
-        held = bool(gradients) if tensors.awaits_gradient else any(bool(g.any()) for g in gradients)
-        return Seen.NOTHING if held else Seen.DROPPED
+    def _check_mover(self, parameter: Tensor) -> None:
+        """Raise, unless it may be an optimiser that moves weights amid a step, as SAM's `first_step()` does.
+
+        Such an optimiser holds another one, whose step is the one that counts and must come next.
+        """
+        if not self._moved_once:
+            self._moved_once = True
+            if self._moves_in_two_stages(parameter):
+                return
+        holders = holders_of(parameter)
+        adapter = self._roster.adapter
+        moved = f"the weights of adapter {adapter!r} moved after a backward pass and no optimiser step was seen"
+        if holders:
+            name = type(holders[0]).__name__
+            raise TrainingError(
+                f"{moved}: something moved them outside of the step() of their optimiser ({name}), where the method's "
+                "rules cannot run"
+            )
+        raise TrainingError(
+            f"{moved}: an engine that bypasses torch's optimiser hooks (DeepSpeed) cannot run the method's rules"
+        )
+
+    def _moves_in_two_stages(self, parameter: Tensor) -> bool:
+        known = self._two_stage() if self._two_stage is not None else None
+        if known is None:
+            parameters = {id(p) for p in self._roster.parameters()}
+            known = next((o for o in holders_of(parameter) if steps_others(o, parameters)), None)
+            self._two_stage = None if known is None else weakref.ref(known)
+        return known is not None
 
     def _ran_backward(self, _: Tensor) -> None:
-        self._backward = True
+        self.saw_backward = True
