@@ -55,7 +55,7 @@ class Deep(Method):
 
     depth: int = field(default=3, metadata={"help": "L, factors in the product"})
     init_scale: float | None = field(
-        default=None, metadata={"help": "ε, scale of every factor at the start; None: 10^(−9/L), so that ε^L = 1e-9"}
+        default=None, metadata={"help": "ε, scale of every factor at the start; None: 10^(−9/L) at L > 3, else 1e-3"}
     )
     outer_lr_ratio: float = field(default=1e-2, metadata={"help": "γ, learning rate of U and V relative to the W_l"})
     init: str = field(
@@ -84,8 +84,8 @@ class Deep(Method):
 
     @property
     def _epsilon(self) -> float:
-        """ε. A gradient of a factor is about ε^(L−1) times that of the update: see `FAINT`."""
-        return 10 ** (-9 / self.depth) if self.init_scale is None else self.init_scale
+        """ε."""
+        return _default_scale(self.depth) if self.init_scale is None else self.init_scale
 
     def suggest_rate(self) -> float:
         """That of the subspace's square factors; less where the outer factors move at the whole rate too."""
@@ -147,6 +147,11 @@ class Deep(Method):
     def ratio(self, tensor: str, peak: float, step: Step) -> float:
         """γ for U and V, where they are a subspace and no factors."""
         return self.outer_lr_ratio if tensor != "W" and self.init == "gradient" else 1.0
+
+
+def _default_scale(depth: int) -> float:
+    """1e-3 or, in a deeper product, the ε at which ε^L is 1e-9 too: a gradient starts at ε^(L−1) times the update's."""
+    return max(1e-3, 10 ** (-9 / depth))
 
 
 def _orthonormal(rows: int, columns: int) -> Tensor:
