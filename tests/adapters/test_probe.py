@@ -73,9 +73,7 @@ def loss_of(net: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("kind", "shape"),
     [("Linear", (6,))]
-    + [
-        (kind, shape) for kind in ("Linear", "Conv1D") for shape in [(7, 6), (3, 7, 6), (2, 3, 7, 6), (1300, 6), (0, 6)]
-    ],
+    + [(kind, shape) for kind in ("Linear", "Conv1D") for shape in [(7, 6), (3, 7, 6), (2, 3, 7, 6), (1300, 6)]],
 )
 def test_one_layer(kept_whole: None, kind: str, shape: tuple[int, ...]) -> None:
     x = torch.randn(shape)
@@ -84,6 +82,18 @@ def test_one_layer(kept_whole: None, kind: str, shape: tuple[int, ...]) -> None:
     loss = loss_of(model, x)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # which a loop may put around the backward pass as well
         loss.backward()
+    assert close(handed_over(model)["0"], expected, 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["Linear", "Conv1D"])
+def test_a_batch_without_rows_gives_no_start(kept_whole: None, kind: str) -> None:
+    """Its gradient is zero and has no leading directions; the next batch gives the start."""
+    model = adapted(one(kind), ["0"])
+    loss_of(model, torch.randn(0, 6)).backward()
+    assert handed_over(model) == {}
+    x = torch.randn(7, 6)
+    expected = by_autograd(one(kind), lambda net: loss_of(net, x))["0"]
+    loss_of(model, x).backward()
     assert close(handed_over(model)["0"], expected, 1e-5)
 
 

@@ -237,13 +237,42 @@ def test_every_depth_trains_under_adam_from_its_default_start(depth: int) -> Non
     assert losses[-1] < 0.4 * losses[0]
 
 
-def test_a_start_too_faint_for_adam_is_told(recwarn: Any) -> None:
-    losses_at_depth(4)
-    assert not [w for w in recwarn if "Adam" in str(w.message)]
-    sentence = r"at depth 4 and init_scale 0\.001 .* at 1e-09 of .*: leave init_scale out \(it is then 0\.0056\)"
-    with pytest.warns(UserWarning, match=sentence):
-        losses = losses_at_depth(4, init_scale=1e-3)
+@pytest.mark.parametrize(
+    ("depth", "fields", "seen", "set_to"),
+    [
+        (4, {"init_scale": 1e-3}, r"depth 4 and init_scale 0\.001 .* at 1e-09", 0.01),
+        (10, {}, r"depth 10 and init_scale 0\.13 .* at 8e-09", 0.22),
+    ],
+    ids=["given", "default"],
+)
+def test_a_start_too_faint_is_told_with_one_that_trains(
+    depth: int, fields: dict[str, Any], seen: str, set_to: float, recwarn: Any
+) -> None:
+    with pytest.warns(UserWarning, match=rf"{seen} of .*: set `init_scale` to {set_to} or more, and under SGD to some"):
+        losses = losses_at_depth(depth, **fields)
     assert losses[-1] > 0.9 * losses[0]
+    recwarn.clear()
+    losses = losses_at_depth(depth, init_scale=set_to)
+    assert losses[-1] < 0.4 * losses[0]
+    assert not [w for w in recwarn if "init_scale" in str(w.message)]
+
+
+def test_the_advice_for_a_faint_start_holds_under_sgd() -> None:
+    """Whose steps are as small as the gradients, so that Adam's eps is not what is in the way."""
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(12, 10))
+    x = torch.randn(200, 12)
+    y = net(x).detach() + x @ (torch.randn(10, 2) @ torch.randn(2, 12) / 4).T
+
+    def share_left(scale: float) -> float:
+        model = adapted(copy.deepcopy(net), ["0"], depth=4, init_scale=scale)
+        optimizer = optimizer_of(model, torch.optim.SGD, lr=0.3)
+        losses = descent(lambda: (model(x) - y).square().mean(), optimizer, 150)
+        return losses[-1] / losses[0]
+
+    with pytest.warns(UserWarning, match="SGD's steps are as small as it is"):
+        assert share_left(1e-3) > 0.99
+    assert share_left(0.3) < 0.1
 
 
 def test_random_factors_have_a_suggested_rate_of_their_own() -> None:

@@ -92,6 +92,27 @@ def test_a_frozen_adapter_beside_a_trained_one_is_no_fault() -> None:
     assert steps(model, sgd(model), 2) == []
 
 
+@pytest.mark.parametrize("first", ["another model's", "the head's"])
+def test_a_frozen_adapter_beside_a_trained_one_is_no_fault_whichever_optimiser_steps_first(first: str) -> None:
+    model, other = adapted(task_type=None), nn.Linear(2, 2)
+    model.add_adapter("frozen", rankwise.LoraConfig(r=2, target_modules=["query"], init_weights=False))
+    model.base_model.set_adapter(["default", "frozen"])
+    model.base_model.set_requires_grad("frozen", requires_grad=False)
+    own = sgd(model)
+    head = model.base_model.model.classifier.requires_grad_(True)
+    before = torch.optim.SGD((other if first == "another model's" else head).parameters(), lr=0.1)
+    assert steps(model, before, 2) == []
+    assert steps(model, own, 2) == []
+
+
+def test_a_frozen_adapter_is_told_of_when_its_own_model_first_trains() -> None:
+    model, other = adapted(), nn.Linear(2, 2)
+    freeze_by_name(model)
+    assert steps(model, torch.optim.SGD(other.parameters(), lr=0.1), 2) == []
+    (told,) = steps(model, sgd(model), 2)
+    assert "none of its parameters requires a gradient" in told
+
+
 @pytest.mark.parametrize("use", ["evaluated", "without gradients", "disabled"])
 def test_an_adapter_that_is_not_in_the_training_pass_is_no_fault(use: str) -> None:
     teacher = adapted()
@@ -113,9 +134,26 @@ def test_an_adapter_that_is_not_in_the_training_pass_is_no_fault(use: str) -> No
 def test_an_adapter_that_no_optimiser_holds_is_told() -> None:
     model = adapted()
     head = [p for name, p in model.named_parameters() if "lora" in name or "classifier" in name]
-    assert steps(model, torch.optim.SGD(head, lr=0.1), 9) == []
-    (told,) = steps(model, torch.optim.SGD(head, lr=0.1), 3)
+    (told,) = steps(model, torch.optim.SGD(head, lr=0.1))
     assert "no optimiser that has stepped holds its parameters" in told
+    assert steps(model, torch.optim.SGD(head, lr=0.1), 12) == []
+
+
+def test_an_adapter_is_not_told_of_at_the_first_step_of_an_optimiser_of_another_model() -> None:
+    model, other = adapted(), nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(other.parameters(), lr=0.1)
+    assert steps(model, optimizer, 9) == []
+    (told,) = steps(model, optimizer, 3)
+    assert "no optimiser that has stepped holds its parameters" in told
+
+
+def test_an_optimiser_that_holds_the_adapter_and_never_steps_is_told_after_a_while() -> None:
+    model = adapted()
+    own = torch.optim.SGD([p for name, p in model.named_parameters() if "rankwise_tensors" in name], lr=0.1)
+    head = torch.optim.SGD([p for name, p in model.named_parameters() if "classifier" in name], lr=0.1)
+    assert steps(model, head, 9) == []
+    assert len(steps(model, head, 3)) == 1
+    assert own.state == {}
 
 
 def test_an_adapter_whose_own_optimiser_steps_later_is_no_fault() -> None:

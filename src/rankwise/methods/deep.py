@@ -32,7 +32,9 @@ from rankwise.update import Factors
 LEAST = 1e-30
 """The least ε^L: from a smaller one no gradient gets through in float32."""
 FAINT = 1e-8
-"""The least ε^(L−1) at which Adam moves the factors: it divides their gradients by their size plus an eps of 1e-8."""
+"""The least ε^(L−1) at which Adam may move the factors: it divides gradients by their size plus an eps of 1e-8."""
+CLEAR = 1e-6
+"""ε^(L−1) at the default depth and scale, where Adam does move them: what a start that is too faint should come to."""
 RANDOM_RATE = 3e-3
 """Suggested peak rate for `init="random"`, whose outer factors move at the whole rate (its card has the search)."""
 
@@ -90,14 +92,16 @@ class Deep(Method):
         return RANDOM_RATE if self.init == "random" else self.suggested_rate
 
     def advice(self, stacks: Sequence[Stack], step: Step) -> str | None:
-        """Where Adam would not see the gradients."""
+        """Where the factors' gradients are too small to move them, whatever the optimiser."""
         share = self._epsilon ** (self.depth - 1)
-        if self.init_scale is None or share >= FAINT:
+        if share >= FAINT:
             return None
+        clear = CLEAR ** (1 / (self.depth - 1))
         return (
-            f"at depth {self.depth} and init_scale {self.init_scale:g} the gradient of a factor starts at {share:.0e} "
-            "of the update's, below the eps of 1e-8 that Adam adds, so that Adam hardly moves it: leave init_scale out "
-            f"(it is then {_default_scale(self.depth):.2g})"
+            f"at depth {self.depth} and init_scale {self._epsilon:.2g} the gradient of a factor starts at {share:.0e} "
+            "of the update's, too small to move it (Adam adds an eps of 1e-8 to its size, SGD's steps are as small as "
+            f"it is): set `init_scale` to {clear:.2g} or more, and under SGD to some times that, or take a smaller "
+            "`depth`"
         )
 
     def slots(self, size: Size) -> dict[str, Slot]:

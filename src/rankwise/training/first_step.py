@@ -6,11 +6,13 @@ then freeze the adapter, leave it out of the optimiser, or give it other rates t
 
 from __future__ import annotations
 
+import gc
 import warnings
 import weakref
 from typing import Any
 
 from peft.optimizers.lorafa import LoraFAOptimizer
+from torch import nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -20,7 +22,8 @@ from rankwise.adapters.roster import Roster, living_rosters
 from rankwise.errors import TrainingError
 
 PATIENCE = 10
-"""Steps of other optimisers that an adapter with gradients may wait for its first one."""
+"""Steps of other optimisers that an adapter with gradients may wait for its first one, where it is not plain at once
+that none will come: an optimiser that holds its parameters exists, or those that have stepped train other models."""
 NAMES = 'the names of its parameters do not contain "lora", which code for other adapters looks for'
 LORA_FA = (
     'PEFT\'s LoRA-FA optimiser finds A by "lora_A" in the names of parameters and would train all of this adapter: '
@@ -60,7 +63,7 @@ def _look_at(roster: Roster, optimizer: Optimizer) -> None:
     Raises:
         TrainingError: the optimiser is PEFT's LoRA-FA.
     """
-    moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    moved = _held_by(optimizer)
     trainable = [p for p in roster.parameters() if p.requires_grad]
     if any(id(p) in moved for p in trainable):
         _looked_at.add(roster)
@@ -68,29 +71,57 @@ def _look_at(roster: Roster, optimizer: Optimizer) -> None:
             raise TrainingError(LORA_FA)
         _warn_of_empty_groups(roster, optimizer)
         _warn_of_layers_passed_by(roster)
-    elif not trainable:
+    elif trainable:
+        if any(p.grad is not None for p in trainable):
+            _wait(roster, moved, trainable)
+    elif _trains_in_model(roster, moved):
         _looked_at.add(roster)
-        if not _trains_another(roster, moved):
+        if not _beside_a_trained_one(roster):
             warnings.warn(
                 f"nothing of the active adapter {roster.adapter!r} trains: none of its parameters requires a gradient "
                 f"({NAMES}; an adapter that was loaded trains with is_trainable=True)",
                 stacklevel=2,
             )
-    elif any(p.grad is not None for p in trainable):
-        waited = _waited[roster] = _waited.get(roster, 0) + 1
-        if waited == PATIENCE:
-            _looked_at.add(roster)
-            warnings.warn(
-                f"nothing of the active adapter {roster.adapter!r} trains: no optimiser that has stepped holds its "
-                f"parameters ({NAMES})",
-                stacklevel=2,
-            )
 
 
-def _trains_another(roster: Roster, moved: set[int]) -> bool:
-    """Whether an optimiser trains another adapter: one may be frozen beside it."""
-    others = (other for other in living_rosters() if other is not roster)
-    return any(p.requires_grad and id(p) in moved for other in others for p in other.parameters())
+def _wait(roster: Roster, moved: set[int], trainable: list[nn.Parameter]) -> None:
+    """Warn of an adapter with gradients that is in no optimiser: at once where that is plain, else after a while."""
+    waited = _waited[roster] = _waited.get(roster, 0) + 1
+    if waited == PATIENCE or (_trains_in_model(roster, moved) and not _in_an_optimiser(trainable)):
+        _looked_at.add(roster)
+        warnings.warn(
+            f"nothing of the active adapter {roster.adapter!r} trains: no optimiser that has stepped holds its "
+            f"parameters ({NAMES})",
+            stacklevel=2,
+        )
+
+
+def _held_by(optimizer: Optimizer) -> set[int]:
+    """The ids of an optimiser's parameters; of one whose making has failed, none."""
+    groups = getattr(optimizer, "param_groups", ())
+    return {id(p) for group in groups for p in group["params"]}
+
+
+def _in_an_optimiser(parameters: list[nn.Parameter]) -> bool:
+    """Whether any optimiser in the process holds one of them: it may step later.
+
+    Optimisers keep no list of themselves, so that the garbage collector's is searched. Its objects are asked for their
+    type alone, since some would do work (lazy imports) when asked for more.
+    """
+    living = (thing for thing in gc.get_objects() if issubclass(type(thing), Optimizer))
+    wanted = {id(p) for p in parameters}
+    return any(not wanted.isdisjoint(_held_by(optimizer)) for optimizer in living)
+
+
+def _trains_in_model(roster: Roster, moved: set[int]) -> bool:
+    """Whether the optimiser trains anything of the adapter's model."""
+    return roster.model is not None and any(p.requires_grad and id(p) in moved for p in roster.model.parameters())
+
+
+def _beside_a_trained_one(roster: Roster) -> bool:
+    """Whether another active adapter of the same model trains, beside which this one may be frozen on purpose."""
+    others = (other for other in living_rosters() if other is not roster and other.model is roster.model)
+    return any(_has_run(other) and any(p.requires_grad for p in other.parameters()) for other in others)
 
 
 def _warn_of_empty_groups(roster: Roster, optimizer: Optimizer) -> None:
