@@ -30,8 +30,7 @@ from rankwise.methods.phases import Phased
 from rankwise.methods.stack import CLOSED, Penalty, Size, Slot, Stack, Step, Updates, closed_slot
 from rankwise.update import Factors
 
-EDGE = 1e-6
-"""u is drawn from [EDGE, 1 − EDGE]."""
+EDGE = 1e-6  # u is drawn from [EDGE, 1 − EDGE]
 GATE_TRAVEL = 128.0
 """How far log θ could move in the falling phase at the gates' default rate: fast enough for runs of 60 steps, in which
 Adam's momentum overshoots the budget otherwise (`bench/salora_rates.py`, for this and the next)."""
@@ -166,9 +165,8 @@ class Salora(Phased):
 
     def finalize(self, stacks: Sequence[Stack]) -> Updates:
         """Keep what fits the budget, highest log θ first; the others go to the floor. Nothing is drawn any more."""
-        keep = keep_within(
-            [s["log_theta"] for s in stacks], [_costs(s) for s in stacks], self.density * _parameters(stacks)
-        )
+        costs = [_costs(layers) for layers in stacks]
+        keep = keep_within([layers["log_theta"] for layers in stacks], costs, self.density * _parameters(stacks))
         least = gates.closing_point(self.stretch) + BARELY
         updates = []
         for layers, mask in zip(stacks, keep, strict=True):
