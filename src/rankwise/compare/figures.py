@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+from rankwise.compare.places import Grid, grid_of, printable
 from rankwise.compare.results import REFERENCE, Result, Row, by_label, summarise
-
-
-def printable(text: str) -> str:
-    """Without control characters, which neither HTML nor SVG may hold."""
-    return "".join(character if character.isprintable() else " " for character in text)
-
 
 # --- the methods as the figures show them ----------------------------------------------------------------------------
 
@@ -106,15 +101,22 @@ def draw(results: Sequence[Result], metric: str) -> list[Plot]:
     floor = next((method.row.score for method in methods if method.row.is_floor), None)
     plots = [
         _score_plot(methods, metric, floor),
-        _pareto_plot(adapted, metric, floor),
-        _rank_plot(adapted),
-        _exported_rank_plot(adapted),
-        _spectra_plot(adapted, relative=True),
-        _spectra_plot(adapted, relative=False),
+        *(_adapter_plots(adapted, metric, floor) if adapted else []),
         _curve_plot(methods, "Training loss", "training loss", lambda run: run.train_loss),
         _curve_plot(methods, "Gradient norm", "gradient norm before clipping", lambda run: run.gradient_norm),
     ]
     return [plot for plot in plots if plot is not None]
+
+
+def _adapter_plots(methods: Sequence[_Method], metric: str, floor: float | None) -> list[Plot | None]:
+    """What there is to show of methods that have an adapter."""
+    return [
+        _pareto_plot(methods, metric, floor),
+        _rank_plot(methods),
+        _exported_rank_plot(methods),
+        _spectra_plot(methods, relative=True),
+        _spectra_plot(methods, relative=False),
+    ]
 
 
 def _draw_floor(draw_line: Callable[..., Any], floor: float | None) -> str:
@@ -139,10 +141,8 @@ def _score_plot(methods: Sequence[_Method], metric: str, floor: float | None) ->
     return Plot("Score by method", caption + _draw_floor(axes.axvline, floor), figure)
 
 
-def _pareto_plot(methods: Sequence[_Method], metric: str, floor: float | None) -> Plot | None:
+def _pareto_plot(methods: Sequence[_Method], metric: str, floor: float | None) -> Plot:
     heading = "Score against size"
-    if not methods:
-        return None
     sized = [method for method in methods if method.row.exported > 0]
     left_out = [f"{method.name} exports no parameters and is not drawn." for method in methods if method not in sized]
     if not sized:
@@ -221,7 +221,7 @@ def _rank_maps(methods: Sequence[_Method], heading: str, kind: str, ranks_of: Se
             uneven.append((method, ranks))
     if not uneven:
         return Plot(heading, " ".join(sentences), None)
-    grid = _grid(name for _, ranks in uneven for name in ranks)
+    grid = grid_of(name for _, ranks in uneven for name in ranks)
     top = max(max(ranks.values()) for _, ranks in uneven)
     across = 2 if len(grid.layers) <= 14 and len(uneven) > 1 else 1
     down = math.ceil(len(uneven) / across)
@@ -247,16 +247,7 @@ def _flat_ranks(ranks: dict[str, int], kind: str) -> str:
     return f"all {len(ranks)} modules {verb} rank {min(ranks.values())}"
 
 
-@dataclass(frozen=True)
-class _Grid:
-    """The rows and columns of a heat map, and each module's kind and layer."""
-
-    places: dict[str, tuple[str, str]]
-    kinds: list[str]
-    layers: list[str]
-
-
-def _heat_map(axes: Axes, ranks: dict[str, int], grid: _Grid, top: int) -> None:
+def _heat_map(axes: Axes, ranks: dict[str, int], grid: Grid, top: int) -> None:
     kinds, layers = grid.kinds, grid.layers
     values = np.full((len(kinds), len(layers)), np.nan)
     for name, rank in ranks.items():
@@ -276,46 +267,8 @@ def _heat_map(axes: Axes, ranks: dict[str, int], grid: _Grid, top: int) -> None:
     axes.tick_params(length=0)
 
 
-def _grid(names: Iterable[str]) -> _Grid:
-    """A place for every module: kinds in model order, layers by number and "-" last."""
-    places = _places(names)
-    kinds = list(dict.fromkeys(kind for kind, _ in places.values()))
-    numbers = sorted({int(layer) for _, layer in places.values() if layer != "-"})
-    without = ["-"] if any(layer == "-" for _, layer in places.values()) else []
-    return _Grid(places, kinds, [*map(str, numbers), *without])
-
-
-def _places(names: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """The kind and the layer of each module: its layer is the first integer in its path, "-" where there is none.
-
-    >>> _places(["encoder.layer.3.attention.self.query", "pooler.dense"])
-    {'encoder.layer.3.attention.self.query': ('attention.self.query', '3'), 'pooler.dense': ('pooler.dense', '-')}
-    """
-    split = {name: _split(name) for name in names}
-    # An encoder and a decoder hold modules of one kind and layer; then the kind needs the path before the layer too.
-    several_stacks = len({before for before, layer, _ in split.values() if layer != "-"}) > 1
-    return {name: (_kind(*parts, several_stacks), parts[1]) for name, parts in split.items()}
-
-
-def _split(name: str) -> tuple[str, str, str]:
-    parts = name.split(".")
-    first = next((place for place, part in enumerate(parts) if part.isdecimal()), None)
-    if first is None:
-        return name, "-", ""
-    return ".".join(parts[:first]), str(int(parts[first])), ".".join(parts[first + 1 :])
-
-
-def _kind(before: str, layer: str, after: str, several_stacks: bool) -> str:
-    if layer == "-":
-        return printable(before)
-    parts = (before, "*", after) if several_stacks or not after else (after,)
-    return printable(".".join(filter(None, parts)))
-
-
-def _spectra_plot(methods: Sequence[_Method], *, relative: bool) -> Plot | None:
+def _spectra_plot(methods: Sequence[_Method], *, relative: bool) -> Plot:
     """The singular values of every module's update: relative to its largest (the shape), or as they are (the size)."""
-    if not methods:
-        return None
     across = min(3, len(methods))
     down = math.ceil(len(methods) / across)
     figure = Figure(figsize=(_WIDTH, 0.4 + 2.4 * down), layout="constrained")
@@ -326,7 +279,7 @@ def _spectra_plot(methods: Sequence[_Method], *, relative: bool) -> Plot | None:
     for axes in panels[:, 0]:
         axes.set_ylabel("σᵢ / σ₁ (log scale)" if relative else "σᵢ (log scale)")
     _blank_rest(panels, len(methods))
-    heading = "Singular values of the updates, relative" if relative else "Singular values of the updates, absolute"
+    heading = f"Singular values of the updates, {'relative' if relative else 'absolute'}"
     figure.suptitle(heading, fontsize=12)
     figure.supxlabel("index i of the singular value", fontsize=10)
     divided = ", divided by the module's largest value" if relative else ""

@@ -19,7 +19,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from rankwise.compare.figures import STYLE, Plot, draw, printable
+from rankwise.compare.figures import STYLE, Plot, draw
+from rankwise.compare.places import printable
 from rankwise.compare.results import REFERENCE, Result, Row, summarise
 from rankwise.errors import DataError
 from rankwise.files import write_whole
