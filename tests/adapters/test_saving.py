@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+import torch.distributed as dist
 from peft import PeftModel, get_peft_model
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import rankwise
 from cases import CASES
@@ -49,6 +52,26 @@ def test_a_whole_state_dict_is_saved(adapter: str, tmp_path: Path) -> None:
     saved = rankwise.factors(model, adapter)
     for name, found in rankwise.factors(loaded, adapter).items():
         assert torch.equal(found.delta(), saved[name].delta())
+
+
+@pytest.mark.parametrize("method", CASES)
+def test_a_model_wrapped_by_fsdp_is_saved_whole(method: str, tmp_path: Path) -> None:
+    """FSDP holds the model under a name of its own, which its state dict leaves out."""
+    model: Any = adapted(method)
+    unwrapped = peft.get_peft_model_state_dict(model)
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped: Any = FullyShardedDataParallel(model, device_id=torch.device("cpu"), use_orig_params=True)
+        assert any(name.startswith("_fsdp_wrapped_module.") for name, _ in wrapped.named_modules())
+        found = peft.get_peft_model_state_dict(wrapped)
+        state = {key: t for key, t in wrapped.state_dict().items() if not key.endswith(".progress")}
+        with pytest.raises(ArgumentError, match="`state_dict` must hold every tensor of the adapter"):
+            peft.get_peft_model_state_dict(wrapped, state_dict=state)
+    finally:
+        dist.destroy_process_group()
+    assert found.keys() == unwrapped.keys()
+    assert all(torch.equal(found[key], t) for key, t in unwrapped.items())
 
 
 def test_a_process_that_does_not_save_may_have_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -206,6 +206,8 @@ def _check_all_saved(
     if not given and dist.is_available() and dist.is_initialized() and dist.get_rank() > 0:
         return  # FSDP2 gathers the state dict on the process that saves, and gives the others an empty one
     for name, layer in layers.items():
+        # FSDP holds the whole model under a name that its state dict leaves out.
+        name = name.removeprefix("_fsdp_wrapped_module.")
         for own in layer.tensors(adapter).state_dict():
             key = f"{name}.{PREFIX}tensors.{adapter}.{own}"
             if key not in found:
