@@ -18,7 +18,7 @@ from cases import CASES
 from conftest import tiny_bert, tiny_llama
 from rankwise.adapters.configs import CONFIGS
 from rankwise.errors import AdapterFileError, RankwiseError
-from rankwise.export.merge_base import merge_into_base
+from rankwise.export.into_base.merge import merge_into_base
 
 IDS = torch.arange(60).view(10, 6) % 20
 LORA_FORM = [name for name in CASES if not CONFIGS[name].linear_only]

@@ -36,7 +36,7 @@ def merge(
         for name, value in {"--rank": rank, "--private": private, "--clip": clip}.items():
             if value is not None:
                 raise ArgumentError(name, "come without --into-base: merge first, then merge the result in", value)
-        from rankwise.export.merge_base import merge_into_base
+        from rankwise.export.into_base.merge import merge_into_base
 
         typer.echo(f"model    {merge_into_base(adapters, base, out, weights=given, overwrite=force)}")
         return

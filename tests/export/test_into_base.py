@@ -22,7 +22,7 @@ import rankwise
 from conftest import tiny_bert, tiny_gpt2
 from rankwise.cli.merge import merge
 from rankwise.errors import ArgumentError, RankwiseError
-from rankwise.export.merge_base import merge_into_base
+from rankwise.export.into_base.merge import merge_into_base
 
 
 def llama(**fields: Any) -> LlamaForCausalLM:
@@ -137,7 +137,7 @@ def test_what_cannot_be_merged_in_is_named(tmp_path: Path) -> None:
 MEASURE = """
 import pathlib, sys, torch
 torch.set_num_threads(1)
-from rankwise.export.merge_base import merge_into_base
+from rankwise.export.into_base.merge import merge_into_base
 def peak():
     status = pathlib.Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
