@@ -28,7 +28,7 @@ from rankwise.export.into_base.merge import merge_into_base
 def llama(**fields: Any) -> LlamaForCausalLM:
     torch.manual_seed(1)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "vocab_size": 30, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **sizes | fields)).eval()
+    return LlamaForCausalLM(LlamaConfig(**{"num_hidden_layers": 2} | sizes | fields)).eval()
 
 
 def saved(folder: Path, model: Any, seed: int = 0, **fields: Any) -> Path:
@@ -96,8 +96,7 @@ def test_embeddings_and_heads(tmp_path: Path) -> None:
     nn.init.ones_(base.classifier.weight)
     fields: Any = {"target_modules": ["word_embeddings"], "task_type": "SEQ_CLS"}
     adapter = saved(tmp_path / "lora", base, **fields)
-    with pytest.warns(UserWarning, match="is an embedding"):
-        merge_into_base([adapter], tmp_path / "base", tmp_path / "out")
+    merge_into_base([adapter], tmp_path / "base", tmp_path / "out")
     merged: Any = PeftModel.from_pretrained(tiny_bert(), str(adapter))
     expected = merged.merge_and_unload().state_dict()
     for key, t in load_file(tmp_path / "out/model.safetensors").items():
@@ -108,15 +107,16 @@ def test_what_cannot_be_merged_in_is_named(tmp_path: Path) -> None:
     base, out = tmp_path / "base", tmp_path / "out"
     llama().save_pretrained(base)
     adapter = saved(tmp_path / "lora", llama())
-    with pytest.raises(RankwiseError, match=r"hold no 'transformer.h.0.*the nearest names are"):
+    with pytest.raises(RankwiseError, match=r"gpt does not fit the base model: Target modules \{'c_attn'\} not found"):
         merge_into_base([saved(tmp_path / "gpt", tiny_gpt2(), target_modules=["c_attn"])], base, out)
-    with pytest.raises(RankwiseError, match=r"has shape \(24, 16\)|has shape \(16, 24\)|has shape \(16, 16\)"):
+    with pytest.raises(RankwiseError, match=r"wide does not fit the base model: size mismatch for .*q_proj"):
         merge_into_base([saved(tmp_path / "wide", llama(hidden_size=32))], base, out)
-    with pytest.raises(RankwiseError, match="trains biases"):
-        merge_into_base([saved(tmp_path / "bias", llama(), bias="all")], base, out)
+    deeper = saved(tmp_path / "deeper", llama(num_hidden_layers=3))
+    with pytest.raises(RankwiseError, match=r"no place for 'base_model.model.model.layers.2.*the nearest names are"):
+        merge_into_base([deeper], base, out)
     with pytest.raises(ArgumentError, match="`out` must be another folder"):
         merge_into_base([adapter], base, base, overwrite=True)
-    with pytest.raises(ArgumentError, match="`base` must be given"):
+    with pytest.raises(RankwiseError, match="does not say its base model; pass `base`"):
         merge_into_base([adapter], None, out)
     file = base / "model.safetensors"
     state = load_file(file)
@@ -130,7 +130,7 @@ def test_what_cannot_be_merged_in_is_named(tmp_path: Path) -> None:
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "x"}}))
     with pytest.raises(RankwiseError, match="holds quantised weights"):
         merge_into_base([adapter], base, out)
-    assert files(tmp_path) == {"base", "lora", "gpt", "wide", "bias"}
+    assert files(tmp_path) == {"base", "lora", "gpt", "wide", "deeper"}
 
 
 # VmHWM, since ru_maxrss of a child starts from its parent's; the file's own pages, mapped, are counted too
@@ -148,7 +148,6 @@ print(peak() - before)
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
 def test_a_shard_outside_its_folder_is_refused(tmp_path: Path) -> None:
     base = tmp_path / "base"
     llama().save_pretrained(base)
@@ -157,6 +156,7 @@ def test_a_shard_outside_its_folder_is_refused(tmp_path: Path) -> None:
     kept = (tmp_path / "evil.safetensors").read_bytes()
     index = {"weight_map": {"lm_head.weight": "../evil.safetensors"}}
     (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    (base / "model.safetensors").unlink()
     with pytest.raises(RankwiseError, match="names a file outside its folder"):
         merge_into_base([adapter], base, tmp_path / "out")
     assert (tmp_path / "evil.safetensors").read_bytes() == kept
@@ -182,27 +182,21 @@ def test_what_is_read_is_never_replaced(out: str, tmp_path: Path) -> None:
     assert (tmp_path / "base" / "model.safetensors").is_file()
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    small, large = (peak(tmp_path / str(shards), shards) for shards in (3, 12))
+    small, large = (peak(tmp_path / str(layers), layers) for layers in (3, 12))
     print(f"peak above the start: {small:.1f} MiB for a model of 48, {large:.1f} for one of 192")
-    assert large < small + 72  # of 144 more; what an allocator keeps differs from run to run
+    assert large < small + 48  # of 144 more; what an allocator keeps differs from run to run
 
 
-def peak(at: Path, shards: int) -> float:
-    """MiB that a merge into shards of 16, of four weights each, needs above its start."""
-    base = at / "base"
-    base.mkdir(parents=True)
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-    (base / "config.json").write_text(json.dumps(config))
-    names = [f"layers.{i}.q_proj" for i in range(4 * shards)]
-    where = {f"{name}.weight": f"model-{i // 4}.safetensors" for i, name in enumerate(names)}
-    for file in set(where.values()):
-        save_file({key: torch.ones(1024, 1024) for key, its in where.items() if its == file}, base / file)
-    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
-    layers = nn.ModuleList(nn.ModuleDict({"q_proj": nn.Linear(1024, 1024)}) for _ in names)
-    adapter = saved(at / "lora", nn.ModuleDict({"layers": layers}), target_modules=["q_proj"])
-    asked = [sys.executable, "-c", MEASURE, str(adapter), str(base), str(at / "out")]
-    return float(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
+def peak(at: Path, layers: int) -> float:
+    """MiB that a merge needs above its start, for a model of 16 MiB a layer, the largest weights 4 MiB each."""
+    sizes = {"hidden_size": 512, "intermediate_size": 2048, "vocab_size": 64, "num_attention_heads": 4}
+    model = llama(num_hidden_layers=layers, **sizes)
+    model.save_pretrained(at / "base", max_shard_size="64MB")
+    adapter = saved(at / "lora", model, target_modules="all-linear")
+    asked = [sys.executable, "-c", MEASURE, str(adapter), str(at / "base"), str(at / "out")]
+    return float(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ class Merging:
         come from one tensor of the files, and tied ones."""
         for group in self.groups:
             self._check(group)
+        self._check_shapes()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """What a weight's shape becomes."""
@@ -151,18 +152,23 @@ class Merging:
 
     def _check(self, group: Collection[str]) -> None:
         """Refuse what cannot be worked out or written, before time is spent."""
-        frozen = {name for adapter in self._adapted for name in adapter.frozen}
         for unit in self.units(group):
             for key in unit.keys:
                 dtype = self._checkpoint.stored[key].dtype
                 if dtype not in WEIGHT_DTYPES:
                     raise RankwiseError(f"the base model's {key!r} is quantised or no weight: its dtype is {dtype}")
             self.conversion.check_way_back(unit, self._shapes)
+
+    def _check_shapes(self) -> None:
+        """Refuse a base model of other shapes, of whatever weight the adapters do not hold themselves."""
+        held = self.in_full.union(*(adapter.frozen for adapter in self._adapted))
+        for unit in self.conversion.units:
             for name, shape in self.conversion.shapes_of(unit, self._shapes).items():
-                if shape != self._wanted[name] and name not in self.in_full | frozen:
+                if shape != self._wanted[name] and name not in held:
                     raise RankwiseError(
-                        f"the base model's {unit.keys[0]!r} has shape {shape}, and the adapters' is "
-                        f"{self._wanted[name]}: they do not hold it themselves"
+                        f"the base model's {unit.keys[0]!r} is {shape}, and that of the model which the adapters were "
+                        f"trained on is {self._wanted[name]}: save that model, with its resized vocabulary if it has "
+                        "one, and pass it as `base`"
                     )
 
 
