@@ -76,8 +76,10 @@ class Adapted:
             raise
         except CANNOT_LOAD as error:
             raise AdapterFileError(f"{self.folder} does not fit the base model: {_sentence(error)}") from error
-        if result.unexpected_keys:
-            key = result.unexpected_keys[0]
+        # PEFT saves the tokens of tied embeddings twice where the vocabulary has grown, and reads one of the two.
+        unexpected = [key for key in result.unexpected_keys if not key.endswith(".trainable_tokens_delta")]
+        if unexpected:
+            key = unexpected[0]
             modules = [name for name, _ in self._base.named_modules() if name and ".lora_" not in name]
             raise AdapterFileError(f"the base model has no place for {key!r} of {self.folder}: {nearest(key, modules)}")
         missing = next((name for name, t in model.named_parameters() if t.is_meta), None)

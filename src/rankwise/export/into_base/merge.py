@@ -113,6 +113,7 @@ def merge_into_base(
                 shutil.copyfile(file, beside / file.name)
         model, adapted = opened(beside, adapters)
         merging = Merging(model, adapted, given, checkpoint)
+        _warn_of_lacking(model, merging)
         _write_model(beside, model, merging, checkpoint, dtype)
         facts = {
             "Revision": f"`{revision}`" if revision else None,
@@ -136,8 +137,8 @@ def _write_model(folder: Path, model: nn.Module, merging: Merging, checkpoint: C
         known = {name for results in results_of_tied for name in results}
         results_of_tied += [merging.results(tie) for tie in merging.ties if not known.intersection(tie)]
 
-    wanted = set(merging.in_full) | (tied if apart else set())
-    added = {name: key for name, key in merging.new_keys().items() if name in wanted}
+    heads = [name for name in merging.lacking if name in merging.in_full]
+    added = merging.new_keys([*heads, *(sorted(tied) if apart else [])])
     shards = Shards(folder, _laid_out(merging, added, checkpoint, dtype))
     left = set(checkpoint.stored)
     others = (merging.results(group) for group in merging.groups if not group & tied)
@@ -161,6 +162,20 @@ def _write_model(folder: Path, model: nn.Module, merging: Merging, checkpoint: C
     if added and type(model).__name__ not in (told.get("architectures") or ()):
         told["architectures"] = [type(model).__name__]
     write_config(folder, told)
+
+
+def _warn_of_lacking(model: Any, merging: Merging) -> None:
+    """Name weights that neither the base model's files nor the adapters hold, unless the model does without them."""
+    needless = re.compile("|".join(getattr(model, "_keys_to_ignore_on_load_missing", None) or ["$^"]))
+    parameters = dict(model.named_parameters())
+    drawn = [name for name in merging.lacking if name in parameters and name not in merging.in_full]
+    drawn = sorted(name for name in drawn if not needless.search(name))
+    if drawn:
+        warnings.warn(
+            f"the base model's files and the adapters hold no {', '.join(drawn)}: whoever loads the model draws them "
+            "at random, as the adapters' training did",
+            stacklevel=4,
+        )
 
 
 def _differ(tie: Collection[str], results: Mapping[str, Tensor]) -> bool:

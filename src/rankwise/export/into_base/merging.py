@@ -72,12 +72,12 @@ class Merging:
         total: dict[str, Tensor] = {}
         share: Counter[str] = Counter()
         for adapter, weight in zip(self._adapted, self._weights, strict=True):
-            before |= {name: adapter.frozen[name].float() for name in group if name in adapter.frozen}
+            before |= {name: widened(adapter.frozen[name]) for name in group if name in adapter.frozen}
             after = {name: adapter.given[name] for name in group if name in adapter.given}
             for module in dict.fromkeys(adapter.module_of[name] for name in group if name in adapter.module_of):
                 after |= adapter.merged(module, before)
             for name, tensor in after.items():
-                part = weight * tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+                part = weight * widened(tensor)
                 total[name] = total[name] + part if name in total else part
                 share[name] += weight
         for name, tensor in total.items():
@@ -97,17 +97,21 @@ class Merging:
         return {name: found[name] for name in group if name in found}
 
     def _read(self, key: str) -> Tensor:
-        tensor = self._checkpoint.read(key)
-        return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        return widened(self._checkpoint.read(key))
 
     def units(self, group: Collection[str]) -> list[Unit]:
         """The tensors of the files that hold the weights of a group."""
         found = [self.conversion.unit_of.get(self._partner.get(name, name)) for name in group]
         return list({id(unit): unit for unit in found if unit is not None}.values())
 
-    def new_keys(self) -> dict[str, str]:
-        """For each weight that the files lack, the name that it would have in them."""
-        return {name: self.conversion.key_for(name) for name in self._wanted if name not in self.conversion.unit_of}
+    @property
+    def lacking(self) -> list[str]:
+        """The names of weights that are not in the files, nor tied to one that is."""
+        return [name for name in self._wanted if name not in self.conversion.unit_of and name not in self._partner]
+
+    def new_keys(self, names: Iterable[str]) -> dict[str, str]:
+        """For each of some weights that the files lack, the name that it gets in them."""
+        return {name: self.conversion.key_for(name) for name in names if name not in self.conversion.unit_of}
 
     def _find_partners(self) -> dict[str, str]:
         found = {}
@@ -121,7 +125,7 @@ class Merging:
         """Forget embeddings that PEFT has saved beside an adapter although they are the base model's."""
         for name, tensor in list(adapter.given.items()):
             same = self._before([name]).get(name)
-            if same is not None and torch.equal(same.to(tensor.dtype), tensor):
+            if same is not None and torch.equal(widened(same.to(tensor.dtype)), widened(tensor)):
                 del adapter.given[name]
 
     def _check_weights(self) -> None:
@@ -170,6 +174,11 @@ class Merging:
                         f"trained on is {self._wanted[name]}: save that model, with its resized vocabulary if it has "
                         "one, and pass it as `base`"
                     )
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """A tensor in the dtype that it is worked on in: float32, or float64 where it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def tied_names(model: nn.Module) -> list[list[str]]:
