@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import typer
+from huggingface_hub import constants
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -199,12 +200,88 @@ def peak(at: Path, layers: int) -> float:
     return float(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
+@pytest.mark.parametrize("in_parts", [False, True])
+def test_a_base_of_pickles(in_parts: bool, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    model = llama(tie_word_embeddings=True)
+    model.config.architectures = ["LlamaForCausalLM"]
+    model.config.save_pretrained(base)
+    state = model.state_dict()  # the tied weight under both names, as transformers wrote it before safetensors
+    names = [f"pytorch_model-{i + 1:05}-of-00002.bin" for i in range(2)] if in_parts else ["pytorch_model.bin"]
+    where = {key: names[i % len(names)] for i, key in enumerate(state)}
+    for name in names:
+        torch.save({key: tensor for key, tensor in state.items() if where[key] == name}, base / name)
+    if in_parts:
+        (base / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    adapter = saved(tmp_path / "lora", model)
+    merge_into_base([adapter], base, tmp_path / "out")
+    parts = {"model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"}
+    assert files(tmp_path / "out") == {"config.json"} | (parts if in_parts else {"model.safetensors"})
+    merged: Any = PeftModel.from_pretrained(llama(tie_word_embeddings=True), str(adapter))
+    expected = merged.merge_and_unload().state_dict()
+    found, lacking = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(lacking.values())
+    for key, t in found.state_dict().items():
+        torch.testing.assert_close(t, expected[key], rtol=1e-5, atol=1e-5)
+
+
+def test_a_pickle_that_runs_something_is_not_opened(tmp_path: Path) -> None:
+    class Payload:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "opened",))
+
+    base = tmp_path / "base"
+    base.mkdir()
+    llama().config.save_pretrained(base)
+    torch.save({"lm_head.weight": Payload()}, base / "pytorch_model.bin")
+    with pytest.raises(RankwiseError, match="holds no tensors that torch reads with weights_only=True"):
+        merge_into_base([saved(tmp_path / "lora", llama())], base, tmp_path / "out")
+    assert not (tmp_path / "opened").exists()
+
+
+def test_new_tensors_lie_in_a_file_of_the_index(tmp_path: Path) -> None:
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path / "base", max_shard_size="8KB")
+    adapter = saved(tmp_path / "lora", llama(tie_word_embeddings=True), target_modules=["lm_head"])
+    out = merge_into_base([adapter], tmp_path / "base", tmp_path / "out")
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    tensors = {file.name: load_file(file) for file in out.glob("*.safetensors")}
+    assert {(key, name) for name, found in tensors.items() for key in found} == set(index["weight_map"].items())
+    sizes = [tensor.nbytes for found in tensors.values() for tensor in found.values()]
+    assert index["metadata"]["total_size"] == sum(sizes)
+    assert index["weight_map"]["lm_head.weight"] == index["weight_map"]["model.embed_tokens.weight"]
+
+
+def test_the_revision_of_the_adapter_is_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "hub" / "models--me--tiny"
+    (repository / "refs").mkdir(parents=True)
+    models = {"main": llama(), "v2": llama(initializer_range=0.5)}
+    for revision, commit in {"main": "a" * 40, "v2": "b" * 40}.items():
+        models[revision].save_pretrained(repository / "snapshots" / commit)
+        (repository / "refs" / revision).write_text(commit)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    for name, revision in (("a", "v2"), ("b", None)):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, revision=revision)
+        adapted: Any = get_peft_model(models["v2"], config)
+        adapted.peft_config["default"].base_model_name_or_path = "me/tiny"
+        adapted.save_pretrained(str(tmp_path / name))
+        expected = adapted.merge_and_unload().state_dict()
+        models["v2"] = llama(initializer_range=0.5)
+    out = merge_into_base([tmp_path / "a"], None, tmp_path / "out")
+    for key, tensor in load_file(out / "model.safetensors").items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-5, atol=1e-5)
+    assert "| Base model | `me/tiny` |\n| Revision | `v2` |" in (out / "README.md").read_text()
+    with pytest.warns(UserWarning, match="different base models: me/tiny, me/tiny at revision v2"):
+        merge_into_base([tmp_path / "a", tmp_path / "b"], None, tmp_path / "both")
+
+
 def test_the_command(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "base")
     adapter, app = saved(tmp_path / "lora", llama()), typer.Typer()
     app.command()(merge)
     out = tmp_path / "out"
     asked = [str(adapter), "--out", str(out), "--base", str(tmp_path / "base"), "--into-base", "--weights", "0.5"]
-    shown = CliRunner().invoke(app, asked)
+    shown = CliRunner().invoke(app, [*asked, "--dtype", "bfloat16"])
     assert shown.exit_code == 0, shown.output
-    assert (out / "model.safetensors").is_file()
+    assert {tensor.dtype for tensor in load_file(out / "model.safetensors").values()} == {torch.bfloat16}
