@@ -200,6 +200,13 @@ def peak(at: Path, layers: int) -> float:
     return float(subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()[-1])
 
 
+def test_a_config_may_say_that_nothing_is_quantised(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    config = tmp_path / "base" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": None}))
+    merge_into_base([saved(tmp_path / "lora", llama())], tmp_path / "base", tmp_path / "out")
+
+
 @pytest.mark.parametrize("in_parts", [False, True])
 def test_a_base_of_pickles(in_parts: bool, tmp_path: Path) -> None:
     base = tmp_path / "base"

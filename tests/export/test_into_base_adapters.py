@@ -13,6 +13,8 @@ import transformers as tf
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from cases import CASES
+from rankwise.adapters.configs import CONFIGS
 from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.into_base.merge import merge_into_base
 from tiny_models import (
@@ -69,6 +71,7 @@ KINDS: dict[str, tuple[Callable[[], Any], Any, dict[str, Any]]] = {
     "DoRA": (llama, TOKENS, {"target_modules": "all-linear", "use_dora": True}),
     "DoRA of Conv1D and an embedding": (gpt2, TOKENS, {"target_modules": ["c_attn", "wpe"], "use_dora": True}),
     "all biases": (gpt2, TOKENS, {"target_modules": ["c_attn"], "bias": "all"}),
+    "all biases, some of them tied": (bert_for_masks, TOKENS, {"target_modules": ["query"], "bias": "all"}),
     "biases of adapted layers": (gpt2, TOKENS, {"target_modules": ["c_attn"], "bias": "lora_only"}),
     "a bias of the update": (gpt2, TOKENS, {"target_modules": ["c_attn"], "lora_bias": True}),
     "tokens": (llama, TOKENS, {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}),
@@ -109,6 +112,37 @@ def test_a_kind_of_adapter(kind: str, tmp_path: Path) -> None:
     out = check_merged(base, saved_adapter(tmp_path / "lora", opened(base, cls)[0], **fields), cls, inputs)
     assert told(out) == told(base)
     assert load_file(out / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_every_method_of_rankwise(method: str, tmp_path: Path) -> None:
+    base = saved_base(tmp_path / "base", gpt2)
+    fields = {"r": 2, "target_modules": ["c_attn", "c_proj"], "init_weights": False} | CASES[method].alone
+    torch.manual_seed(0)
+    model = get_peft_model(opened(base, tf.GPT2LMHeadModel)[0], CONFIGS[method](**fields))
+    bare = answers(opened(base, tf.GPT2LMHeadModel)[0], TOKENS)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    out = merge_into_base([tmp_path / "adapter"], base, tmp_path / "out")
+    merged = opened(out, tf.GPT2LMHeadModel)[0]
+    assert off(answers(merged, TOKENS), answers(model, TOKENS)) <= 1e-5
+    assert off(bare, answers(model, TOKENS)) > 1e-3
+
+
+@pytest.mark.parametrize("names", ["of today", "before transformers 4.52", "with the adapter's own name"])
+def test_names_that_peft_reads(names: str, tmp_path: Path) -> None:
+    base, cls = saved_base(tmp_path / "base", llava), tf.LlavaForConditionalGeneration
+    targets = r".*language_model.*(q_proj|down_proj)"
+    adapter = saved_adapter(tmp_path / "lora", opened(base, cls)[0], target_modules=targets)
+    file = adapter / "adapter_model.safetensors"
+    tensors = load_file(file)
+    if names == "before transformers 4.52":
+        tensors = {
+            key.replace("model.model.language_model", "model.language_model.model"): t for key, t in tensors.items()
+        }
+    if names == "with the adapter's own name":
+        tensors = {key.replace(".weight", ".default.weight"): t for key, t in tensors.items()}
+    save_file(tensors, file)
+    check_merged(base, adapter, cls, TOKENS_AND_PIXELS)
 
 
 # --- tied embeddings --------------------------------------------------------------------------------------------------
@@ -157,6 +191,15 @@ def test_tied_weights_that_stay_alike_stay_tied(fields: dict[str, Any], tmp_path
     out = check_merged(base, adapter, tf.LlamaForCausalLM, TOKENS)
     assert told(out) == told(base)
     assert load_file(out / "model.safetensors").keys() == load_file(base / "model.safetensors").keys()
+
+
+def test_a_file_may_hold_one_of_two_tied_weights(tmp_path: Path) -> None:
+    base = saved_base(tmp_path / "base", tied)
+    adapter = saved_adapter(tmp_path / "lora", opened(base, tf.LlamaForCausalLM)[0], target_modules=["q_proj"])
+    file = adapter / "adapter_model.safetensors"
+    save_file(load_file(file) | {"base_model.model.lm_head.weight": noise(64, 32)}, file)
+    out = check_merged(base, adapter, tf.LlamaForCausalLM, TOKENS)
+    assert told(out) == told(base)
 
 
 @pytest.mark.parametrize("targets", [["lm_head"], ["shared"]])

@@ -7,6 +7,7 @@ in memory together, and whatever PEFT computes for a kind of layer or adapter is
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, Trainable
 from peft.utils.save_and_load import set_peft_model_state_dict
 from torch import Tensor, nn
 
+from rankwise.adapters.layer import AdapterLayer
 from rankwise.errors import AdapterFileError, RankwiseError, nearest
 
 WITHIN = (".base_layer", ".original_module", ".token_adapter")
@@ -45,6 +47,7 @@ class Adapted:
         self.folder = folder
         self._base = skeleton
         own_names = list(skeleton.state_dict())
+        ties = tied_names(skeleton)
         _fill_with_stand_ins(skeleton)
         self._load(config, tensors)
         self.modules: dict[str, Any] = dict(_outermost(skeleton))
@@ -61,7 +64,7 @@ class Adapted:
         """Weights that the adapter holds in place of the base model's: trained biases, and embeddings."""
         self.frozen: dict[str, Tensor] = {}
         """Frozen weights of adapted embeddings, which PEFT saves beside their updates."""
-        self._find_given(set(own_names))
+        self._find_given(set(own_names), ties)
 
     def _load(self, config: Any, tensors: Mapping[str, Tensor]) -> None:
         """Put the adapter on the skeleton."""
@@ -87,7 +90,7 @@ class Adapted:
             raise AdapterFileError(f"{self.folder} lacks {missing!r}, which its config asks for on this base model")
         model.eval()
 
-    def _find_given(self, own_names: set[str]) -> None:
+    def _find_given(self, own_names: set[str], ties: list[list[str]]) -> None:
         for name, parameter in self._base.named_parameters(remove_duplicate=False):
             own = own_name(name)
             if own not in own_names or _is_stand_in(parameter):
@@ -95,6 +98,11 @@ class Adapted:
             is_adapted = any(parent in self.modules for parent in _parents(own))
             found = self.frozen if is_adapted and own.endswith(".weight") else self.given
             found[own] = parameter.detach()
+        # Of tied weights, a file may hold one for all.
+        for tie in ties:
+            held = next((self.given[name] for name in tie if name in self.given), None)
+            if held is not None:
+                self.given |= {name: held for name in tie if name not in self.given and name not in self.module_of}
 
     @property
     def in_full(self) -> list[str]:
@@ -112,6 +120,12 @@ class Adapted:
     def is_linear(self) -> bool:
         """Whether the update does not depend on the base weight, as DoRA's does, so that it can be scaled and added."""
         return not any(getattr(module, "lora_variant", None) for module in self._base.modules())
+
+    @property
+    def unfinished(self) -> str | None:
+        """A sentence about ranks that a rankwise adapter's training left short of their budget."""
+        layers = [module for module in self.modules.values() if isinstance(module, AdapterLayer)]
+        return next((roster.unfinished() for layer in layers for roster in layer.rosters.values()), None)
 
     def merged(self, name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the weights of a module become. The module is given up by this, with all it holds.
@@ -181,6 +195,14 @@ def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             last = name
             yield name, module
+
+
+def tied_names(model: nn.Module) -> list[list[str]]:
+    """Names of one and the same weight of a model."""
+    names: dict[nn.Parameter, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[parameter].append(name)
+    return [found for found in names.values() if len(found) > 1]
 
 
 def own_name(name: str) -> str:

@@ -25,6 +25,7 @@ from rankwise.checks import require_choice, require_room
 from rankwise.errors import RankwiseError
 from rankwise.export.card import write_card
 from rankwise.export.combine import given_weights
+from rankwise.export.into_base.adapted import tied_names
 from rankwise.export.into_base.checkpoint import (
     FILES,
     INDEX,
@@ -34,7 +35,7 @@ from rankwise.export.into_base.checkpoint import (
     Stored,
     open_checkpoint,
 )
-from rankwise.export.into_base.merging import Merging, tied_names
+from rankwise.export.into_base.merging import Merging
 from rankwise.export.into_base.model_config import TIE_MEANS_MORE, untied, with_dtype
 from rankwise.export.into_base.opening import bare_model, opened, read_config, write_config
 from rankwise.export.into_base.saved import SavedAdapter, read_saved
@@ -43,7 +44,7 @@ from rankwise.files import whole_folder
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 """What a model can be written in: torch's names of dtypes, with safetensors'."""
-WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "*.py"]
+WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
 """The files of a base model on the hub that are fetched; its pickles only where it has no other weights."""
 NOT_COPIED = {".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt", ".safetensors", ".md"}
 """Endings of the base's files that hold its weights, or speak of it."""
@@ -114,6 +115,9 @@ def merge_into_base(
         model, adapted = opened(beside, adapters)
         merging = Merging(model, adapted, given, checkpoint)
         _warn_of_lacking(model, merging)
+        for adapter in adapted:
+            if adapter.unfinished:
+                warnings.warn(f"{adapter.folder}: {adapter.unfinished}", stacklevel=2)
         _write_model(beside, model, merging, checkpoint, dtype)
         facts = {
             "Revision": f"`{revision}`" if revision else None,
@@ -158,7 +162,8 @@ def _write_model(folder: Path, model: nn.Module, merging: Merging, checkpoint: C
         (folder / (_written_as(checkpoint.kind) + INDEX)).write_text(text, encoding="utf-8")
     told = read_config(folder)
     if dtype is not None:
-        told = with_dtype(told | {"dtype": dtype}, dtype)
+        # diffusers' configs say no dtype.
+        told = with_dtype(told | {"dtype": dtype} if "model_type" in told else told, dtype)
     if added and type(model).__name__ not in (told.get("architectures") or ()):
         told["architectures"] = [type(model).__name__]
     write_config(folder, told)

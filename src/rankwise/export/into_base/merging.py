@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from rankwise.errors import ArgumentError, RankwiseError
-from rankwise.export.into_base.adapted import Adapted
+from rankwise.export.into_base.adapted import Adapted, tied_names
 from rankwise.export.into_base.checkpoint import WEIGHT_DTYPES, Checkpoint
 from rankwise.export.into_base.conversion import Conversion, Unit
 from rankwise.export.lora import TOLERANCE
@@ -179,14 +179,6 @@ class Merging:
 def widened(tensor: Tensor) -> Tensor:
     """A tensor in the dtype that it is worked on in: float32, or float64 where it is."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def tied_names(model: nn.Module) -> list[list[str]]:
-    """Names of one and the same weight of a model."""
-    names: dict[nn.Parameter, list[str]] = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names[parameter].append(name)
-    return [found for found in names.values() if len(found) > 1]
 
 
 def connected(groups: Iterable[Collection[str]]) -> list[set[str]]:
