@@ -221,5 +221,7 @@ def _parents(name: str) -> Iterator[str]:
 
 def _sentence(error: Exception) -> str:
     """The line of an error that says most: of several, the first that is indented."""
+    if isinstance(error, KeyError):
+        return f"{error} is missing"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return lines[1] if len(lines) > 1 else lines[0]

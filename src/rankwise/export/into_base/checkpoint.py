@@ -77,9 +77,10 @@ class Checkpoint:
         dtype = DTYPES.get(stored.dtype)
         if stored.size == 0:
             return torch.empty(stored.shape, dtype=dtype)
+        content = bytearray(stored.size)
         with (self.folder / stored.file).open("rb") as file:
             file.seek(stored.at)
-            content = bytearray(file.read(stored.size))
+            file.readinto(content)
         return torch.frombuffer(content, dtype=dtype or torch.uint8).view(stored.shape if dtype else -1)
 
 
@@ -195,7 +196,7 @@ class Shards:
         stored = self._placed[key]
         if stored.dtype in DTYPES:
             tensor = tensor.to(DTYPES[stored.dtype])
-        if tensor.is_floating_point() and not tensor.isfinite().all():
+        if tensor.is_floating_point() and not _is_finite(tensor):
             raise RankwiseError(f"{key!r} would hold NaN or infinity in {tensor.dtype}")
         content = tensor.detach().contiguous().flatten().view(torch.uint8)
         with (self._folder / stored.file).open("r+b") as file:
@@ -211,6 +212,11 @@ class Shards:
     def size(self) -> int:
         """How many bytes all tensors take."""
         return sum(stored.size for stored in self._placed.values())
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity, told without another tensor of its size."""
+    return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
 def _size(stored: Stored) -> int:

@@ -27,6 +27,9 @@ from transformers.core_model_loading import (
 
 from rankwise.errors import RankwiseError
 
+CANNOT_CONVERT = (NotImplementedError, ValueError, KeyError, IndexError, AttributeError, RuntimeError)
+"""What transformers' converters raise for tensors that they do not fit."""
+
 
 @dataclass
 class Unit:
@@ -34,8 +37,10 @@ class Unit:
 
     keys: list[str] = field(default_factory=list)
     """Their names in the files."""
+    first: str = ""
+    """The parameter they become, or the first of several."""
     parameters: list[str] = field(default_factory=list)
-    """The parameters they become."""
+    """All of these."""
     converter: WeightConverter | None = None
     """How; None where the tensor stays as it is."""
     patterns: dict[str, str] = field(default_factory=dict)
@@ -79,12 +84,11 @@ class Conversion:
     def to_parameters(self, unit: Unit, read: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """The parameters that a unit's tensors become."""
         if unit.converter is None:
-            return {unit.parameters[0]: read(unit.keys[0])}
+            return {unit.first: read(unit.keys[0])}
         converter = copy.deepcopy(unit.converter)
-        first = self.parameter_of(unit.keys[0])[0]
         for key in unit.keys:
-            converter.add_tensor(first, key, unit.patterns[key], read(key))  # type: ignore[arg-type]
-        return _tensors(converter.convert(first, model=self._model, config=self._model.config))
+            converter.add_tensor(unit.first, key, unit.patterns[key], read(key))  # type: ignore[arg-type]
+        return _tensors(converter.convert(unit.first, model=self._model, config=self._model.config))
 
     def to_files(self, unit: Unit, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of the files that a unit's parameters come from.
@@ -93,16 +97,15 @@ class Conversion:
             RankwiseError: transformers does not know the way back.
         """
         if unit.converter is None:
-            return dict.fromkeys(unit.keys, parameters[unit.parameters[0]])
+            return dict.fromkeys(unit.keys, parameters[unit.first])
         try:
             back = unit.converter.reverse_transform()
-            first = ""
-            for name in sorted(unit.parameters, key=dot_natural_key):
-                renamed, pattern = back.rename_source_key(name)
-                first = first or renamed
+            renamed = {name: back.rename_source_key(name) for name in sorted(unit.parameters, key=dot_natural_key)}
+            first = next(iter(renamed.values()))[0]
+            for name, (_, pattern) in renamed.items():
                 back.add_tensor(first, name, str(pattern), parameters[name])  # type: ignore[arg-type]
             made = _tensors(back.convert(first, model=self._model, config=self._model.config))  # type: ignore[attr-defined]
-        except (NotImplementedError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        except CANNOT_CONVERT as error:
             raise RankwiseError(
                 f"the update of {unit.parameters[0]!r} cannot be written: transformers does not know the way back to "
                 f"{unit.keys[0]!r} ({error})"
@@ -117,7 +120,7 @@ class Conversion:
             name, pattern = self.parameter_of(key)
             if name not in self._expected:
                 continue
-            unit = units.setdefault(name, Unit(parameters=[name]))
+            unit = units.setdefault(name, Unit(first=name, parameters=[name]))
             unit.keys.append(key)
             if pattern is not None:
                 unit.converter = of_pattern[pattern]
@@ -125,26 +128,32 @@ class Conversion:
                 unit.renamed[key] = apply_renamings(key, self._renamings)
         for unit in units.values():
             if unit.converter is not None:
-                made = self.to_parameters(unit, lambda key: torch.empty(shapes[key], device="meta"))
-                unit.parameters = list(made)
+                unit.parameters = list(self.shapes_of(unit, shapes))
         return list(units.values())
 
     def shapes_of(self, unit: Unit, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
         """The shapes of the parameters that a unit's tensors become."""
-        made = self.to_parameters(unit, lambda key: torch.empty(shapes[key], device="meta"))
-        return {name: tuple(made[name].shape) for name in unit.parameters}
+        return {name: tuple(tensor.shape) for name, tensor in self._without_data(unit, shapes).items()}
 
     def check_way_back(self, unit: Unit, shapes: Mapping[str, tuple[int, ...]]) -> None:
         """Raise `RankwiseError` where a unit's parameters do not become the tensors again that they came from."""
         if unit.converter is None:
             return
-        there = self.to_parameters(unit, lambda key: torch.empty(shapes[key], device="meta"))
-        again = {key: tuple(tensor.shape) for key, tensor in self.to_files(unit, there).items()}
-        if again != {key: shapes[key] for key in unit.keys}:
+        again = self.to_files(unit, self._without_data(unit, shapes))
+        if {key: tuple(tensor.shape) for key, tensor in again.items()} != {key: shapes[key] for key in unit.keys}:
             raise RankwiseError(
                 f"the update of {unit.parameters[0]!r} cannot be written: transformers' way back to {unit.keys[0]!r} "
                 f"leads to {min(again)!r}"
             )
+
+    def _without_data(self, unit: Unit, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+        """The parameters of a unit on the meta device, where nothing but shapes is worked out."""
+        try:
+            return self.to_parameters(unit, lambda key: torch.empty(shapes[key], device="meta"))
+        except CANNOT_CONVERT as error:
+            raise RankwiseError(
+                f"the base model's {unit.keys[0]!r} and what belongs to it cannot become {unit.first!r} ({error})"
+            ) from error
 
     def _bare(self, name: str) -> str:
         """A name without the prefix that files of a model without a head leave out."""

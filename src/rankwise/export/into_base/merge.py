@@ -7,43 +7,26 @@ files' names.
 
 from __future__ import annotations
 
-import itertools
-import json
 import re
 import shutil
 import warnings
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor, nn
 
 from rankwise.base_models import model_folder
 from rankwise.checks import require_choice, require_room
 from rankwise.errors import RankwiseError
 from rankwise.export.card import write_card
 from rankwise.export.combine import given_weights
-from rankwise.export.into_base.adapted import tied_names
-from rankwise.export.into_base.checkpoint import (
-    FILES,
-    INDEX,
-    WEIGHT_DTYPES,
-    Checkpoint,
-    Shards,
-    Stored,
-    open_checkpoint,
-)
+from rankwise.export.into_base.checkpoint import FILES, INDEX, open_checkpoint
 from rankwise.export.into_base.merging import Merging
-from rankwise.export.into_base.model_config import TIE_MEANS_MORE, untied, with_dtype
-from rankwise.export.into_base.opening import bare_model, opened, read_config, write_config
+from rankwise.export.into_base.opening import opened, read_config
 from rankwise.export.into_base.saved import SavedAdapter, read_saved
+from rankwise.export.into_base.writing import DTYPES, write_model
 from rankwise.export.source import saved_config, told_base
 from rankwise.files import whole_folder
 
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""What a model can be written in: torch's names of dtypes, with safetensors'."""
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]
 """The files of a base model on the hub that are fetched; its pickles only where it has no other weights."""
 NOT_COPIED = {".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt", ".safetensors", ".md"}
@@ -118,7 +101,7 @@ def merge_into_base(
         for adapter in adapted:
             if adapter.unfinished:
                 warnings.warn(f"{adapter.folder}: {adapter.unfinished}", stacklevel=2)
-        _write_model(beside, model, merging, checkpoint, dtype)
+        write_model(beside, model, merging, checkpoint, dtype)
         facts = {
             "Revision": f"`{revision}`" if revision else None,
             "Merged from": ", ".join(f"`{Path(folder).name}`" for folder in folders),
@@ -128,45 +111,6 @@ def merge_into_base(
         load = LOAD.format(library=library, name=type(model).__name__)
         write_card(beside, out.name, source, "A model with LoRAs merged in", facts, load=load, library=library)
     return out
-
-
-def _write_model(folder: Path, model: nn.Module, merging: Merging, checkpoint: Checkpoint, dtype: str | None) -> None:
-    """The merged weights, their index, and the config."""
-    # Whether tied weights come out different decides what the files hold, so that these are worked out first.
-    tied = {name for tie in merging.ties for name in tie}
-    results_of_tied = [merging.results(group) for group in merging.groups if group & tied]
-    apart = [tie for tie in merging.ties if any(_differ(tie, results) for results in results_of_tied)]
-    if apart:
-        _untie(folder, model, apart)
-        known = {name for results in results_of_tied for name in results}
-        results_of_tied += [merging.results(tie) for tie in merging.ties if not known.intersection(tie)]
-
-    heads = [name for name in merging.lacking if name in merging.in_full]
-    added = merging.new_keys([*heads, *(sorted(tied) if apart else [])])
-    shards = Shards(folder, _laid_out(merging, added, checkpoint, dtype))
-    left = set(checkpoint.stored)
-    others = (merging.results(group) for group in merging.groups if not group & tied)
-    for results in itertools.chain(results_of_tied, others):
-        for unit in merging.units(results):
-            for key, tensor in merging.conversion.to_files(unit, results).items():
-                shards.write(key, tensor)
-                left.discard(key)
-        for name in results.keys() & added.keys():
-            shards.write(added[name], results[name])
-    for key in left:
-        shards.write(key, checkpoint.read(key))
-
-    if checkpoint.index is not None:
-        index = {"metadata": {"total_size": shards.size}, "weight_map": shards.files}
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (folder / (_written_as(checkpoint.kind) + INDEX)).write_text(text, encoding="utf-8")
-    told = read_config(folder)
-    if dtype is not None:
-        # diffusers' configs say no dtype.
-        told = with_dtype(told | {"dtype": dtype} if "model_type" in told else told, dtype)
-    if added and type(model).__name__ not in (told.get("architectures") or ()):
-        told["architectures"] = [type(model).__name__]
-    write_config(folder, told)
 
 
 def _warn_of_lacking(model: Any, merging: Merging) -> None:
@@ -181,57 +125,6 @@ def _warn_of_lacking(model: Any, merging: Merging) -> None:
             "at random, as the adapters' training did",
             stacklevel=4,
         )
-
-
-def _differ(tie: Collection[str], results: Mapping[str, Tensor]) -> bool:
-    """Whether weights that were one and the same are so no more."""
-    found = [results[name] for name in tie if name in results]
-    return any(other.shape != found[0].shape or not torch.equal(other, found[0]) for other in found[1:])
-
-
-def _untie(folder: Path, model: Any, apart: Sequence[Collection[str]]) -> None:
-    """Make the config say that weights are tied no more, if that is all it would say."""
-    told = read_config(folder)
-    if model.config.model_type not in TIE_MEANS_MORE:
-        write_config(folder, untied(told, model.config))
-        still = [set(tie) for tie in tied_names(bare_model(folder, trained_as=type(model).__name__))]
-        if not any(len(other.intersection(tie)) > 1 for other in still for tie in apart):
-            return
-        write_config(folder, told)
-    warnings.warn(
-        f"the weights of {', '.join(apart[0])} differ now, and the config of {type(model).__name__} cannot say so: "
-        "transformers finds both in the files and keeps them apart; another reader may tie them",
-        stacklevel=5,
-    )
-
-
-def _laid_out(
-    merging: Merging, added: Mapping[str, str], checkpoint: Checkpoint, dtype: str | None
-) -> dict[str, Stored]:
-    """Where every tensor will lie: where it lay, a new one beside the one it was tied to or in the last file."""
-    placed = dict(checkpoint.stored)
-    usual_dtype = Counter(stored.dtype for stored in placed.values() if stored.dtype in WEIGHT_DTYPES).most_common(1)
-    last = max(stored.file for stored in placed.values())
-    for group in merging.groups:
-        for unit in merging.units(group):
-            if unit.converter is None:
-                shape = merging.shape(unit.parameters[0])
-                placed |= {key: placed[key]._replace(shape=shape) for key in unit.keys}
-    for name, key in added.items():
-        beside = merging.units([name])
-        like = placed[beside[0].keys[0]] if beside else Stored(last, (), usual_dtype[0][0])
-        placed[key] = like._replace(shape=merging.shape(name))
-    for key, stored in placed.items():
-        chosen = DTYPES[dtype] if dtype is not None and stored.dtype in WEIGHT_DTYPES else stored.dtype
-        placed[key] = stored._replace(file=_written_as(stored.file), dtype=chosen)
-    return placed
-
-
-def _written_as(file: str) -> str:
-    """The name of the safetensors file for a file of weights."""
-    if not file.endswith(".bin"):
-        return file
-    return re.sub("^pytorch_model", "model", file.removesuffix(".bin")) + ".safetensors"
 
 
 def _is_replaced(file: Path) -> bool:
