@@ -18,12 +18,14 @@ from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor
 
-from rankwise.adapters.embedding import AdapterEmbedding
 from rankwise.checks import require_room
 from rankwise.errors import ArgumentError, RankwiseError, nearest
+from rankwise.export.adapter import FROZEN, Adapter
 from rankwise.export.card import MODEL_LOAD, write_card
-from rankwise.export.combine import FROZEN, Merged, combined, given_weights, read_adapters, saved_config
-from rankwise.export.source import PEFT_PREFIX, Form, read_tensors
+from rankwise.export.combine import combined, given_weights, read_adapters
+from rankwise.export.lora_config import saved_config
+from rankwise.export.lora_format import EMBEDDING, LoraFormat
+from rankwise.export.reader import PEFT_PREFIX, read_tensors
 from rankwise.files import whole_folder
 from rankwise.update import Factors
 
@@ -108,29 +110,29 @@ def merge_into_base(
                     after.seek(entry.at)
                     after.write(_bytes(new.to(DTYPES[entry.dtype]), key))
         source = str(base or saved_config(folders[0]).get("base_model_name_or_path"))
-        facts = {"Merged from": ", ".join(f"`{Path(f).name}`" for f in folders), "Weights": ", ".join(map(str, given))}
+        facts = {"Adapter from": ", ".join(f"`{Path(f).name}`" for f in folders), "Weights": ", ".join(map(str, given))}
         write_card(
             beside, out.name, source, "A model with LoRAs merged in", facts, load=MODEL_LOAD, library="transformers"
         )
     return out
 
 
-def _added(weight: Tensor, name: str, merged: Merged) -> Tensor:
+def _added(weight: Tensor, name: str, merged: Adapter) -> Tensor:
     """A weight with the update of its module, in float32, or float64 where it is."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     delta = Factors(*(t.to(wide) for t in merged.updates[name])).delta()
-    return weight.to(wide) + (delta if _is_upright(merged.forms[name], weight.shape) else delta.mT).reshape(
+    return weight.to(wide) + (delta if _is_upright(merged.formats[name], weight.shape) else delta.mT).reshape(
         weight.shape
     )
 
 
-def _is_upright(form: Form, shape: Sequence[int]) -> bool:
+def _is_upright(form: LoraFormat, shape: Sequence[int]) -> bool:
     """Whether a weight of `shape` is stored as (out, in, …): not of an embedding, nor of a Conv1D of GPT-2's.
 
     A plain adapter says `fan_in_fan_out` for all its modules, so that it decides only where the weight is square.
     """
     out, into = form.shape
-    if issubclass(form.kind, AdapterEmbedding):
+    if form.kind == EMBEDDING:
         return False
     return not form.transposed if out == into else shape[0] == out
 
@@ -199,7 +201,7 @@ def _key(wanted: str, entries: Mapping[str, Entry]) -> str:
 
 
 def _check_targets(
-    merged: Merged, targets: Mapping[str, str], values: Mapping[str, Tensor], entries: Mapping[str, Entry]
+    merged: Adapter, targets: Mapping[str, str], values: Mapping[str, Tensor], entries: Mapping[str, Entry]
 ) -> None:
     for key in (*targets, *values):
         shape, dtype = entries[key].shape, entries[key].dtype
@@ -208,12 +210,12 @@ def _check_targets(
         if key in values:
             fitting = [tuple(values[key].shape)]
         else:
-            form = merged.forms[targets[key]]
+            form = merged.formats[targets[key]]
             out, into = form.shape
             fitting = [(out, *form.kernel)] if form.kernel else [(out, into), (into, out)]
         if shape not in fitting:
             raise RankwiseError(f"the base model's {key!r} has shape {shape}, and the adapters' is {fitting[0]}")
-        if key in targets and issubclass(merged.forms[targets[key]].kind, AdapterEmbedding):
+        if key in targets and merged.formats[targets[key]].kind == EMBEDDING:
             warnings.warn(
                 f"{key!r} is an embedding: where an output layer is tied to it, that changes too", stacklevel=3
             )
