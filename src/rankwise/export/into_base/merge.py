@@ -17,6 +17,7 @@ from typing import Any
 from rankwise.base_models import model_folder
 from rankwise.checks import require_choice, require_room
 from rankwise.errors import RankwiseError
+from rankwise.export.base import told_base
 from rankwise.export.card import write_card
 from rankwise.export.combine import given_weights
 from rankwise.export.into_base.checkpoint import FILES, INDEX, open_checkpoint
@@ -24,7 +25,7 @@ from rankwise.export.into_base.merging import Merging
 from rankwise.export.into_base.opening import opened, read_config
 from rankwise.export.into_base.saved import SavedAdapter, read_saved
 from rankwise.export.into_base.writing import DTYPES, write_model
-from rankwise.export.source import saved_config, told_base
+from rankwise.export.lora_config import saved_config
 from rankwise.files import whole_folder
 
 WANTED = ["*.safetensors", "*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja", "*.py"]

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from rankwise.base_models import skeleton
 from rankwise.errors import AdapterFileError, ArgumentError, RankwiseError
+from rankwise.export.base import trained_as
 from rankwise.export.into_base.adapted import Adapted
 from rankwise.export.into_base.model_config import resized
 from rankwise.export.into_base.saved import SavedAdapter
@@ -91,7 +92,7 @@ def write_config(folder: Path, told: dict[str, Any]) -> None:
 def _choices(adapter: SavedAdapter, told: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """What tells the class, the surest first: what the adapter says, the model's own, and the one without a head."""
     task = adapter.told.get("task_type")
-    yield {"task": task, "trained_as": adapter.trained_as}
+    yield {"task": task, "trained_as": trained_as(adapter.told)}
     yield {"task": task}
     yield {}
     headless = MODEL_MAPPING_NAMES.get(str(told.get("model_type")))

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import peft
 from peft import PeftConfig
 from torch import Tensor
 
-from rankwise.adapters.configs import AdapterConfig
-from rankwise.errors import AdapterFileError
-from rankwise.export.plain import BEYOND_UPDATES, STARTS
-from rankwise.export.source import CONFIG, TENSORS, not_finite, opened_config, read_tensors, saved_config
+from rankwise.errors import AdapterFileError, RankwiseError
+from rankwise.export.adapter import key_not_finite
+from rankwise.export.lora_config import CONFIG, ONLY_UPDATES, OURS, STARTS, read_config
+from rankwise.export.reader import PEFT_PREFIX, TENSORS, Key, parsed_key, read_tensors
 
-MERGEABLE = ("trainable_token_indices", "target_parameters")
-"""What PEFT merges although it is more than updates of modules."""
+MERGEABLE = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
+"""Fields of PEFT's LoraConfig that make an adapter more than updates of modules, and that PEFT merges all the same."""
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,9 @@ class SavedAdapter:
     folder: Path
     config: PeftConfig
     told: Mapping[str, Any]
-    """The config as it lies in its file."""
+    """The config as its JSON holds it."""
     tensors: dict[str, Tensor]
-
-    @property
-    def trained_as(self) -> str | None:
-        """The class of the model it was trained on, where it says one."""
-        return (self.told.get("auto_mapping") or {}).get("base_model_class")
+    """By PEFT's names for them."""
 
 
 def read_saved(folder: Path) -> SavedAdapter:
@@ -42,27 +38,57 @@ def read_saved(folder: Path) -> SavedAdapter:
     Raises:
         AdapterFileError: it is missing, broken, not finite, no LoRA, or of a kind whose update no weight can hold.
     """
-    config: Any = opened_config(folder)
-    if config is None:
+    if not (folder / CONFIG).is_file():
         raise AdapterFileError(f"{folder} holds no LoRA adapter: {CONFIG} is missing")
-    if not isinstance(config, AdapterConfig):
-        _check_plain(config, folder)
-    tensors = read_tensors(folder / TENSORS)
-    broken = not_finite(tensors)
+    told = read_config(folder)
+    if not str(told.get("peft_type")).startswith(OURS):
+        _check_plain(told, folder)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except RankwiseError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise AdapterFileError(f"{folder / CONFIG} is not a whole adapter config ({type(error).__name__})") from error
+    tensors = _under_pefts_names(read_tensors(folder / TENSORS), folder / TENSORS)
+    broken = key_not_finite(tensors)
     if broken:
         raise AdapterFileError(f"{folder / TENSORS} holds NaN or infinity in {broken!r}")
     if not tensors:
         raise AdapterFileError(f"{folder / TENSORS} holds no tensor")
-    return SavedAdapter(folder, config, saved_config(folder), tensors)
+    return SavedAdapter(folder, config, told, tensors)
 
 
-def _check_plain(config: Any, folder: Path) -> None:
-    if type(config) is not peft.LoraConfig:
-        raise AdapterFileError(f"{folder} holds no LoRA adapter")
-    for field in BEYOND_UPDATES:
-        if field not in MERGEABLE and getattr(config, field, None):
+def _check_plain(told: Mapping[str, Any], folder: Path) -> None:
+    """Raise `AdapterFileError` for an adapter that is no LoRA, or does more than can be put into weights."""
+    if told.get("peft_type") != "LORA":
+        raise AdapterFileError(f"{folder} holds no LoRA adapter: its peft_type is {told.get('peft_type')!r}")
+    for field, value in told.items():
+        if value and field not in ONLY_UPDATES + MERGEABLE:
             raise AdapterFileError(f"{folder} cannot be merged into a base model: its config has `{field}`")
-    if config.init_lora_weights not in STARTS:
-        raise AdapterFileError(
-            f"{folder} started from {config.init_lora_weights!r}, which changes the base model: convert it first"
-        )
+    start = told.get("init_lora_weights", True)
+    if start not in STARTS:
+        raise AdapterFileError(f"{folder} started from {start!r}, which changes the base model: convert it first")
+
+
+def _under_pefts_names(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The tensors by the names that PEFT saves them by, without wrappers and the adapter's own name.
+
+    Raises:
+        AdapterFileError: two keys name one tensor.
+    """
+    keys: dict[str, str] = {}
+    for key in tensors:
+        told = parsed_key(key)
+        first = keys.setdefault(_pefts_name(told), key)
+        if first != key:
+            raise AdapterFileError(f"{file} holds one tensor under two names, {first!r} and {key!r}")
+        if told.wrappers and len(keys) == 1:
+            warnings.warn(f"{file} holds wrappers' names, which are left out, as in {key!r}", stacklevel=4)
+    return {name: tensors[key] for name, key in keys.items()}
+
+
+def _pefts_name(told: Key) -> str:
+    if told.part not in ("A", "B"):
+        return PEFT_PREFIX + told.module + (f".{told.part}" if told.part else "")
+    ending = f"lora_embedding_{told.part}" if told.embedding else f"lora_{told.part}.weight"
+    return f"{PEFT_PREFIX}{told.module}.{ending}"
