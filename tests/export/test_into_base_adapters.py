@@ -145,6 +145,22 @@ def test_names_that_peft_reads(names: str, tmp_path: Path) -> None:
     check_merged(base, adapter, cls, TOKENS_AND_PIXELS)
 
 
+def test_wrappers_in_names_are_left_out(tmp_path: Path) -> None:
+    base = saved_base(tmp_path / "base", llama)
+    adapter = saved_adapter(tmp_path / "lora", opened(base, tf.LlamaForCausalLM)[0], target_modules=["q_proj"])
+    wanted = load_file(merge_into_base([adapter], base, tmp_path / "plain") / "model.safetensors")
+    file = adapter / "adapter_model.safetensors"
+    tensors = {f"_orig_mod.{key}": tensor for key, tensor in load_file(file).items()}
+    save_file(tensors, file)
+    with pytest.warns(UserWarning, match="holds wrappers' names, which are left out, in 4 of its keys"):
+        out = merge_into_base([adapter], base, tmp_path / "out")
+    found = load_file(out / "model.safetensors")
+    assert all(torch.equal(found[key], wanted[key]) for key in wanted)
+    save_file(tensors | {key.removeprefix("_orig_mod."): tensor + 1 for key, tensor in tensors.items()}, file)
+    with pytest.raises(RankwiseError, match="holds one tensor under two names"):
+        merge_into_base([adapter], base, tmp_path / "twice")
+
+
 # --- tied embeddings --------------------------------------------------------------------------------------------------
 
 TIES: dict[str, tuple[Callable[[], Any], Any, dict[str, Any]]] = {

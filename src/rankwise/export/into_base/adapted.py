@@ -140,7 +140,8 @@ class Adapted:
         module = self.modules.pop(name)
         parent, _, child = name.rpartition(".")
         setattr(self._base.get_submodule(parent), child, nn.Identity())
-        if not isinstance(module, ModulesToSaveWrapper):
+        is_replaced = isinstance(module, ModulesToSaveWrapper)
+        if not is_replaced:
             self._fill(name, module, values)
         try:
             if hasattr(module, "unload_and_optionally_merge_module"):
@@ -186,7 +187,7 @@ def _is_stand_in(tensor: Tensor) -> bool:
     return tensor.untyped_storage().data_ptr() == ZERO.untyped_storage().data_ptr()
 
 
-def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def _outermost(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The modules that PEFT has put in the place of others, but for those inside of such."""
     last = None
     for name, module in model.named_modules():

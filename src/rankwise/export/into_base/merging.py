@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 
 import torch
@@ -70,7 +70,7 @@ class Merging:
         """
         before = self._before(group)
         total: dict[str, Tensor] = {}
-        share: Counter[str] = Counter()
+        share: dict[str, float] = defaultdict(float)
         for adapter, weight in zip(self._adapted, self._weights, strict=True):
             before |= {name: widened(adapter.frozen[name]) for name in group if name in adapter.frozen}
             after = {name: adapter.given[name] for name in group if name in adapter.given}

@@ -77,13 +77,17 @@ def _under_pefts_names(tensors: Mapping[str, Tensor], file: Path) -> dict[str, T
         AdapterFileError: two keys name one tensor.
     """
     keys: dict[str, str] = {}
+    wrapped: list[str] = []
     for key in tensors:
         told = parsed_key(key)
         first = keys.setdefault(_pefts_name(told), key)
         if first != key:
             raise AdapterFileError(f"{file} holds one tensor under two names, {first!r} and {key!r}")
-        if told.wrappers and len(keys) == 1:
-            warnings.warn(f"{file} holds wrappers' names, which are left out, as in {key!r}", stacklevel=4)
+        if told.wrappers:
+            wrapped.append(key)
+    if wrapped:
+        found = f"in {len(wrapped)} of its keys, as in {wrapped[0]!r}"
+        warnings.warn(f"{file} holds wrappers' names, which are left out, {found}", stacklevel=4)
     return {name: tensors[key] for name, key in keys.items()}
 
 
