@@ -19,8 +19,8 @@ from conftest import tiny_llama
 from rankwise.adapters.configs import CONFIGS
 from rankwise.cli.main import app
 from rankwise.errors import AdapterFileError, ArgumentError, RankwiseError
+from rankwise.export.reader import DIFFUSERS
 from rankwise.export.servers import RULES, SERVERS, missing_beside
-from rankwise.export.shipped import DIFFUSERS
 
 Config, Tensors = dict[str, Any], dict[str, Tensor]
 PREFIX = "base_model.model.model.layers.0.self_attn."

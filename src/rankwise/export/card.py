@@ -12,9 +12,6 @@ CARD = "README.md"
 PEFT_LOAD = """from peft import PeftModel
 
 model = PeftModel.from_pretrained(base_model, "{folder}")  # stock PEFT; rankwise is not needed"""
-MODEL_LOAD = """from transformers import AutoModel  # or AutoModelForCausalLM, …: the class the base model is loaded by
-
-model = AutoModel.from_pretrained("{folder}")"""
 DIFFUSERS_LOAD = 'pipeline.load_lora_weights("{folder}")'
 
 

@@ -1,0 +1,98 @@
+"""An adapter's files, as far as a merge into the base model can take them."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from torch import Tensor
+
+from rankwise.errors import AdapterFileError, RankwiseError
+from rankwise.export.adapter import key_not_finite
+from rankwise.export.lora_config import CONFIG, ONLY_UPDATES, OURS, STARTS, read_config
+from rankwise.export.reader import PEFT_PREFIX, TENSORS, Key, parsed_key, read_tensors
+
+MERGEABLE = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
+"""Fields of PEFT's LoraConfig that make an adapter more than updates of modules, and that PEFT merges all the same."""
+
+
+@dataclass(frozen=True)
+class SavedAdapter:
+    """The config and the tensors of an adapter."""
+
+    folder: Path
+    config: PeftConfig
+    told: Mapping[str, Any]
+    """The config as its JSON holds it."""
+    tensors: dict[str, Tensor]
+    """By PEFT's names for them."""
+
+
+def read_saved(folder: Path) -> SavedAdapter:
+    """The adapter in a folder.
+
+    Raises:
+        AdapterFileError: it is missing, broken, not finite, no LoRA, or of a kind whose update no weight can hold.
+    """
+    if not (folder / CONFIG).is_file():
+        raise AdapterFileError(f"{folder} holds no LoRA adapter: {CONFIG} is missing")
+    told = read_config(folder)
+    if not str(told.get("peft_type")).startswith(OURS):
+        _check_plain(told, folder)
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+    except RankwiseError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise AdapterFileError(f"{folder / CONFIG} is not a whole adapter config ({type(error).__name__})") from error
+    tensors = _under_pefts_names(read_tensors(folder / TENSORS), folder / TENSORS)
+    broken = key_not_finite(tensors)
+    if broken:
+        raise AdapterFileError(f"{folder / TENSORS} holds NaN or infinity in {broken!r}")
+    if not tensors:
+        raise AdapterFileError(f"{folder / TENSORS} holds no tensor")
+    return SavedAdapter(folder, config, told, tensors)
+
+
+def _check_plain(told: Mapping[str, Any], folder: Path) -> None:
+    """Raise `AdapterFileError` for an adapter that is no LoRA, or does more than can be put into weights."""
+    if told.get("peft_type") != "LORA":
+        raise AdapterFileError(f"{folder} holds no LoRA adapter: its peft_type is {told.get('peft_type')!r}")
+    for field, value in told.items():
+        if value and field not in ONLY_UPDATES + MERGEABLE:
+            raise AdapterFileError(f"{folder} cannot be merged into a base model: its config has `{field}`")
+    start = told.get("init_lora_weights", True)
+    if start not in STARTS:
+        raise AdapterFileError(f"{folder} started from {start!r}, which changes the base model: convert it first")
+
+
+def _under_pefts_names(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
+    """The tensors by the names that PEFT saves them by, without wrappers and the adapter's own name.
+
+    Raises:
+        AdapterFileError: two keys name one tensor.
+    """
+    keys: dict[str, str] = {}
+    wrapped: list[str] = []
+    for key in tensors:
+        told = parsed_key(key)
+        first = keys.setdefault(_pefts_name(told), key)
+        if first != key:
+            raise AdapterFileError(f"{file} holds one tensor under two names, {first!r} and {key!r}")
+        if told.wrappers:
+            wrapped.append(key)
+    if wrapped:
+        found = f"in {len(wrapped)} of its keys, as in {wrapped[0]!r}"
+        warnings.warn(f"{file} holds wrappers' names, which are left out, {found}", stacklevel=4)
+    return {name: tensors[key] for name, key in keys.items()}
+
+
+def _pefts_name(told: Key) -> str:
+    if told.part not in ("A", "B"):
+        return PEFT_PREFIX + told.module + (f".{told.part}" if told.part else "")
+    ending = f"lora_embedding_{told.part}" if told.embedding else f"lora_{told.part}.weight"
+    return f"{PEFT_PREFIX}{told.module}.{ending}"
