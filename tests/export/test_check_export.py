@@ -19,7 +19,8 @@ from conftest import tiny_llama
 from rankwise.adapters.configs import CONFIGS
 from rankwise.cli.main import app
 from rankwise.errors import AdapterFileError, ArgumentError, RankwiseError
-from rankwise.export.servers import RULES, SERVERS, missing_beside
+from rankwise.export.servers import SERVERS
+from rankwise.export.servers.sglang import missing_beside
 from rankwise.export.shipped import DIFFUSERS
 
 Config, Tensors = dict[str, Any], dict[str, Tensor]
@@ -158,7 +159,7 @@ def test_a_rank_that_vllm_cannot_be_started_with(base: Path, tmp_path: Path) -> 
 def test_every_rule_has_a_trap() -> None:
     tested = {rule for rule, _, _ in TRAPS.values()} | {"rank limit", "diffusers' names", "diffusers' scale"}
     tested |= {"diffusers' file", "added tokens"}
-    assert {rule.name for rule in RULES} == tested
+    assert {rule.name for server in SERVERS.values() for rule in server.rules} == tested
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
@@ -255,7 +256,7 @@ def test_the_commands(base: Path, tmp_path: Path) -> None:
 
 
 def test_errors(tmp_path: Path, base: Path) -> None:
-    with pytest.raises(ArgumentError, match="`server` must be one of vllm, sglang"):
+    with pytest.raises(ArgumentError, match=r"`server` must be one of diffusers, llama\.cpp, peft, sglang, vllm"):
         rankwise.check_export(tmp_path, "triton")
     with pytest.raises(AdapterFileError, match="is missing"):
         rankwise.check_export(tmp_path, "vllm")

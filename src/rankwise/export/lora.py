@@ -15,12 +15,12 @@ from rankwise.adapters.lookup import reduced
 from rankwise.adapters.progress import unfinished
 from rankwise.checks import require_choice, require_int, require_room
 from rankwise.errors import ArgumentError, RankwiseError
-from rankwise.export.card import DIFFUSERS_LOAD, spread, write_card
+from rankwise.export.card import spread, write_card
 from rankwise.export.layouts import compact, leading, relative_error, uniform, write
 from rankwise.export.logits import logits_error
 from rankwise.export.plain import read_plain
-from rankwise.export.servers import SERVERS, lora_rank, missing_beside, problems_of
-from rankwise.export.shipped import read_shipped, rename_for_diffusers
+from rankwise.export.servers import SERVERS, Server
+from rankwise.export.shipped import read_shipped
 from rankwise.export.source import Source, finite, from_folder, from_model, not_finite, recorded
 from rankwise.files import whole_folder
 from rankwise.methods import METHODS
@@ -78,8 +78,8 @@ def export_lora(
         rank: the rank to write, by default the largest a module holds. Below it, each update is truncated optimally
             and the report states the error.
         base: for a folder, the base model or where it is, if not where the adapter's config says.
-        server: "vllm", "sglang", "llama.cpp", "diffusers" or "peft": write what it takes, under its names, with zero
-            factors where it needs them, and check the result by `check_export`'s rules.
+        server: a name in `rankwise.export.servers.SERVERS`, such as "vllm": write what it takes, under its names, with
+            zero factors where it needs them, and check the result by `check_export`'s rules.
         command: what trained it, for the model card.
         logits_of: for a folder, where the base model's weights are: compare the whole model's logits too.
         overwrite: replace an existing folder.
@@ -103,7 +103,8 @@ def export_lora(
     if rank is not None:
         require_int("rank", rank, least=1)
     if server is not None:
-        require_choice("server", server, SERVERS)
+        require_choice("server", server, tuple(SERVERS))
+    written_for = None if server is None else SERVERS[server]
     live = isinstance(model_or_folder, nn.Module)
     read = [at for at in (model_or_folder, base, logits_of) if isinstance(at, str | Path)]
     require_room("folder", folder, overwrite=overwrite, reads=read)
@@ -113,7 +114,7 @@ def export_lora(
     if left:
         warnings.warn(left, stacklevel=2)
     written = _truncated(source, rank)
-    config, factors = _laid_out(source, written, layout, rank, server)
+    config, factors = _laid_out(source, written, layout, rank, written_for)
     if isinstance(base, str | Path):
         config.base_model_name_or_path = str(base)
     with whole_folder(folder) as beside:
@@ -124,13 +125,14 @@ def export_lora(
             if error > allowed:
                 raise RankwiseError(f"the export would differ from the adapter by {error:.1e}, more than {allowed:.1e}")
         logits = None if logits_of is None else _checked_logits(logits_of, model_or_folder, beside, written, source)
-        if server is not None:
-            _for_server(beside, server, source)
+        if written_for is not None:
+            _write_for(written_for, beside, source)
         ranks = {name: written[name].r if name in written else 0 for name in factors}
-        limit = None if server is None else lora_rank(server, config.r)
+        limit = None if written_for is None else written_for.rank_limit(config.r)
         parameters = sum(f.B.numel() + f.A.numel() for f in factors.values())
         report = ExportReport(folder, layout, config.r, ranks, parameters, error, limit, logits)
-        _card(beside, folder, source, config, report, server, command or (None if live else recorded(model_or_folder)))
+        trained_with = command or (None if live else recorded(model_or_folder))
+        _card(beside, folder, source, config, report, written_for, trained_with)
     return report
 
 
@@ -162,12 +164,13 @@ def _check(source: Source) -> None:
 
 
 def _laid_out(
-    source: Source, written: dict[str, Factors], layout: str, rank: int | None, server: str | None
+    source: Source, written: dict[str, Factors], layout: str, rank: int | None, server: Server | None
 ) -> tuple[peft.LoraConfig, dict[str, Factors]]:
     if layout == "compact":
         return compact(source, written, rank)
-    own = {name.rpartition(".")[2] for name in written}
-    return uniform(source, written, rank, missing_beside(own) if server == "sglang" else ())
+    own_names = {name.rpartition(".")[2] for name in written}
+    wanted_beside = [] if server is None else server.modules_wanted_beside(own_names)
+    return uniform(source, written, rank, wanted_beside)
 
 
 def _checked_logits(
@@ -189,7 +192,7 @@ def _card(
     source: Source,
     config: peft.LoraConfig,
     report: ExportReport,
-    server: str | None,
+    server: Server | None,
     command: str | None,
 ) -> None:
     method = METHODS[source.config.method]
@@ -203,21 +206,28 @@ def _card(
         "Parameters": f"{report.parameters:,} in the {report.layout} layout",
         "Rank to allow when serving": str(report.max_lora_rank or report.rank),
         "Error of the export": f"{report.relative_error:.1e} of ‖ΔW‖_F, read back from the file",
-        "Made for": server,
+        "Made for": None if server is None else server.name,
     }
-    load = {"load": DIFFUSERS_LOAD, "library": "diffusers"} if server == "diffusers" else {}
-    write_card(beside, folder.name, config.base_model_name_or_path, "A LoRA trained by rankwise", facts, **load)
+    loader = server or SERVERS["peft"]
+    write_card(
+        beside,
+        folder.name,
+        config.base_model_name_or_path,
+        "A LoRA trained by rankwise",
+        facts,
+        load=loader.load_code,
+        library=loader.library,
+    )
 
 
-def _for_server(folder: Path, server: str, source: Source) -> None:
+def _write_for(server: Server, folder: Path, source: Source) -> None:
     """Give a written adapter the server's names, and make sure that the server takes it."""
-    if server == "diffusers":
-        rename_for_diffusers(folder, source.base_class)
+    server.rewrite(folder, source.base_class)
     shipped = read_shipped(folder)
     shipped.base = {name: form.shape for name, form in source.forms.items()}
-    problems = problems_of(shipped, server)
+    problems = server.problems(shipped)
     if problems:
-        raise RankwiseError(f"{server} would not serve this adapter as it is: {problems[0].sentence}")
+        raise RankwiseError(f"{server.name} would not serve this adapter as it is: {problems[0].sentence}")
 
 
 def _truncated(source: Source, rank: int | None) -> dict[str, Factors]:

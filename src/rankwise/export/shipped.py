@@ -11,6 +11,7 @@ from typing import Any
 
 import peft
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -79,6 +80,10 @@ class Shipped:
             return peft.LoraConfig(**{key: value for key, value in self.config.items() if key in known})
         except (TypeError, ValueError):
             return None
+
+    def is_target(self, name: str) -> bool:
+        """Whether the config says that a module is adapted."""
+        return self.lora_config is not None and bool(check_target_module_exists(self.lora_config, name))
 
     def rank(self, name: str) -> int:
         """The rank that the config gives a module."""

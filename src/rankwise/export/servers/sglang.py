@@ -1,0 +1,80 @@
+"""SGLang."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rankwise.export.servers import rules
+from rankwise.export.servers.base import Server, rule
+
+if TYPE_CHECKING:
+    from rankwise.export.shipped import Shipped
+
+
+def missing_beside(names: set[str]) -> list[str]:
+    """The modules that SGLang keeps in one buffer with `names` of one parent and wants beside them.
+
+    It wants q_proj with k_proj or v_proj, v_proj with q_proj or k_proj, and gate_proj with up_proj.
+    """
+    missing = []
+    if names & {"k_proj", "v_proj"} and "q_proj" not in names:
+        missing.append("q_proj")
+    if names & {"q_proj", "k_proj"} and "v_proj" not in names:
+        missing.append("v_proj")
+    if "up_proj" in names and "gate_proj" not in names:
+        missing.append("gate_proj")
+    return missing
+
+
+@rule("rank per module")
+def rank_per_module(files: Shipped) -> Iterator[str]:
+    """Its buffers have one rank."""
+    if files.config.get("rank_pattern"):
+        yield "rank_pattern is set, and it reads r alone: export the uniform layout"
+
+
+@rule("added tokens")
+def added_tokens(files: Shipped) -> Iterator[str]:
+    """Adapters that bring tokens of their own are refused."""
+    if (files.folder / "added_tokens.json").exists():
+        yield "added_tokens.json lies beside it, and adapters with tokens of their own are refused"
+
+
+@rule("regular expression")
+def regular_expression(files: Shipped) -> Iterator[str]:
+    """It compares target_modules with names."""
+    targets = files.config.get("target_modules")
+    if isinstance(targets, str) and targets != "all-linear":
+        yield f"target_modules is the expression {targets!r}; it takes a list of names"
+
+
+@rule("modules kept together")
+def part_of_a_buffer(files: Shipped) -> Iterator[str]:
+    """A buffer needs all its parts."""
+    for parent, names in files.siblings().items():
+        for name in missing_beside(names):
+            yield f"{parent!r} adapts {', '.join(sorted(names))} and not {name}, which it keeps in one buffer with them"
+
+
+class SGLang(Server):
+    """Loads PEFT's folders at one rank, and keeps q, k and v, or gate and up, in one buffer."""
+
+    name = "sglang"
+    start_command = "python -m sglang.launch_server --model-path BASE --max-lora-rank {rank} --lora-paths NAME={folder}"
+    rules = (
+        *rules.OF_PLAIN_UPDATES,
+        rules.modules_trained_in_full,
+        rules.rslora_scale,
+        rules.alpha_per_module,
+        rank_per_module,
+        added_tokens,
+        regular_expression,
+        part_of_a_buffer,
+    )
+    has_rank_limit = True
+    layouts = ("uniform",)
+
+    def modules_wanted_beside(self, names: set[str]) -> list[str]:
+        """The rest of each buffer."""
+        return missing_beside(names)

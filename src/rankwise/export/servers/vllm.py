@@ -1,0 +1,45 @@
+"""vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from rankwise.export.servers import rules
+from rankwise.export.servers.base import Server, rule
+
+if TYPE_CHECKING:
+    from rankwise.export.shipped import Shipped
+
+RANK_LIMITS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that max_lora_rank may have."""
+HEADS = ("classifier", "score")
+"""The modules trained in full that vLLM loads."""
+
+
+@rule("modules trained in full")
+def modules_trained_in_full_but_heads(files: Shipped) -> Iterator[str]:
+    """vLLM replaces the head of a classifier, and no other module."""
+    for name in files.config.get("modules_to_save") or ():
+        if name not in HEADS:
+            yield f"modules_to_save names {name!r}; vLLM takes {' and '.join(HEADS)} only"
+
+
+@rule("rank limit")
+def rank_above_every_limit(files: Shipped) -> Iterator[str]:
+    """max_lora_rank comes from a fixed list."""
+    if files.largest_rank > RANK_LIMITS[-1]:
+        yield f"rank {files.largest_rank} is above {RANK_LIMITS[-1]}, the most vLLM can be started with"
+
+
+class VLLM(Server):
+    """Loads PEFT's folders, with a rank limit from a fixed list."""
+
+    name = "vllm"
+    start_command = "vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules NAME={folder}"
+    rules = (*rules.OF_PLAIN_UPDATES, modules_trained_in_full_but_heads, rank_above_every_limit)
+    has_rank_limit = True
+
+    def rank_limit(self, rank: int) -> int:
+        """The smallest of the allowed limits that admits `rank`; `rank` itself where none does."""
+        return next((limit for limit in RANK_LIMITS if limit >= rank), rank)
