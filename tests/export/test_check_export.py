@@ -125,6 +125,8 @@ TRAPS: dict[str, tuple[str, set[str], Callable[[Config, Tensors], Any]]] = {
         PLAIN,
         lambda _, t: t.update({key: value[..., None, None] for key, value in t.items() if Q in key}),
     ),
+    "fused experts": ("fused experts", PLAIN, set_to(target_parameters=["mlp.experts"])),
+    "a scale beside the tensors": ("stray alpha", ALL, lambda _, t: t.update({f"{Q}.alpha": torch.tensor(3.0)})),
     "an expression": ("regular expression", {"sglang"}, set_to(target_modules=r".*\.(\w+_proj)")),
     "q without v": ("modules kept together", {"sglang"}, dropped("v_proj")),
     "k and v without q": ("modules kept together", {"sglang"}, dropped("q_proj")),
@@ -158,7 +160,7 @@ def test_a_rank_that_vllm_cannot_be_started_with(base: Path, tmp_path: Path) -> 
 
 def test_every_rule_has_a_trap() -> None:
     tested = {rule for rule, _, _ in TRAPS.values()} | {"rank limit", "diffusers' names", "diffusers' scale"}
-    tested |= {"diffusers' file", "added tokens"}
+    tested |= {"diffusers' file", "added tokens", "class of the base model"}
     assert {rule.name for server in SERVERS.values() for rule in server.rules} == tested
 
 

@@ -8,10 +8,9 @@ from pathlib import Path
 from torch import nn
 
 from rankwise.checks import require_choice
-from rankwise.errors import AdapterFileError
+from rankwise.export.known_base import known_base
 from rankwise.export.servers import SERVERS, Problem
-from rankwise.export.shipped import Shipped, read_shipped
-from rankwise.export.source import forms_of, opened_base
+from rankwise.export.shipped import read_shipped
 
 
 @dataclass(frozen=True)
@@ -51,18 +50,7 @@ def check_export(folder: str | Path, server: str, *, base: str | Path | nn.Modul
     """
     require_choice("server", server, tuple(SERVERS))
     files = read_shipped(Path(folder))
-    files.base = _base(files, base)
+    files.base = known_base(base, files.config, files.folder)
     asked = SERVERS[server]
     limit = asked.rank_limit(files.largest_rank)
     return CheckReport(server, asked.problems(files), limit, files.base is not None)
-
-
-def _base(shipped: Shipped, base: str | Path | nn.Module | None) -> dict[str, tuple[int, int]] | None:
-    """(out, in) of the base model's modules; None where no base model opens that nobody named."""
-    try:
-        forms, _ = forms_of(opened_base(base, shipped.config.get("base_model_name_or_path"), shipped.folder))
-    except AdapterFileError:
-        if base is not None:
-            raise
-        return None
-    return {name: form.shape for name, form in forms.items()}

@@ -16,6 +16,7 @@ from rankwise.adapters.progress import unfinished
 from rankwise.checks import require_choice, require_int, require_room
 from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.card import spread, write_card
+from rankwise.export.known_base import KnownBase, class_in_config
 from rankwise.export.layouts import compact, leading, relative_error, uniform, write
 from rankwise.export.logits import logits_error
 from rankwise.export.plain import read_plain
@@ -224,7 +225,8 @@ def _write_for(server: Server, folder: Path, source: Source) -> None:
     """Give a written adapter the server's names, and make sure that the server takes it."""
     server.rewrite(folder, source.base_class)
     shipped = read_shipped(folder)
-    shipped.base = {name: form.shape for name, form in source.forms.items()}
+    shapes = {name: form.shape for name, form in source.forms.items()}
+    shipped.base = KnownBase(frozenset(source.names), shapes, *class_in_config(None, shipped.config, folder))
     problems = server.problems(shipped)
     if problems:
         raise RankwiseError(f"{server.name} would not serve this adapter as it is: {problems[0].sentence}")

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rankwise.errors import AdapterFileError, RankwiseError
+from rankwise.export.known_base import KnownBase
 from rankwise.export.plain import PARTS
 from rankwise.export.source import CONFIG, PEFT_PREFIX, TENSORS, read_tensors, wrong_entry
 
@@ -35,8 +36,8 @@ class Shipped:
     tensors: dict[str, Tensor]
     is_diffusers: bool
     has_metadata: bool
-    base: dict[str, tuple[int, int]] | None = None
-    """(out, in) of every module of the base model that can be adapted."""
+    base: KnownBase | None = None
+    """What is known of the base model."""
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """A and B by module name in the base model, as far as they are there."""
     others: list[str] = field(default_factory=list)
@@ -84,6 +85,20 @@ class Shipped:
     def is_target(self, name: str) -> bool:
         """Whether the config says that a module is adapted."""
         return self.lora_config is not None and bool(check_target_module_exists(self.lora_config, name))
+
+    def is_of_parameters(self, name: str) -> bool:
+        """Whether a module's tensors update parameters that the config names (`target_parameters`), as fused experts.
+
+        PEFT wraps the module once for each of its parameters, so that names may end in `.base_layer`.
+        """
+        module = name.replace(".base_layer", "")
+        targets = self.config.get("target_parameters") or ()
+        return any(f".{module}".endswith(f".{target.rpartition('.')[0]}") for target in targets)
+
+    def alpha(self, name: str) -> float | None:
+        """The lora_alpha that the config gives a module."""
+        pattern = self.config.get("alpha_pattern") or {}
+        return pattern.get(get_pattern_key(list(pattern), name), self.config.get("lora_alpha", 8))
 
     def rank(self, name: str) -> int:
         """The rank that the config gives a module."""

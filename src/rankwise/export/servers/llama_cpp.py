@@ -26,6 +26,7 @@ class LlamaCpp(Server):
     start_command = "python convert_lora_to_gguf.py {folder}"
     rules = (
         *rules.OF_PLAIN_UPDATES,
+        rules.foreign_tensors,
         no_base_model_named,
         rules.modules_trained_in_full,
         rules.rslora_scale,

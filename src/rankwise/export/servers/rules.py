@@ -20,6 +20,8 @@ MODULE_NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
 """A module's name: no path, no empty part."""
 STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora")
 """First words of the values of `init_lora_weights` whose updates are meant for a changed base model."""
+EMBEDDINGS = ("embed_tokens", "lm_head")
+"""The layers that PEFT's `save_embedding_layers` saves beside an adapter."""
 OTHER_KINDS = (
     "alora_invocation_tokens",
     "layer_replication",
@@ -73,7 +75,7 @@ def no_matrix(files: Shipped) -> Iterator[str]:
     """Factors are matrices, or the kernels of convolutions."""
     for name, parts in files.modules.items():
         for part, tensor in parts.items():
-            if tensor.dim() not in (2, 4):
+            if not 2 <= tensor.dim() <= 5:
                 yield f"{part} of {name!r} is no matrix: its shape is {tuple(tensor.shape)}"
 
 
@@ -83,7 +85,7 @@ def another_rank_than_the_configs(files: Shipped) -> Iterator[str]:
     for name, parts in files.whole.items():
         wanted = files.rank(name)
         found = {parts["A"].shape[0], parts["B"].shape[1]}
-        if found != {wanted}:
+        if found != {wanted} and not files.is_of_parameters(name):
             yield f"{name!r} should have rank {wanted} by the config; its tensors have {sorted(found)}"
 
 
@@ -125,7 +127,7 @@ def odd_names(files: Shipped) -> Iterator[str]:
 def unknown_module(files: Shipped) -> Iterator[str]:
     """What matches no module of the base model is left out in silence."""
     for name in files.modules:
-        if files.base is not None and name not in files.base:
+        if files.base is not None and name not in files.base.names:
             yield f"the base model has no module {name!r}, so its update would be left out"
 
 
@@ -133,7 +135,7 @@ def unknown_module(files: Shipped) -> Iterator[str]:
 def another_width(files: Shipped) -> Iterator[str]:
     """The factors must fit the base model's weight."""
     for name, parts in files.whole.items():
-        wanted = (files.base or {}).get(name)
+        wanted = None if files.base is None else files.base.shapes.get(name)
         found = (parts["B"].shape[0], parts["A"].shape[1:].numel())
         if wanted not in (None, found):
             yield f"{name!r} is {wanted} in the base model and {found} in the adapter"
@@ -168,11 +170,12 @@ def file_of_diffusers(files: Shipped) -> Iterator[str]:
 @rule("target modules")
 def tensors_outside_the_target_modules(files: Shipped) -> Iterator[str]:
     """Some loaders take what the config names, and others what the file holds."""
-    if files.lora_config is None or not files.lora_config.target_modules:
+    config = files.lora_config
+    if config is None or not (config.target_modules or config.target_parameters):
         yield "the config is none that PEFT's LoRA can read"
         return
     for name in files.modules:
-        if not files.is_target(name):
+        if not files.is_target(name) and not files.is_of_parameters(name):
             yield f"{name!r} has tensors and is none of the config's target_modules: some loaders would leave it out"
 
 
@@ -214,22 +217,50 @@ def what_only_peft_computes(files: Shipped) -> Iterator[str]:
             yield f"{key} is set, which no server computes"
 
 
+@rule("fused experts")
+def updates_of_parameters(files: Shipped) -> Iterator[str]:
+    """How a server lays out fused experts depends on the model."""
+    if files.config.get("target_parameters"):
+        yield "target_parameters is set, and whether it computes updates of fused experts is not known here"
+
+
 @rule("convolution")
 def convolution(files: Shipped) -> Iterator[str]:
     """Servers of language models adapt linear layers and embeddings."""
     for name, parts in files.whole.items():
-        if parts["A"].dim() == 4:
+        if parts["A"].dim() > 2:
             yield f"{name!r} is a convolution, which it does not adapt"
+
+
+@rule("stray alpha")
+def alpha_beside_the_tensors(files: Shipped) -> Iterator[str]:
+    """Files of kohya's and diffusers' hold scales as tensors, which readers of PEFT's folders do not know."""
+    for name in files.alphas:
+        yield f"{name + '.alpha'!r} is a scale beside the tensors, which it refuses: a PEFT folder has it in the config"
+
+
+def foreign_keys(files: Shipped) -> Iterator[str]:
+    """The keys of tensors that neither are factors nor belong to a module of `modules_to_save`."""
+    for key in files.others:
+        # PEFT saves the frozen weight beside an adapted embedding, and servers pass it by.
+        is_frozen = ".base_layer." in key
+        is_trained_in_full = any(f".{name}." in f".{key}" for name in files.config.get("modules_to_save") or ())
+        if not is_frozen and not is_trained_in_full:
+            yield key
+
+
+def is_saved_embedding(key: str) -> bool:
+    """Whether a tensor is an embedding of the base model's, which PEFT saves where `save_embedding_layers` is set."""
+    return key.endswith(tuple(f"{name}.weight" for name in EMBEDDINGS))
 
 
 @rule("foreign tensors")
 def foreign_tensors(files: Shipped) -> Iterator[str]:
     """Servers refuse, or leave out, tensors that are no factors."""
-    trained_in_full = tuple(files.config.get("modules_to_save") or ())
-    for key in files.others:
-        # PEFT saves the frozen weight beside an adapted embedding, and servers pass it by.
-        is_frozen = ".base_layer." in key
-        if not is_frozen and not any(f".{name}." in f".{key}" for name in trained_in_full):
+    for key in foreign_keys(files):
+        if is_saved_embedding(key):
+            yield f"{key!r} is a weight of the base model, which it refuses: save with save_embedding_layers=False"
+        else:
             yield f"{key!r} is no tensor of a LoRA adapter"
 
 
@@ -239,8 +270,9 @@ OF_PLAIN_UPDATES = (
     trained_biases,
     update_of_a_changed_base,
     what_only_peft_computes,
+    updates_of_parameters,
     convolution,
-    foreign_tensors,
+    alpha_beside_the_tensors,
 )
 """Of the servers that compute nothing but updates of linear layers."""
 

@@ -49,6 +49,17 @@ def regular_expression(files: Shipped) -> Iterator[str]:
         yield f"target_modules is the expression {targets!r}; it takes a list of names"
 
 
+@rule("foreign tensors")
+def foreign_tensors_but_embeddings(files: Shipped) -> Iterator[str]:
+    """SGLang passes embeddings by that PEFT has saved unchanged, unless the adapter targets them."""
+    for key in rules.foreign_keys(files):
+        name = key.removesuffix(".weight")
+        if not rules.is_saved_embedding(key):
+            yield f"{key!r} is no tensor of a LoRA adapter"
+        elif files.is_target(name):
+            yield f"{key!r} is a weight of the base model, which it would read as an update of {name!r}"
+
+
 @rule("modules kept together")
 def part_of_a_buffer(files: Shipped) -> Iterator[str]:
     """A buffer needs all its parts."""
@@ -64,6 +75,7 @@ class SGLang(Server):
     start_command = "python -m sglang.launch_server --model-path BASE --max-lora-rank {rank} --lora-paths NAME={folder}"
     rules = (
         *rules.OF_PLAIN_UPDATES,
+        foreign_tensors_but_embeddings,
         rules.modules_trained_in_full,
         rules.rslora_scale,
         rules.alpha_per_module,

@@ -32,12 +32,36 @@ def rank_above_every_limit(files: Shipped) -> Iterator[str]:
         yield f"rank {files.largest_rank} is above {RANK_LIMITS[-1]}, the most vLLM can be started with"
 
 
+@rule("class of the base model")
+def names_of_another_class(files: Shipped) -> Iterator[str]:
+    """vLLM opens the class that the base model's config names, whatever class the adapter was trained on.
+
+    Text-only adapters of multimodal models name modules of the language model alone, and match none of its modules.
+    """
+    if files.base is None or files.base.class_in_config is None:
+        return
+    unmatched = [name for name in files.modules if name not in files.base.modules_in_config]
+    if not unmatched:
+        return
+    consequence = "serve the bare base model" if len(unmatched) == len(files.modules) else "leave its update out"
+    yield (
+        f"vLLM opens the base model as {files.base.class_in_config}, which its config names and which has no module "
+        f"{unmatched[0]!r}: it would {consequence}"
+    )
+
+
 class VLLM(Server):
     """Loads PEFT's folders, with a rank limit from a fixed list."""
 
     name = "vllm"
     start_command = "vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules NAME={folder}"
-    rules = (*rules.OF_PLAIN_UPDATES, modules_trained_in_full_but_heads, rank_above_every_limit)
+    rules = (
+        *rules.OF_PLAIN_UPDATES,
+        rules.foreign_tensors,
+        modules_trained_in_full_but_heads,
+        rank_above_every_limit,
+        names_of_another_class,
+    )
     has_rank_limit = True
 
     def rank_limit(self, rank: int) -> int:
