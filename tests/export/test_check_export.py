@@ -164,6 +164,12 @@ def test_every_rule_has_a_trap() -> None:
     assert {rule.name for server in SERVERS.values() for rule in server.rules} == tested
 
 
+def test_every_server_but_peft_has_a_program_of_make_test_servers() -> None:
+    files = {type(server).__module__.rpartition(".")[2] for name, server in SERVERS.items() if name != "peft"}
+    programs = Path(__file__).parents[1] / "servers"
+    assert files == {file.stem.removeprefix("with_") for file in programs.glob("with_*.py")}
+
+
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_exports_of_all_methods_break_no_rule(name: str, base: Path, tmp_path: Path) -> None:
     fields = {"total_step": 10} if name in ("adalora", "salora") else {}

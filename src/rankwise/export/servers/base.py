@@ -41,20 +41,26 @@ def rule(name: str) -> Callable[[Callable[[Shipped], Iterator[str]]], Rule]:
 class Server:
     """A program that loads LoRA adapters.
 
-    A subclass that states `name` and `start_command` is registered, and describes a server that loads PEFT's folders,
-    has no limit on ranks and breaks none of its own rules. Whatever differs is overridden.
+    A subclass that states `name`, `title` and `start_command` is registered. It then describes a server that loads
+    PEFT's folders, has no limit on ranks and no rules; whatever differs is overridden.
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]
+    """The name that the server gives itself."""
     start_command: ClassVar[str]
     """What loads an adapter, with {folder} for where it lies and {rank} for the rank limit."""
     rules: ClassVar[tuple[Rule, ...]] = ()
     has_rank_limit: ClassVar[bool] = False
     """Whether the server must be told, when it starts, the largest rank it will meet."""
+    rank_limits: ClassVar[tuple[int, ...]] = ()
+    """The values that this limit may have; empty if any."""
     loads_peft_folders: ClassVar[bool] = True
     """Whether it loads an adapter as PEFT writes it; otherwise it loads diffusers' file."""
     layouts: ClassVar[tuple[str, ...]] = ("uniform", "compact")
     """The layouts of an export that it loads."""
+    written_for: ClassVar[str] = ""
+    """What an export for it does besides, for the documentation."""
     library: ClassVar[str] = "peft"
     """The library that a model card names for an adapter written for this server."""
     load_code: ClassVar[str] = (
@@ -67,8 +73,8 @@ class Server:
         SERVERS[cls.name] = cls()
 
     def rank_limit(self, rank: int) -> int:
-        """The rank limit that admits an adapter whose largest rank is `rank`."""
-        return rank
+        """The smallest rank limit that admits an adapter whose largest rank is `rank`; `rank` where none does."""
+        return next((limit for limit in self.rank_limits if limit >= rank), rank)
 
     def modules_wanted_beside(self, names: set[str]) -> list[str]:
         """The modules that must have updates too, if need be of zero, where modules called `names` have them."""

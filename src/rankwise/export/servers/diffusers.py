@@ -35,6 +35,7 @@ class Diffusers(Server):
     """Loads a file of its own, with the config in the file's header."""
 
     name = "diffusers"
+    title = "diffusers"
     start_command = 'pipeline.load_lora_weights("{folder}")'
     rules = (
         *rules.OF_EVERY_SERVER,
@@ -44,6 +45,7 @@ class Diffusers(Server):
         scale_without_metadata,
     )
     loads_peft_folders = False
+    written_for = "renames keys, puts the config into the file's header"
     library = "diffusers"
     load_code = start_command
 

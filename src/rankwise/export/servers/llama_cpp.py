@@ -23,6 +23,7 @@ class LlamaCpp(Server):
     """Converts PEFT's folders, and scales each update by lora_alpha over the rank of its tensors."""
 
     name = "llama.cpp"
+    title = "llama.cpp"
     start_command = "python convert_lora_to_gguf.py {folder}"
     rules = (
         *rules.OF_PLAIN_UPDATES,

@@ -38,6 +38,7 @@ class PEFT(Server):
     """Loads its own folders, of any layout and kind."""
 
     name = "peft"
+    title = "PEFT"
     start_command = 'PeftModel.from_pretrained(base, "{folder}")'
     rules = (*rules.OF_PEFT_FOLDERS, alpha_unlike_the_configs)
 

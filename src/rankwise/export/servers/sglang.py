@@ -72,6 +72,7 @@ class SGLang(Server):
     """Loads PEFT's folders at one rank, and keeps q, k and v, or gate and up, in one buffer."""
 
     name = "sglang"
+    title = "SGLang"
     start_command = "python -m sglang.launch_server --model-path BASE --max-lora-rank {rank} --lora-paths NAME={folder}"
     rules = (
         *rules.OF_PLAIN_UPDATES,
@@ -86,6 +87,7 @@ class SGLang(Server):
     )
     has_rank_limit = True
     layouts = ("uniform",)
+    written_for = "adds zero factors for q, v or gate where it needs them"
 
     def modules_wanted_beside(self, names: set[str]) -> list[str]:
         """The rest of each buffer."""

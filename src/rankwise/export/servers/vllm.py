@@ -54,6 +54,7 @@ class VLLM(Server):
     """Loads PEFT's folders, with a rank limit from a fixed list."""
 
     name = "vllm"
+    title = "vLLM"
     start_command = "vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules NAME={folder}"
     rules = (
         *rules.OF_PLAIN_UPDATES,
@@ -63,7 +64,4 @@ class VLLM(Server):
         names_of_another_class,
     )
     has_rank_limit = True
-
-    def rank_limit(self, rank: int) -> int:
-        """The smallest of the allowed limits that admits `rank`; `rank` itself where none does."""
-        return next((limit for limit in RANK_LIMITS if limit >= rank), rank)
+    rank_limits = RANK_LIMITS
