@@ -8,13 +8,14 @@ import typer
 
 from rankwise.export.servers import SERVERS
 
-DEFAULT = ",".join(name for name, server in SERVERS.items() if server.loads_peft_folders)
-
 
 def check_export(
-    folder: Path = typer.Argument(..., help="A LoRA adapter, ours or not."),
-    servers: str = typer.Option(
-        DEFAULT, "--for", metavar="SERVERS", help=f"Some of {', '.join(SERVERS)}, between commas."
+    folder: Path = typer.Argument(..., help="A LoRA adapter, ours or not: a folder, or a pipeline's file."),
+    servers: str | None = typer.Option(
+        None,
+        "--for",
+        metavar="SERVERS",
+        help=f"Some of {', '.join(SERVERS)}, between commas; by default those that load such files.",
     ),
     base: str | None = typer.Option(None, "--base", help="The base model, if not where the adapter says."),
 ) -> None:
@@ -23,8 +24,14 @@ def check_export(
     Exit code 1 if there is anything. Example: `rankwise check-export runs/lora --for vllm,llama.cpp`
     """
     from rankwise.export.check import check_export as check
+    from rankwise.export.pipeline_files import pipeline_file
 
-    reports = [check(folder, server.strip(), base=base) for server in servers.split(",")]
+    if servers is None:
+        is_peft_folder = pipeline_file(folder) is None
+        asked = [name for name, server in SERVERS.items() if server.loads_peft_folders == is_peft_folder]
+    else:
+        asked = [server.strip() for server in servers.split(",")]
+    reports = [check(folder, server, base=base) for server in asked]
     for report in reports:
         limited = SERVERS[report.server].has_rank_limit
         takes_it = f"takes it, started with max_lora_rank {report.max_lora_rank}" if limited else "takes it"

@@ -30,6 +30,8 @@ class KnownBase:
     """The model class that the base model's own config names, where its files are at hand."""
     modules_in_config: frozenset[str] = frozenset()
     """The modules of that class."""
+    components: frozenset[str] = frozenset()
+    """Of a pipeline's model: the components whose modules are known. Their names stand before those of modules."""
     models: tuple[nn.Module, ...] = ()
     """The models, without weights, that somebody may load the adapter onto: the task's, and the same without a head."""
 
@@ -67,7 +69,7 @@ def known_base(base: str | Path | nn.Module | None, config: Mapping[str, Any], f
     # Adapters trained on AutoModel name the modules of the model without its head.
     without_head = getattr(model, "base_model", model)
     models = (model,) if without_head is model else (model, without_head)
-    return KnownBase(frozenset(names), shapes, *class_in_config(base, config, folder), models)
+    return KnownBase(frozenset(names), shapes, *class_in_config(base, config, folder), models=models)
 
 
 def class_in_config(

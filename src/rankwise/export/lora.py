@@ -16,12 +16,12 @@ from rankwise.adapters.progress import unfinished
 from rankwise.checks import require_choice, require_int, require_room
 from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.card import spread, write_card
+from rankwise.export.check import read_files
 from rankwise.export.known_base import KnownBase, class_in_config
 from rankwise.export.layouts import compact, leading, relative_error, uniform, write
 from rankwise.export.logits import logits_error
 from rankwise.export.plain import read_plain
 from rankwise.export.servers import SERVERS, Server
-from rankwise.export.shipped import read_shipped
 from rankwise.export.source import Source, finite, from_folder, from_model, not_finite, recorded
 from rankwise.files import whole_folder
 from rankwise.methods import METHODS
@@ -224,10 +224,11 @@ def _card(
 def _write_for(server: Server, folder: Path, source: Source) -> None:
     """Give a written adapter the server's names, and make sure that the server takes it."""
     server.rewrite(folder, source.base_class)
-    shipped = read_shipped(folder)
+    files = read_files(folder)
     shapes = {name: form.shape for name, form in source.forms.items()}
-    shipped.base = KnownBase(frozenset(source.names), shapes, *class_in_config(None, shipped.config, folder))
-    problems = server.problems(shipped)
+    if server.loads_peft_folders:
+        files.base = KnownBase(frozenset(source.names), shapes, *class_in_config(None, files.config, folder))
+    problems = server.problems(files)
     if problems:
         raise RankwiseError(f"{server.name} would not serve this adapter as it is: {problems[0].sentence}")
 

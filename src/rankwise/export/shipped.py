@@ -82,6 +82,10 @@ class Shipped:
         except (TypeError, ValueError):
             return None
 
+    def lacks(self, name: str) -> bool:
+        """Whether the base model is known, and has no module of this name."""
+        return self.base is not None and name not in self.base.names
+
     def is_target(self, name: str) -> bool:
         """Whether the config says that a module is adapted."""
         return self.lora_config is not None and bool(check_target_module_exists(self.lora_config, name))

@@ -127,7 +127,7 @@ def odd_names(files: Shipped) -> Iterator[str]:
 def unknown_module(files: Shipped) -> Iterator[str]:
     """What matches no module of the base model is left out in silence."""
     for name in files.modules:
-        if files.base is not None and name not in files.base.names:
+        if files.lacks(name):
             yield f"the base model has no module {name!r}, so its update would be left out"
 
 
