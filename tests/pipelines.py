@@ -77,14 +77,25 @@ def answers(found: dict[str, nn.Module]) -> Answers:
     return Answers(image, found["text_encoder"](torch.arange(8)[None]).last_hidden_state)
 
 
+def pipeline() -> Any:
+    others = dict.fromkeys(("vae", "tokenizer", "safety_checker", "feature_extractor"))
+    return StableDiffusionPipeline(**components(), scheduler=DDIMScheduler(), requires_safety_checker=False, **others)
+
+
 def loaded(folder: Path) -> Answers:
     """What diffusers computes with a file."""
-    others = dict.fromkeys(("vae", "tokenizer", "safety_checker", "feature_extractor"))
-    pipeline = StableDiffusionPipeline(
-        **components(), scheduler=DDIMScheduler(), requires_safety_checker=False, **others
-    )
-    pipeline.load_lora_weights(folder)
-    return answers({name: getattr(pipeline, name) for name in TARGETS})
+    found = pipeline()
+    found.load_lora_weights(folder)
+    return answers({name: getattr(found, name) for name in TARGETS})
+
+
+def fused(folder: Path) -> dict[str, nn.Module]:
+    """The components after diffusers has added a file's updates to their weights."""
+    found = pipeline()
+    found.load_lora_weights(folder)
+    found.fuse_lora()
+    found.unload_lora_weights()
+    return {name: getattr(found, name) for name in TARGETS}
 
 
 @torch.no_grad()
