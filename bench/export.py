@@ -25,7 +25,7 @@ from transformers import AutoModel, BertConfig, BertModel
 
 import rankwise
 from rankwise.export.layouts import relative_error
-from rankwise.export.plain import read_plain
+from rankwise.export.reader import read_lora
 
 FASTER = 50.0
 MODELS: dict[str, Callable[[], Any]] = {
@@ -79,7 +79,7 @@ def measure(model: Any, repeats: int) -> dict[str, float]:
                 out, began = Path(folder) / f"{name}{i}", time.perf_counter()
                 way(model, out)
                 times[name].append(time.perf_counter() - began)
-                errors[name] = relative_error(truth, read_plain(out).updates)
+                errors[name] = relative_error(truth, read_lora(out).updates)
     seconds = {f"{name}_s": statistics.median(taken) for name, taken in times.items()}
     found = seconds | {f"{name}_error": error for name, error in errors.items()}
     return found | {"faster": seconds["pefts_s"] / seconds["ours_s"]}

@@ -19,9 +19,9 @@ from conftest import tiny_llama
 from rankwise.adapters.configs import CONFIGS
 from rankwise.cli.main import app
 from rankwise.errors import AdapterFileError, ArgumentError, RankwiseError
+from rankwise.export.pipeline_files import DIFFUSERS
 from rankwise.export.servers import SERVERS
 from rankwise.export.servers.sglang import missing_beside
-from rankwise.export.shipped import DIFFUSERS
 
 Config, Tensors = dict[str, Any], dict[str, Tensor]
 PREFIX = "base_model.model.model.layers.0.self_attn."

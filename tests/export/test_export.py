@@ -313,7 +313,7 @@ def test_a_crash_while_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytes
         raise KeyboardInterrupt
 
     model = adapted()
-    monkeypatch.setattr("peft.LoraConfig.save_pretrained", crash)
+    monkeypatch.setattr("rankwise.export.layouts.save_file", crash)
     with pytest.raises(KeyboardInterrupt):
         rankwise.export_lora(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -324,10 +324,12 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
         rankwise.export_lora(adapted(), tmp_path / "out", layout="square")
     with pytest.raises(ArgumentError, match="`rank` must be a whole number ≥ 1; found 0"):
         rankwise.export_lora(adapted(), tmp_path / "out", rank=0)
-    with pytest.raises(RankwiseError, match="trained biases cannot be part"):
+    with pytest.raises(RankwiseError, match="trains biases, which cannot be part"):
         rankwise.export_lora(adapted(bias="all"), tmp_path / "out")
     rows = {"word_embeddings": [3, 5]}
-    with pytest.raises(RankwiseError, match=r"single rows of an embedding .* save the whole model, after `merge_and"):
+    with pytest.raises(
+        RankwiseError, match=r"trains single rows of an embedding .* save the whole model, after `merge_and"
+    ):
         rankwise.export_lora(adapted(trainable_token_indices=rows), tmp_path / "out")
     broken = adapted()
     next(p for n, p in broken.named_parameters() if n.endswith("default.B")).data[0, 0] = float("nan")

@@ -21,7 +21,7 @@ from conftest import tiny_bert, tiny_gpt2
 from rankwise.cli.merge import merge
 from rankwise.errors import AdapterFileError, ArgumentError, RankwiseError
 from rankwise.export.merge import merge_adapters
-from rankwise.export.plain import read_plain
+from rankwise.export.reader import read_lora
 
 
 def net(into: int = 6, out: int = 5) -> nn.Module:
@@ -37,7 +37,7 @@ def saved(folder: Path, seed: int, r: int = 2, base: nn.Module | None = None, **
 
 
 def dense(folder: Path) -> dict[str, Tensor]:
-    return {name: type(f)(*(t.double() for t in f)).delta() for name, f in read_plain(folder).updates.items()}
+    return {name: type(f)(*(t.double() for t in f)).delta() for name, f in read_lora(folder).updates.items()}
 
 
 def close(one: Tensor, other: Tensor) -> None:
@@ -144,7 +144,7 @@ def test_what_cannot_be_merged_is_named(tmp_path: Path) -> None:
         merge_adapters([saved(tmp_path / "bias", 1, bias="all")], tmp_path / "out")
     rows = rankwise.LoraConfig(r=2, target_modules=["query"], trainable_token_indices={"word_embeddings": [3, 5]})
     get_peft_model(tiny_bert(), rows).save_pretrained(str(tmp_path / "rows"))
-    with pytest.raises(RankwiseError, match="trains rows of an embedding"):
+    with pytest.raises(RankwiseError, match="trains single rows of an embedding"):
         merge_adapters([tmp_path / "rows"], tmp_path / "out", base=tiny_bert())
     with pytest.raises(RankwiseError, match="started from 'pissa'"):
         merge_adapters([_pissa(tmp_path / "pissa")], tmp_path / "out")

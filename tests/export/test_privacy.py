@@ -26,8 +26,8 @@ import rankwise
 from rankwise.cli.merge import merge
 from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.merge import merge_adapters
-from rankwise.export.plain import read_plain
 from rankwise.export.privacy import _clipped, gaussian, gaussian_sigma, sensitivity
+from rankwise.export.reader import read_lora
 from rankwise.linalg.norms import EXPONENTS, schatten
 from rankwise.update import Factors
 
@@ -162,7 +162,7 @@ def test_a_private_merge_of_proven_bounds(norm: str, base: Path, tmp_path: Path)
     assert "(200, 1e-05)-differentially private" in text
     assert "one adapter replaced" in text
     assert f"{promise.signal:.4g}" not in text
-    assert set(read_plain(tmp_path / "out").updates) == set(promise.noise)
+    assert set(read_lora(tmp_path / "out").updates) == set(promise.noise)
 
 
 def test_the_noise_of_a_merge_has_the_stated_deviation_on_every_entry(base: Path, tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_the_noise_of_a_merge_has_the_stated_deviation_on_every_entry(base: Path
     for seed in range(12):
         with pytest.warns(UserWarning, match="this merge is useless"):
             report = merge_adapters(folders, tmp_path / f"o{seed}", privacy=(1, 1e-5), rank=16, seed=seed)
-        drawn += [f.delta().flatten() for f in read_plain(tmp_path / f"o{seed}").updates.values()]
+        drawn += [f.delta().flatten() for f in read_lora(tmp_path / f"o{seed}").updates.values()]
     promise: Any = report.guarantee
     x = torch.cat(drawn).double() / promise.sigma
     assert abs(float(x.var()) - 1) < 0.05  # the merge itself adds next to nothing
@@ -185,7 +185,7 @@ def test_absent_tensors_get_noise_all_the_same(base: Path, tmp_path: Path) -> No
     file = folder / "adapter_model.safetensors"
     save_file({key: t for key, t in load_file(file).items() if "layers.0" in key}, file)
     merge_adapters([folder], tmp_path / "out", privacy=(100, 1e-5), rank=2)
-    assert len(read_plain(tmp_path / "out").updates) == 4
+    assert len(read_lora(tmp_path / "out").updates) == 4
 
 
 def test_bounds_that_are_not_common_proven_or_kept_are_refused(base: Path, tmp_path: Path) -> None:

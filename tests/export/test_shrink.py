@@ -22,7 +22,7 @@ from conftest import tiny_bert
 from rankwise.cli.shrink import shrink
 from rankwise.errors import AdapterFileError, ArgumentError, DataError, RankwiseError
 from rankwise.export.moments import second_moments_of
-from rankwise.export.plain import read_plain
+from rankwise.export.reader import read_lora
 from rankwise.export.shrink import shrink_adapter
 from rankwise.linalg.budget import best_ranks
 
@@ -64,7 +64,7 @@ def planted(folder: Path, **fields: Any) -> Path:
 
 
 def deltas(folder: Path) -> dict[str, Tensor]:
-    return {name: (f.B.double() * f.s) @ f.A.double() for name, f in read_plain(folder).updates.items()}
+    return {name: (f.B.double() * f.s) @ f.A.double() for name, f in read_lora(folder).updates.items()}
 
 
 def truncated(W: Tensor, rank: int) -> Tensor:
@@ -95,7 +95,7 @@ def test_it_is_the_dense_truncation_and_stock_peft_computes_it(
     report = shrink_adapter(source, tmp_path / "small", rank=3, layout=layout)
     before, after = deltas(source), deltas(tmp_path / "small")
     assert report.folder == tmp_path / "small"
-    assert report.ranks == {name: min(3, f.r) for name, f in read_plain(source).updates.items()}
+    assert report.ranks == {name: min(3, f.r) for name, f in read_lora(source).updates.items()}
     assert list(report.ranks) == list(report.ranks_before) == list(report.errors) == list(before)
     expected = {name: truncated(W, report.ranks[name]) for name, W in before.items()}
     for name, W in before.items():
@@ -134,7 +134,7 @@ def test_directions_that_hold_nothing_are_no_loss(tmp_path: Path) -> None:
         assert report.ranks == {"emb": 6, "conv": 6, "mid": 1, "head": 0}
         assert report.relative_error < 1e-6
         torch.testing.assert_close(outputs(Net(), tmp_path / layout), outputs(Net(), source), rtol=1e-5, atol=1e-5)
-    assert "head" not in read_plain(tmp_path / "compact").updates
+    assert "head" not in read_lora(tmp_path / "compact").updates
 
 
 def brute(values: list[list[float]], costs: list[int], budget: int) -> float:

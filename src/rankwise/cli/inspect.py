@@ -33,13 +33,11 @@ def inspect(
     """
     from rich.console import Console
 
-    from rankwise.cli.compare import quiet_libraries
     from rankwise.errors import ArgumentError
     from rankwise.spectral import spectra
 
     if not 0 < energy <= 1:
         raise ArgumentError("--energy", "be in (0, 1]", energy)
-    quiet_libraries()
     found = _read(adapter, base)
     spectrum = spectra(found.exported)
     Console().print(_table(found, spectrum, energy, every))
@@ -69,31 +67,42 @@ class _Found(NamedTuple):
 
 def _read(folder: Path, base: str | None) -> _Found:
     """An adapter of rankwise's, which needs its base model's shapes, or else a plain LoRA."""
-    from rankwise.adapters.configs import AdapterConfig
+    from rankwise.export.lora_config import OURS, saved_config
+    from rankwise.export.pipeline_lora import read_any_lora
+    from rankwise.export.reader import recorded_command
+
+    command = recorded_command(folder)
+    told = f", by `{command}`" if command else ""
+    if str(saved_config(folder).get("peft_type")).startswith(OURS):
+        return _read_trained(folder, base, told)
+    updates = read_any_lora(folder).updates
+    ranks, exported = {name: f.r for name, f in updates.items()}, {name: f.kept() for name, f in updates.items()}
+    kept = {name: f.r for name, f in exported.items()}
+    return _Found("a plain LoRA", f"a plain LoRA does not say how far{told}", ranks, kept, exported)
+
+
+def _read_trained(folder: Path, base: str | None, told: str) -> _Found:
+    """An adapter of rankwise's."""
     from rankwise.adapters.lookup import reduced
     from rankwise.adapters.progress import unfinished
+    from rankwise.cli.compare import quiet_libraries
     from rankwise.errors import AdapterFileError
-    from rankwise.export.plain import read_plain
-    from rankwise.export.source import TENSORS, finite, from_folder, opened_config, recorded
+    from rankwise.export.adapter import first_not_finite
+    from rankwise.export.reader import TENSORS
+    from rankwise.export.trained import from_folder
 
-    config, command = opened_config(folder), recorded(folder)
-    told = f", by `{command}`" if command else ""
-    if not isinstance(config, AdapterConfig):
-        updates = read_plain(folder).updates
-        ranks, exported = {name: f.r for name, f in updates.items()}, {name: f.kept() for name, f in updates.items()}
-        kept = {name: f.r for name, f in exported.items()}
-        return _Found("a plain LoRA", f"a plain LoRA does not say how far{told}", ranks, kept, exported)
-    source = from_folder(folder, base)
-    broken = finite(source.updates)
+    quiet_libraries()
+    adapter = from_folder(folder, base)
+    broken = first_not_finite(adapter.updates)
     if broken:
         raise AdapterFileError(f"{folder / TENSORS} holds NaN or infinity in the update of {broken!r}")
     return _Found(
-        f"{source.config.method} on {source.base_class}",
-        _steps(source.progress) + told,
-        {name: f.r for name, f in source.updates.items()},
-        dict(zip(source.updates, source.ranks, strict=True)),
-        reduced(source.updates, source.config),
-        unfinished(source.config, source.progress, source.ranks) if source.progress.step else None,
+        f"{adapter.method.method} on {adapter.base_class}",
+        _steps(adapter.progress) + told,
+        {name: f.r for name, f in adapter.updates.items()},
+        dict(zip(adapter.updates, adapter.ranks, strict=True)),
+        reduced(adapter.updates, adapter.method),
+        unfinished(adapter.method, adapter.progress, adapter.ranks) if adapter.progress.step else None,
     )
 
 

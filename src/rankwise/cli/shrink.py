@@ -85,18 +85,21 @@ def _moments(adapter: Path, base: str, calibration: Path) -> dict[str, Any]:
     from rankwise.base_models import open_model, open_tokenizer
     from rankwise.cli.compare import quiet_libraries
     from rankwise.errors import AdapterFileError
+    from rankwise.export.base import told_base, trained_as
     from rankwise.export.moments import WIDEST, second_moments_of
-    from rankwise.export.plain import read_plain
+    from rankwise.export.reader import read_lora
 
     quiet_libraries()
-    texts, plain = _texts(calibration), read_plain(adapter)
+    texts, plain = _texts(calibration), read_lora(adapter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: Any = open_model(base, plain.config.task_type, argument="--base", dtype="auto")
+    name, revision = told_base(base, plain.config, adapter)
+    task, made_for = plain.config.get("task_type"), trained_as(plain.config)
+    model: Any = open_model(name, task, revision=revision, trained_as=made_for, argument="--base", dtype="auto")
     model = model.to(device).eval()
     unknown = sorted(plain.updates.keys() - dict(model.named_modules()).keys())
     if unknown:
         raise AdapterFileError(f"the base model {base!r} has no module {unknown[0]!r}: is it the right base?")
-    tokenizer = open_tokenizer(base, argument="--base")
+    tokenizer = open_tokenizer(name, revision=revision, argument="--base")
     longest = min(LONGEST, tokenizer.model_max_length)
 
     def batches() -> Any:

@@ -9,9 +9,10 @@ from torch import nn
 
 from rankwise.checks import require_choice
 from rankwise.export.known_base import known_base
-from rankwise.export.pipeline_files import known_pipeline, pipeline_file, read_pipeline_files
+from rankwise.export.known_pipeline import known_pipeline
+from rankwise.export.pipeline_files import pipeline_file, read_pipeline_files
+from rankwise.export.reader import AdapterFiles, read_files
 from rankwise.export.servers import SERVERS, Problem
-from rankwise.export.shipped import Shipped, read_shipped
 
 
 @dataclass(frozen=True)
@@ -50,18 +51,18 @@ def check_export(folder: str | Path, server: str, *, base: str | Path | nn.Modul
         []
     """
     require_choice("server", server, tuple(SERVERS))
-    files = read_files(Path(folder))
-    files.base = known_pipeline(base) if files.is_diffusers else known_base(base, files.config, files.folder)
+    files = read_any_files(Path(folder))
+    files.base = known_pipeline(base) if files.is_of_pipeline else known_base(base, files.config, files.folder)
     asked = SERVERS[server]
     limit = asked.rank_limit(files.largest_rank)
     return CheckReport(server, asked.problems(files), limit, files.base is not None)
 
 
-def read_files(folder: Path) -> Shipped:
+def read_any_files(folder: Path) -> AdapterFiles:
     """An adapter as it lies there: PEFT's folder, or the file of a pipeline's LoRA.
 
     Raises:
         AdapterFileError: there is none, or a file is broken.
     """
     file = pipeline_file(folder)
-    return read_shipped(folder) if file is None else read_pipeline_files(file)
+    return read_files(folder) if file is None else read_pipeline_files(file)

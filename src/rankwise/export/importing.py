@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from rankwise.adapters.configs import AdapterConfig
 from rankwise.adapters.lookup import adapted_layers
 from rankwise.errors import AdapterFileError, ArgumentError
-from rankwise.export.plain import PlainLora, read_plain
+from rankwise.export.adapter import Adapter
+from rankwise.export.reader import read_lora
 
 
 @torch.no_grad()
@@ -44,7 +45,7 @@ def import_lora(model: nn.Module, folder: str | Path, config: AdapterConfig, ada
         >>> rankwise.ranks(rankwise.import_lora(net, folder, config))
         {'0': 4}
     """
-    plain = read_plain(Path(folder))
+    plain = read_lora(Path(folder))
     config = _completed(config, plain)
     if isinstance(model, PeftModel):
         model.add_adapter(adapter, config)
@@ -67,14 +68,14 @@ def import_lora(model: nn.Module, folder: str | Path, config: AdapterConfig, ada
     return model  # type: ignore[return-value]
 
 
-def _completed(config: AdapterConfig, plain: PlainLora) -> AdapterConfig:
+def _completed(config: AdapterConfig, plain: Adapter) -> AdapterConfig:
     """The config with what it leaves open taken from the adapter."""
     config = copy.copy(config)
     if config.target_modules is None:
         config.target_modules = set(plain.updates)
-    if config.modules_to_save is None and plain.config.modules_to_save:
-        config.modules_to_save = list(plain.config.modules_to_save)
-    config.task_type = config.task_type or plain.config.task_type
+    if config.modules_to_save is None and plain.config.get("modules_to_save"):
+        config.modules_to_save = list(plain.config["modules_to_save"])
+    config.task_type = config.task_type or plain.config.get("task_type")
     return config
 
 

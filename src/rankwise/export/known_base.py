@@ -15,7 +15,7 @@ from torch import nn
 
 from rankwise.base_models import skeleton
 from rankwise.errors import AdapterFileError, RankwiseError
-from rankwise.export.source import forms_of, opened_base, told_base
+from rankwise.export.base import formats_of, opened_base, told_base
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,8 @@ def known_base(base: str | Path | nn.Module | None, config: Mapping[str, Any], f
         if base is not None:
             raise
         return None
-    forms, names = forms_of(model)
-    shapes = {name: form.shape for name, form in forms.items()}
+    formats, names = formats_of(model)
+    shapes = {name: form.shape for name, form in formats.items()}
     if isinstance(base, nn.Module):
         is_quantised = getattr(model, "is_quantized", False)
         return KnownBase(frozenset(names), shapes, models=() if is_quantised else (model,))

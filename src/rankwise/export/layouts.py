@@ -6,66 +6,39 @@ in B, and lora_alpha = r, so that no loader has anything left to multiply by.
 
 from __future__ import annotations
 
-import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
-import peft
 import torch
-from peft import PeftConfig
 from safetensors.torch import save_file
-from torch import Tensor
 
 from rankwise.errors import RankwiseError
-from rankwise.export.source import PEFT_PREFIX, TENSORS, Form
+from rankwise.export.adapter import FROZEN, Adapter
+from rankwise.export.lora_config import CONFIG
+from rankwise.export.pipeline_lora import PipelineLora
+from rankwise.export.reader import PEFT_PREFIX, TENSORS
 from rankwise.update import Factors
 
-
-class Adapter(Protocol):
-    """What is written: updates, and what stands beside them."""
-
-    @property
-    def config(self) -> PeftConfig:
-        """Of the adapter that the updates come from."""
-        ...
-
-    @property
-    def updates(self) -> dict[str, Factors]:
-        """By module name in the base model."""
-        ...
-
-    @property
-    def others(self) -> dict[str, Tensor]:
-        """Modules trained in full (a classifier), by PEFT's names for them."""
-        ...
-
-    @property
-    def forms(self) -> dict[str, Form]:
-        """Every module that can be adapted."""
-        ...
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Every module name that a target could match."""
-        ...
+TOLERANCE = 1e-6
+"""Largest relative error of the whole update that writing may add to a truncation that was asked for."""
 
 
 def uniform(
     source: Adapter, updates: Mapping[str, Factors], rank: int | None, beside: Sequence[str] = ()
-) -> tuple[peft.LoraConfig, dict[str, Factors]]:
+) -> tuple[dict[str, Any], dict[str, Factors]]:
     """One rank for all, and zero factors wherever a target name, or one of `beside`, matches a module it lacks."""
     r = rank or max(1, *(f.r for f in updates.values()))
-    if isinstance(source.config, peft.LoraConfig):
-        return _same_modules(source.config, r), {
-            name: _padded(f, source.forms[name].shape, r) for name, f in updates.items()
-        }
+    if source.is_plain:
+        padded = {name: _padded(f, source.formats[name].shape, r) for name, f in updates.items()}
+        return _same_modules(source.config, r), padded
     plain = sorted({name.rpartition(".")[2] for name in updates} | set(beside))
     matched = [name for name in source.names if name.rpartition(".")[2] in plain]
     usable = all(_can_be_padded(source, name) for name in matched)
     modules = matched if usable else list(updates)
-    padded = {name: _padded(updates.get(name), source.forms[name].shape, r) for name in modules}
+    padded = {name: _padded(updates.get(name), source.formats[name].shape, r) for name in modules}
     excluded = [] if usable else _also_matched(source, updates)
     return _config(source, r, plain if usable else sorted(updates), {}, excluded), padded
 
@@ -75,15 +48,15 @@ def _can_be_padded(source: Adapter, name: str) -> bool:
 
     PEFT saves the frozen weight of an adapted embedding beside the adapter; that is not training.
     """
-    form = source.forms.get(name)
-    in_full = [key.removeprefix(PEFT_PREFIX) for key in source.others if ".base_layer." not in key]
-    kinds = {source.forms[adapted].kind for adapted in source.updates}
+    form = source.formats.get(name)
+    in_full = [key.removeprefix(PEFT_PREFIX) for key in source.others if FROZEN not in key]
+    kinds = {source.formats[adapted].kind for adapted in source.updates}
     return form is not None and form.kind in kinds and not form.unlike and not _is_within(name, in_full)
 
 
 def compact(
     source: Adapter, updates: Mapping[str, Factors], rank: int | None
-) -> tuple[peft.LoraConfig, dict[str, Factors]]:
+) -> tuple[dict[str, Any], dict[str, Factors]]:
     """Each module at its own rank. B is scaled by r_i / lora_alpha, since loaders divide lora_alpha by r_i."""
     alive = {name: f for name, f in updates.items() if f.r > 0}
     if not alive:
@@ -110,36 +83,42 @@ def _alone(name: str, names: Sequence[str]) -> str:
 
 def _config(
     source: Adapter, r: int, targets: list[str], ranks: dict[str, int], excluded: Sequence[str] = ()
-) -> peft.LoraConfig:
-    own = source.config
-    in_full = getattr(own, "modules_to_save", None)
-    return peft.LoraConfig(
-        task_type=own.task_type,
-        base_model_name_or_path=own.base_model_name_or_path,
-        inference_mode=True,
-        r=r,
-        lora_alpha=r,
-        target_modules=targets,
-        exclude_modules=list(excluded) or None,
-        rank_pattern=ranks,
-        modules_to_save=sorted(in_full) if in_full else None,
-        fan_in_fan_out=any(source.forms[name].transposed for name in source.updates),
-    )
+) -> dict[str, Any]:
+    """The config of a plain LoRA with these modules; what is not in it is as PEFT has it by default."""
+    in_full = source.config.get("modules_to_save")
+    return {
+        "peft_type": "LORA",
+        "task_type": source.config.get("task_type"),
+        "base_model_name_or_path": source.config.get("base_model_name_or_path"),
+        "revision": source.config.get("revision"),
+        "auto_mapping": source.config.get("auto_mapping"),
+        "inference_mode": True,
+        "target_modules": targets,
+        "exclude_modules": list(excluded) or None,
+        "rank_pattern": ranks,
+        "modules_to_save": sorted(in_full) if in_full else None,
+        "fan_in_fan_out": any(source.formats[name].transposed for name in source.updates),
+        "bias": "none",
+    } | _plain_scales(r)
 
 
-def _same_modules(own: peft.LoraConfig, r: int) -> peft.LoraConfig:
+def _same_modules(own: Mapping[str, Any], r: int) -> dict[str, Any]:
     """The config of a plain LoRA whose modules stay as they were chosen, at one rank."""
-    return dataclasses.replace(
-        own,
-        inference_mode=True,
-        r=r,
-        lora_alpha=r,
-        rank_pattern={},
-        alpha_pattern={},
-        use_rslora=False,
-        init_lora_weights=True,
-        lora_dropout=0.0,
-    )
+    return {**own, "inference_mode": True, "rank_pattern": {}} | _plain_scales(r)
+
+
+def _plain_scales(r: int) -> dict[str, Any]:
+    """Fields under which no loader has anything left to multiply by, or to start in another way."""
+    return {
+        "r": r,
+        "lora_alpha": r,
+        "alpha_pattern": {},
+        "use_rslora": False,
+        "use_dora": False,
+        "lora_bias": False,
+        "init_lora_weights": True,
+        "lora_dropout": 0.0,
+    }
 
 
 def _padded(f: Factors | None, shape: tuple[int, int], r: int) -> Factors:
@@ -154,17 +133,20 @@ def _is_within(name: str, tensors: list[str]) -> bool:
     return any(tensor.startswith(f"{name}.") for tensor in tensors)
 
 
-def write(folder: Path, source: Adapter, config: peft.LoraConfig, factors: Mapping[str, Factors]) -> None:
-    """The adapter's files: tensors under PEFT's names, and the config."""
+def write(folder: Path, source: Adapter, config: Mapping[str, Any], factors: Mapping[str, Factors]) -> None:
+    """The adapter's files: tensors under PEFT's names, and the config; a pipeline's LoRA in a file of its own form."""
+    if isinstance(source, PipelineLora):
+        source.write(folder, config, factors)
+        return
     tensors = source.others | {
         f"{PEFT_PREFIX}{name}.{key}": tensor
         for name, f in factors.items()
-        for key, tensor in source.forms[name].written(f).items()
+        for key, tensor in source.formats[name].written(f).items()
     }
     # cloned: safetensors refuses tensors that share memory, as tied ones do
     plain = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
     save_file(plain, folder / TENSORS, {"format": "pt"})
-    config.save_pretrained(str(folder))
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def leading(f: Factors, rank: int) -> Factors:

@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel
 
 from rankwise.base_models import open_model
-from rankwise.export.source import saved_config, told_base
+from rankwise.export.base import told_base, trained_as
+from rankwise.export.lora_config import saved_config
 
 SAMPLES, TOKENS = 2, 16
 
@@ -40,6 +41,5 @@ def _float32(model: str | Path, adapter: Path) -> Any:
     """The base model in float32, as the class whose modules the adapter names."""
     config = saved_config(adapter)
     name, revision = told_base(model, config, adapter)
-    trained_as = (config.get("auto_mapping") or {}).get("base_model_class")
     task = config.get("task_type")
-    return open_model(name, task, revision=revision, trained_as=trained_as, dtype=torch.float32)
+    return open_model(name, task, revision=revision, trained_as=trained_as(config), dtype=torch.float32)

@@ -6,29 +6,28 @@ import dataclasses
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import peft
 from torch import nn
 
-from rankwise.adapters.configs import AdapterConfig
 from rankwise.adapters.lookup import reduced
 from rankwise.adapters.progress import unfinished
 from rankwise.checks import require_choice, require_int, require_room
 from rankwise.errors import ArgumentError, RankwiseError
+from rankwise.export.adapter import TrainedAdapter, check_adapter
+from rankwise.export.base import told_base
 from rankwise.export.card import spread, write_card
-from rankwise.export.check import read_files
+from rankwise.export.check import read_any_files
 from rankwise.export.known_base import KnownBase, class_in_config
-from rankwise.export.layouts import compact, leading, relative_error, uniform, write
+from rankwise.export.layouts import TOLERANCE, compact, leading, relative_error, uniform, write
 from rankwise.export.logits import logits_error
-from rankwise.export.plain import read_plain
+from rankwise.export.reader import read_lora, recorded_command
 from rankwise.export.servers import SERVERS, Server
-from rankwise.export.source import Source, finite, from_folder, from_model, not_finite, recorded
+from rankwise.export.trained import from_folder, from_model
 from rankwise.files import whole_folder
 from rankwise.methods import METHODS
 from rankwise.update import Factors
 
-TOLERANCE = 1e-6
-"""Largest relative error of the whole update an export may have beyond a truncation that was asked for."""
 LOGITS = 1e-4
 """Largest relative difference of logits, in float32, of an export without truncation."""
 
@@ -110,17 +109,17 @@ def export_lora(
     read = [at for at in (model_or_folder, base, logits_of) if isinstance(at, str | Path)]
     require_room("folder", folder, overwrite=overwrite, reads=read)
     source = from_model(model_or_folder, adapter) if live else from_folder(Path(model_or_folder), base)
-    _check(source)
-    left = None if live else unfinished(source.config, source.progress, source.ranks)  # a live model's state has warned
+    check_adapter(source, "the adapter")
+    left = None if live else unfinished(source.method, source.progress, source.ranks)  # a live model's state has warned
     if left:
         warnings.warn(left, stacklevel=2)
     written = _truncated(source, rank)
     config, factors = _laid_out(source, written, layout, rank, written_for)
     if isinstance(base, str | Path):
-        config.base_model_name_or_path = str(base)
+        config |= {"base_model_name_or_path": str(base), "revision": told_base(base, source.config, folder)[1]}
     with whole_folder(folder) as beside:
         write(beside, source, config, factors)
-        error = relative_error(source.updates, read_plain(beside).updates)
+        error = relative_error(source.updates, read_lora(beside).updates)
         if error > TOLERANCE:  # only a truncation that was asked for may be the reason
             allowed = TOLERANCE + relative_error(source.updates, written)
             if error > allowed:
@@ -129,44 +128,17 @@ def export_lora(
         if written_for is not None:
             _write_for(written_for, beside, source)
         ranks = {name: written[name].r if name in written else 0 for name in factors}
-        limit = None if written_for is None else written_for.rank_limit(config.r)
+        limit = None if written_for is None else written_for.rank_limit(config["r"])
         parameters = sum(f.B.numel() + f.A.numel() for f in factors.values())
-        report = ExportReport(folder, layout, config.r, ranks, parameters, error, limit, logits)
-        trained_with = command or (None if live else recorded(model_or_folder))
+        report = ExportReport(folder, layout, config["r"], ranks, parameters, error, limit, logits)
+        trained_with = command or (None if live else recorded_command(model_or_folder))
         _card(beside, folder, source, config, report, written_for, trained_with)
     return report
 
 
-def check_exportable(config: AdapterConfig) -> None:
-    """Raise `RankwiseError` for a config whose adapter could not be a plain LoRA."""
-    if config.bias != "none":
-        raise RankwiseError(
-            f"trained biases cannot be part of a plain LoRA that servers load: `bias` is {config.bias!r}"
-        )
-    if config.trainable_token_indices:
-        raise RankwiseError(
-            "single rows of an embedding (`trainable_token_indices`) cannot be part of a plain LoRA that servers load: "
-            "save the whole model, after `merge_and_unload()`"
-        )
-
-
-def _check(source: Source) -> None:
-    config = source.config
-    check_exportable(config)
-    for name in source.updates:
-        if source.forms[name].unlike:
-            raise RankwiseError(f"the update of module {name!r} cannot be a plain LoRA: {source.forms[name].unlike}")
-    broken = finite(source.updates)
-    if broken:
-        raise RankwiseError(f"the update of module {broken!r} holds NaN or infinity")
-    broken = not_finite(source.others)
-    if broken:
-        raise RankwiseError(f"{broken!r}, trained in full, holds NaN or infinity")
-
-
 def _laid_out(
-    source: Source, written: dict[str, Factors], layout: str, rank: int | None, server: Server | None
-) -> tuple[peft.LoraConfig, dict[str, Factors]]:
+    source: TrainedAdapter, written: dict[str, Factors], layout: str, rank: int | None, server: Server | None
+) -> tuple[dict[str, Any], dict[str, Factors]]:
     if layout == "compact":
         return compact(source, written, rank)
     own_names = {name.rpartition(".")[2] for name in written}
@@ -175,7 +147,11 @@ def _laid_out(
 
 
 def _checked_logits(
-    model: str | Path, adapter: nn.Module | str | Path, folder: Path, written: dict[str, Factors], source: Source
+    model: str | Path,
+    adapter: nn.Module | str | Path,
+    folder: Path,
+    written: dict[str, Factors],
+    source: TrainedAdapter,
 ) -> float:
     if isinstance(adapter, nn.Module):
         raise ArgumentError("logits_of", "come with a saved adapter", model)
@@ -190,16 +166,16 @@ def _checked_logits(
 def _card(
     beside: Path,
     folder: Path,
-    source: Source,
-    config: peft.LoraConfig,
+    source: TrainedAdapter,
+    config: dict[str, Any],
     report: ExportReport,
     server: Server | None,
     command: str | None,
 ) -> None:
-    method = METHODS[source.config.method]
-    settings = {f.name: getattr(source.config, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]  all are
+    method = METHODS[source.method.method]
+    settings = {f.name: getattr(source.method, f.name) for f in dataclasses.fields(method)}  # type: ignore[arg-type]  all are
     facts = {
-        "Method": f"{source.config.method}: {method.summary}",
+        "Method": f"{source.method.method}: {method.summary}",
         "Settings": ", ".join(f"{k}={v!r}" for k, v in settings.items() if isinstance(v, str | int | float)),
         "Trained with": None if command is None else f"`{command}`",
         "Optimiser steps": str(source.progress.step) if source.progress.step else None,
@@ -213,7 +189,7 @@ def _card(
     write_card(
         beside,
         folder.name,
-        config.base_model_name_or_path,
+        config["base_model_name_or_path"],
         "A LoRA trained by rankwise",
         facts,
         load=loader.load_code,
@@ -221,11 +197,11 @@ def _card(
     )
 
 
-def _write_for(server: Server, folder: Path, source: Source) -> None:
+def _write_for(server: Server, folder: Path, source: TrainedAdapter) -> None:
     """Give a written adapter the server's names, and make sure that the server takes it."""
     server.rewrite(folder, source.base_class)
-    files = read_files(folder)
-    shapes = {name: form.shape for name, form in source.forms.items()}
+    files = read_any_files(folder)
+    shapes = {name: form.shape for name, form in source.formats.items()}
     if server.loads_peft_folders:
         files.base = KnownBase(frozenset(source.names), shapes, *class_in_config(None, files.config, folder))
     problems = server.problems(files)
@@ -233,9 +209,9 @@ def _write_for(server: Server, folder: Path, source: Source) -> None:
         raise RankwiseError(f"{server.name} would not serve this adapter as it is: {problems[0].sentence}")
 
 
-def _truncated(source: Source, rank: int | None) -> dict[str, Factors]:
+def _truncated(source: TrainedAdapter, rank: int | None) -> dict[str, Factors]:
     """Each update without the ranks that hold nothing, and at most `rank` of its singular directions."""
-    kept = reduced(source.updates, source.config)
+    kept = reduced(source.updates, source.method)
     if rank is None:
         return kept
     return {name: f if f.r <= rank else leading(f, rank) for name, f in kept.items()}

@@ -7,27 +7,24 @@ of a small matrix bring it to its own rank, so that only a private merge, whose 
 from __future__ import annotations
 
 import dataclasses
-import math
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import peft
-from peft import PeftConfig
 from torch import nn
 
 from rankwise.checks import require_choice, require_int, require_number, require_room
 from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.card import spread, write_card
-from rankwise.export.combine import FROZEN, Merged, combined, given_weights, read_adapters
-from rankwise.export.layouts import Adapter, compact, leading, relative_error, uniform, write
-from rankwise.export.lora import TOLERANCE
-from rankwise.export.plain import read_plain
-from rankwise.export.privacy import Guarantee, private_sum
-from rankwise.export.source import forms_of, opened_base, saved_config
+from rankwise.export.combine import combined, given_weights, read_adapters
+from rankwise.export.layouts import TOLERANCE, compact, leading, relative_error, uniform, write
+from rankwise.export.pipeline_lora import merged_like, read_any_lora
 from rankwise.files import whole_folder
 from rankwise.update import Factors
+
+if TYPE_CHECKING:
+    from rankwise.export.privacy import Guarantee
 
 
 @dataclass(frozen=True)
@@ -104,27 +101,31 @@ def merge_adapters(
     given = given_weights(weights, len(folders))
     adapters = read_adapters(folders, base)
     if privacy is None:
-        merged, guarantee, truncation = combined(adapters, given), None, 0.0
+        merged, guarantee, truncation = merged_like(adapters, combined(adapters, given), folders), None, 0.0
         merged = dataclasses.replace(merged, updates={name: _recombined(f) for name, f in merged.updates.items()})
         written = {name: f if rank is None else leading(f, rank) for name, f in merged.updates.items()}
     else:
-        model = opened_base(base, saved_config(folders[0]), Path(folders[0]))
-        merged, guarantee, truncation = _private(adapters, given, model, privacy, clip, rank or 1, seed)
+        # A private merge needs the base model, and with it PEFT, which takes longer to import than others take in all.
+        from rankwise.export.base import opened_base
+        from rankwise.export.privacy import private_merge
+
+        model = opened_base(base, adapters[0].config, Path(folders[0]))
+        merged, guarantee, truncation = private_merge(adapters, given, model, privacy, clip, rank or 1, seed)
         written = merged.updates
     config, factors = (uniform if layout == "uniform" else compact)(merged, written, rank)
     with whole_folder(out) as beside:
         write(beside, merged, config, factors)
-        error = relative_error(merged.updates, read_plain(beside).updates)
+        error = relative_error(merged.updates, read_any_lora(beside).updates)
         allowed = TOLERANCE + relative_error(merged.updates, written)
         if error > allowed:
             raise RankwiseError(f"what was written would differ from the merge by {error:.1e}, above {allowed:.1e}")
         ranks = {name: written[name].r if name in written else 0 for name in factors}
-        report = MergeReport(out, layout, config.r, ranks, given, max(error, truncation), guarantee)
+        report = MergeReport(out, layout, config["r"], ranks, given, max(error, truncation), guarantee)
         _card(beside, config, report, folders)
     return report
 
 
-def _card(beside: Path, config: peft.LoraConfig, report: MergeReport, folders: Sequence[str | Path]) -> None:
+def _card(beside: Path, config: Mapping[str, Any], report: MergeReport, folders: Sequence[str | Path]) -> None:
     """Of a private merge in public figures only: ranks and errors are of the noisy sum, and so are public."""
     names = [Path(folder).name for folder in folders] if report.guarantee is None else [f"{len(folders)} adapters"]
     facts = {
@@ -133,8 +134,10 @@ def _card(beside: Path, config: peft.LoraConfig, report: MergeReport, folders: S
         "Ranks": spread(report.ranks),
         "Error": f"{report.relative_error:.1e} of the sum's norm",
     }
-    more = "" if report.guarantee is None else guarantee_text(report.guarantee)
-    write_card(beside, report.folder.name, config.base_model_name_or_path, "LoRAs merged by rankwise", facts, more=more)
+    more = "" if report.guarantee is None else report.guarantee.text()
+    write_card(
+        beside, report.folder.name, config.get("base_model_name_or_path"), "LoRAs merged by rankwise", facts, more=more
+    )
 
 
 def _check_privacy(privacy: tuple[float, float] | None, clip: float | None, rank: int | None, seed: int | None) -> None:
@@ -154,60 +157,3 @@ def _recombined(f: Factors) -> Factors:
     U, s, Vh = f.orthogonal()
     kept = int((s > f.rounding()).sum())
     return Factors(U[:, :kept], s[:kept], Vh[:kept])
-
-
-def _private(
-    adapters: Sequence[Adapter],
-    weights: tuple[float, ...],
-    model: nn.Module,
-    privacy: tuple[float, float],
-    clip: float | None,
-    rank: int,
-    seed: int | None,
-) -> tuple[Merged, Guarantee, float]:
-    """What may be published, its guarantee, and the error of its truncation."""
-    for adapter in adapters:
-        head = next((key for key in adapter.others if FROZEN not in key), None)
-        if head:
-            raise RankwiseError(f"a private merge holds updates of bounded norm, and {head!r} is trained in full")
-    forms, names = forms_of(model)
-    found, guarantee, truncation = private_sum(adapters, weights, model, forms, privacy, clip, rank, seed)
-    if guarantee.noise_to_signal > 1:
-        warnings.warn(
-            f"this merge is useless: its noise is {guarantee.noise_to_signal:.3g} times what it merges", stacklevel=3
-        )
-    # a config with nothing of an adapter's but what all share
-    own = adapters[0].config
-    config = PeftConfig(task_type=own.task_type, base_model_name_or_path=own.base_model_name_or_path)
-    return Merged(config, found, {}, forms, names), guarantee, truncation
-
-
-def guarantee_text(promise: Guarantee) -> str:
-    """The guarantee and its assumptions, in public figures only, for the README.md beside a private merge."""
-    n, noise = len(promise.weights), math.hypot(*promise.noise.values())
-    largest = promise.bound * sum(abs(w) for w in promise.weights)
-    if promise.seeded:
-        holds = "**No guarantee**: the noise came from a given seed, and whoever knows it can subtract the noise."
-    else:
-        holds = (
-            f"This merge is ({promise.epsilon:g}, {promise.delta:g})-differentially private: replacing any one of the "
-            f"{n} adapters by any other changes the probability of any set of results by no more than a factor "
-            f"e^{promise.epsilon:g} and {promise.delta:g}."
-        )
-    useless = "\nThe noise exceeds whatever the merge can hold: it is of no use.\n" if noise > largest else ""
-    return f"""## A private merge of {n} adapters
-
-{holds}
-
-- Mechanism: analytic Gaussian (Balle and Wang, 2018), dense noise on every entry of every adapted module, then
-  truncation; adjacency: one adapter replaced.
-- Weights: {", ".join(f"{w:g}" for w in promise.weights)}.
-- Norm of one adapter's whole update: at most {promise.bound:.6g}, by {promise.origin}.
-- Sensitivity 2·max|w|·{promise.bound:.6g} = {promise.sensitivity:.6g}; σ = {promise.sigma:.6g} per entry.
-- Norm of the noise before truncation: about {noise:.4g} over {len(promise.noise)} modules; of the merge without it: at
-  most {largest:.4g}.
-{useless}
-Assumed: the weights, rank, base model, modules, bound and (ε, δ) were chosen without a look at the adapters' data.
-An adapter stands for all data it was trained on. Not covered: several releases from the same adapters, whose ε and δ
-add up; what one of them says elsewhere; attacks on floating-point sampling of noise.
-"""

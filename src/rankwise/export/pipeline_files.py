@@ -7,23 +7,18 @@ tensor beside each update that holds its alpha (kohya), or not at all, and then 
 
 from __future__ import annotations
 
-import importlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-from peft.utils.other import get_pattern_key
 from safetensors import safe_open
-from torch import nn
 
-from rankwise.base_models import skeleton
 from rankwise.errors import AdapterFileError
-from rankwise.export.known_base import KnownBase
-from rankwise.export.shipped import Shipped
-from rankwise.export.source import forms_of, read_tensors
+from rankwise.export.lora_config import CONFIG, rank_of, wrong_entry
+from rankwise.export.reader import TENSORS, AdapterFiles, read_tensors
 
 DIFFUSERS = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
@@ -65,13 +60,16 @@ class Keys(NamedTuple):
     @property
     def alpha(self) -> str:
         """The key that the module's alpha has, where the file holds alphas."""
-        return f"{self.A.partition('.lora')[0]}.alpha"
+        found = FACTOR.fullmatch(self.A)
+        assert found is not None, "A's key is one of A or B"
+        return f"{found['module']}.alpha"
 
 
 @dataclass
-class PipelineFiles(Shipped):
+class PipelineFiles(AdapterFiles):
     """The file of a pipeline's LoRA. Modules have their component's name before their own, as in the file."""
 
+    is_of_pipeline: ClassVar[bool] = True
     file: Path = Path(DIFFUSERS)
     headers: dict[str, dict[str, Any]] = field(default_factory=dict)
     """The config of each component, as the file's header holds it; empty where it holds none."""
@@ -89,7 +87,7 @@ class PipelineFiles(Shipped):
             elif key.endswith(".alpha") and tensor.numel() == 1:
                 self.alphas[key.removesuffix(".alpha")] = float(tensor)
             else:
-                self.others.append(key)
+                self.others[key] = tensor
         if self.spelling == "diffusers":
             self.without_prefix = [name for name in self.modules if component_of(name) not in COMPONENTS]
 
@@ -97,6 +95,10 @@ class PipelineFiles(Shipped):
     def spelling(self) -> str:
         """Whose names the keys are."""
         return spelling_of(self.tensors)
+
+    def alpha_name(self, name: str) -> str:
+        """A module's name as its alpha's key has it."""
+        return Keys(**self.keys[name]).alpha.removesuffix(".alpha")
 
     def kohya_components(self) -> list[str]:
         """What kohya's keys in it begin with."""
@@ -111,18 +113,7 @@ class PipelineFiles(Shipped):
         config = self.headers.get(component_of(name))
         if config is None:
             return self.modules[name]["A"].shape[0]
-        pattern = config.get("rank_pattern") or {}
-        return pattern.get(get_pattern_key(list(pattern), own_name(name)), config.get("r", 8))
-
-    def scale(self, name: str) -> float:
-        """What the update of a module is multiplied by."""
-        config = self.headers.get(component_of(name))
-        rank = self.modules[name]["A"].shape[0]
-        if config is None:
-            return self.alphas.get(name, rank) / rank
-        pattern = config.get("alpha_pattern") or {}
-        alpha = pattern.get(get_pattern_key(list(pattern), own_name(name)), config.get("lora_alpha", 8))
-        return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        return rank_of(config, own_name(name))
 
 
 def component_of(name: str) -> str:
@@ -160,7 +151,7 @@ def pipeline_file(folder: Path) -> Path | None:
     """
     if folder.is_file() and folder.suffix == ".safetensors":
         return folder
-    if (folder / "adapter_config.json").exists() or (folder / "adapter_model.safetensors").exists():
+    if (folder / CONFIG).exists() or (folder / TENSORS).exists():
         return None
     if (folder / DIFFUSERS).is_file():
         return folder / DIFFUSERS
@@ -176,7 +167,7 @@ def read_pipeline_files(file: Path) -> PipelineFiles:
     """
     tensors = read_tensors(file)
     headers = _headers(file)
-    return PipelineFiles(file.parent, {}, tensors, True, bool(headers), file=file, headers=headers)
+    return PipelineFiles(file.parent, {}, tensors, file=file, headers=headers)
 
 
 def _headers(file: Path) -> dict[str, dict[str, Any]]:
@@ -192,86 +183,8 @@ def _headers(file: Path) -> dict[str, dict[str, Any]]:
         if not dot:
             raise AdapterFileError(f"the header of {file} has an entry {key!r}, which names no component")
         headers.setdefault(component, {})[entry] = value
+    for component, config in headers.items():
+        wrong = wrong_entry(config)
+        if wrong:
+            raise AdapterFileError(f"the header of {file} {wrong}, for {component}")
     return headers
-
-
-# --- the base model, and the names that diffusers makes of others ---------------------------------------------------
-
-
-def known_pipeline(base: str | Path | nn.Module | None) -> KnownBase | None:
-    """What is known of the components of a pipeline: of its folder, or of one component, a model or a folder.
-
-    Raises:
-        ArgumentError: a base model was named, and does not open.
-    """
-    if base is None:
-        return None
-    found = dict(_components(base))
-    names: set[str] = set()
-    shapes: dict[str, tuple[int, int]] = {}
-    for component, model in found.items():
-        # Text encoders were once wrapped in `text_model`, which diffusers leaves out of older files' names.
-        before = [component]
-        if component.startswith("text_encoder") and not hasattr(model, "text_model"):
-            before.append(f"{component}.text_model")
-        forms, own_names = forms_of(model)
-        names |= {f"{start}.{name}" for start in before for name in own_names}
-        shapes |= {f"{start}.{name}": form.shape for start in before for name, form in forms.items()}
-    return KnownBase(frozenset(names), shapes, components=frozenset(found))
-
-
-def _components(base: str | Path | nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The components of a pipeline by name, without weights unless a model was given."""
-    if isinstance(base, nn.Module):
-        yield component_of_class(type(base).__name__), base
-    elif (Path(base) / "model_index.json").is_file():
-        for component in COMPONENTS:
-            if (Path(base) / component / "config.json").is_file():
-                yield component, skeleton(Path(base) / component)
-    else:
-        model = skeleton(base)
-        yield component_of_class(type(model).__name__), model
-
-
-def component_of_class(name: str) -> str:
-    """What diffusers calls a component of this class; empty if it is none that it loads LoRAs into."""
-    for part, component in (("UNet", "unet"), ("CLIPText", "text_encoder"), ("Transformer", "transformer")):
-        if part in name:
-            return component
-    return ""
-
-
-def unconverted_by_diffusers(files: PipelineFiles) -> str | None:
-    """Why no loader of diffusers' turns kohya's or ComfyUI's names into names of the base model, in a sentence.
-
-    diffusers' own loaders are asked. None where one does, or where diffusers is not installed.
-    """
-    try:
-        loaders = importlib.import_module("diffusers.loaders")
-    except ImportError:
-        return None
-    reason = "none of its loaders turns the names into those of the base model"
-    # Those of Stable Diffusion know kohya's names, and would misread those of other pipelines only without a base.
-    names = sorted(name for name in dir(loaders) if name.endswith("LoraLoaderMixin"))
-    for name in sorted(names, key=lambda name: not name.startswith("StableDiffusion")):
-        try:
-            converted = getattr(loaders, name).lora_state_dict(dict(files.tensors))
-        except (ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
-            if name.startswith("StableDiffusion"):
-                reason = f"its loader cannot convert the names: {' '.join(str(error).split())[:120]}"
-            continue
-        tensors = converted[0] if isinstance(converted, tuple) else converted
-        modules = PipelineFiles(files.folder, {}, tensors, True, False).modules
-        if modules and all(_may_be_meant(module, files) for module in modules):
-            return None
-    return reason
-
-
-def _may_be_meant(module: str, files: PipelineFiles) -> bool:
-    """Whether a module of a converted file is one of the base model's, as far as that is known."""
-    component = component_of(module)
-    if files.base is None or component in files.base.components:
-        return component in COMPONENTS and not files.lacks(module)
-    # A base that is a UNet or a transformer says what the image is made by; a text encoder says nothing of that.
-    is_text = [known.startswith("text") for known in (component, *files.base.components)]
-    return component in COMPONENTS and (is_text[0] or all(is_text[1:]))

@@ -15,21 +15,24 @@ from __future__ import annotations
 import math
 import os
 import random
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
+import peft
 import torch
+from peft.tuners.tuners_utils import check_target_module_exists
 from scipy.optimize import brentq
 from scipy.special import log_ndtr
 from torch import Tensor, nn
 
-from rankwise.adapters.configs import AdapterConfig
 from rankwise.checks import require_number
 from rankwise.errors import ArgumentError, RankwiseError
-from rankwise.export.combine import common, public_modules
-from rankwise.export.layouts import Adapter
-from rankwise.export.source import Form
+from rankwise.export.adapter import FROZEN, Adapter, TrainedAdapter
+from rankwise.export.base import formats_of
+from rankwise.export.combine import CHOOSING_MODULES
+from rankwise.export.lora_format import LoraFormat
 from rankwise.linalg.svd import leading_triplets, leading_triplets_full
 from rankwise.methods import METHODS
 from rankwise.update import Factors
@@ -66,6 +69,36 @@ class Guarantee:
     def noise_to_signal(self) -> float:
         """The norm of all noise over `signal`."""
         return math.hypot(*self.noise.values()) / self.signal if self.signal else math.inf
+
+    def text(self) -> str:
+        """The guarantee and its assumptions, in public figures only, for the README.md beside a private merge."""
+        n, noise = len(self.weights), math.hypot(*self.noise.values())
+        largest = self.bound * sum(abs(w) for w in self.weights)
+        if self.seeded:
+            holds = "**No guarantee**: the noise came from a given seed, and whoever knows it can subtract the noise."
+        else:
+            holds = (
+                f"This merge is ({self.epsilon:g}, {self.delta:g})-differentially private: replacing any one of the "
+                f"{n} adapters by any other changes the probability of any set of results by no more than a factor "
+                f"e^{self.epsilon:g} and {self.delta:g}."
+            )
+        useless = "\nThe noise exceeds whatever the merge can hold: it is of no use.\n" if noise > largest else ""
+        return f"""## A private merge of {n} adapters
+
+{holds}
+
+- Mechanism: analytic Gaussian (Balle and Wang, 2018), dense noise on every entry of every adapted module, then
+  truncation; adjacency: one adapter replaced.
+- Weights: {", ".join(f"{w:g}" for w in self.weights)}.
+- Norm of one adapter's whole update: at most {self.bound:.6g}, by {self.origin}.
+- Sensitivity 2·max|w|·{self.bound:.6g} = {self.sensitivity:.6g}; σ = {self.sigma:.6g} per entry.
+- Norm of the noise before truncation: about {noise:.4g} over {len(self.noise)} modules; of the merge without it: at
+  most {largest:.4g}.
+{useless}
+Assumed: the weights, rank, base model, modules, bound and (ε, δ) were chosen without a look at the adapters' data.
+An adapter stands for all data it was trained on. Not covered: several releases from the same adapters, whose ε and δ
+add up; what one of them says elsewhere; attacks on floating-point sampling of noise.
+"""
 
 
 def gaussian_sigma(epsilon: float, delta: float, sensitivity: float = 1.0) -> float:
@@ -105,11 +138,43 @@ def sensitivity(weights: Sequence[float], bound: float) -> float:
     return 2 * max(abs(w) for w in weights) * bound
 
 
+def private_merge(
+    adapters: Sequence[Adapter],
+    weights: tuple[float, ...],
+    model: nn.Module,
+    privacy: tuple[float, float],
+    clip: float | None,
+    rank: int,
+    seed: int | None,
+) -> tuple[Adapter, Guarantee, float]:
+    """What may be published, its guarantee, and the error of its truncation.
+
+    Raises:
+        RankwiseError: the adapters differ in what they adapt, train modules in full, or have no common bound that is
+            proven.
+    """
+    for adapter in adapters:
+        head = next((key for key in adapter.others if FROZEN not in key), None)
+        if head:
+            raise RankwiseError(f"a private merge holds updates of bounded norm, and {head!r} is trained in full")
+    formats, names = formats_of(model)
+    found, guarantee, truncation = private_sum(adapters, weights, model, formats, privacy, clip, rank, seed)
+    if guarantee.noise_to_signal > 1:
+        warnings.warn(
+            f"this merge is useless: its noise is {guarantee.noise_to_signal:.3g} times what it merges", stacklevel=3
+        )
+    # The config holds nothing of an adapter's but what all share.
+    own = adapters[0].config
+    config = {key: own.get(key) for key in ("task_type", "base_model_name_or_path", "revision")}
+    merged = Adapter(config=config, updates=found, others={}, formats=formats, names=names)
+    return merged, guarantee, truncation
+
+
 def private_sum(
     adapters: Sequence[Adapter],
     weights: Sequence[float],
     model: nn.Module,
-    forms: Mapping[str, Form],
+    formats: Mapping[str, LoraFormat],
     privacy: tuple[float, float],
     clip: float | None,
     rank: int,
@@ -117,13 +182,13 @@ def private_sum(
 ) -> tuple[dict[str, Factors], Guarantee, float]:
     """Σ w_i ΔW_i + N, privacy = (ε, δ), on every module that the common config adapts, each truncated to `rank`.
 
-    `forms` are of the base `model`, which needs weights only where bounds are relative to them. The third result is the
-    share of the noisy sum's norm that truncation left out.
+    `formats` are of the base `model`, which needs weights only where bounds are relative to them. The third result is
+    the share of the noisy sum's norm that truncation left out.
 
     Raises:
         RankwiseError: the adapters differ in what they adapt, or have no common bound that is proven.
     """
-    modules = public_modules(adapters, forms)
+    modules = _public_modules(adapters, formats)
     if clip is None:
         bounds = _proven_bounds(adapters, modules, model)
         bound, origin = math.hypot(*bounds.values()), "construction, from the config all adapters share"
@@ -157,22 +222,56 @@ def gaussian(shape: tuple[int, int], sigma: float, draw: Callable[[int], bytes] 
     return torch.special.ndtri((bits.double() + 0.5) * 2.0**-52).reshape(shape) * sigma
 
 
+def _public_modules(adapters: Sequence[Adapter], formats: Mapping[str, LoraFormat]) -> dict[str, tuple[int, int]]:
+    """(out, in) of every module the common config adapts: told by config and base model, whatever the files hold."""
+    _check_common(adapters, (*CHOOSING_MODULES, "modules_to_save", "task_type"))
+    own = adapters[0].config
+    choosing: dict[str, Any] = {field: own.get(field) for field in CHOOSING_MODULES}
+    config = peft.LoraConfig(**choosing)
+    modules = {name: form.shape for name, form in formats.items() if check_target_module_exists(config, name)}
+    for adapter in adapters:
+        for name in adapter.updates:
+            if adapter.formats[name].shape != modules.get(name):
+                raise RankwiseError(
+                    f"an adapter holds an update of module {name!r} with shape {adapter.formats[name].shape}, and by "
+                    f"its config and base model it should be {modules.get(name, 'none')}"
+                )
+    return modules
+
+
+def _check_common(adapters: Sequence[Adapter], entries: Sequence[str]) -> None:
+    """Raise `RankwiseError` unless all configs agree on these entries."""
+    for adapter in adapters:
+        for name in entries:
+            one, other = (_comparable(config.get(name)) for config in (adapters[0].config, adapter.config))
+            if one != other:
+                raise RankwiseError(f"a private merge needs adapters of one config: `{name}` is {one!r} and {other!r}")
+
+
+def _comparable(value: object) -> object:
+    return sorted(value) if isinstance(value, list | set | tuple) else value or None
+
+
 def _proven_bounds(adapters: Sequence[Adapter], modules: Mapping[str, tuple[int, int]], model: Any) -> dict[str, float]:
     """δ_l of every module, the same for every adapter, by the construction of the method they share."""
-    first, whole = adapters[0].config, model
-    if not isinstance(first, AdapterConfig):
+    first, whole = adapters[0], model
+    if not isinstance(first, TrainedAdapter):
         raise ArgumentError("clip", UNBOUNDED, None)
-    config = common(adapters, ("method", "r", "rank_pattern", *(f.name for f in fields(METHODS[first.method]))))
+    config = first.method
+    own_fields = (field.name for field in fields(METHODS[config.method]))  # type: ignore[arg-type]  all are dataclasses
+    _check_common(adapters, ("peft_type", "r", "rank_pattern", *own_fields))
     if config.starts_from_weight and any(t.is_meta for t in whole.parameters()):
-        whole = type(whole).from_pretrained(whole.name_or_path)
+        name, revision = whole.name_or_path, first.config.get("revision")
+        whole = type(whole).from_pretrained(name, revision=revision or "main")
     layers = dict(whole.named_modules())
-    found = {
-        name: config.norm_bound(config.size_of(name, *shape), lambda name=name: layers[name].weight.detach().float())
-        for name, shape in modules.items()
-    }
-    if None in found.values():
-        raise ArgumentError("clip", UNBOUNDED, None)
-    return found
+    bounds: dict[str, float] = {}
+    for name, shape in modules.items():
+        size = config.size_of(name, *shape)
+        bound = config.norm_bound(size, lambda name=name: layers[name].weight.detach().float())
+        if bound is None:
+            raise ArgumentError("clip", UNBOUNDED, None)
+        bounds[name] = bound
+    return bounds
 
 
 def _limited(f: Factors, bound: float, name: str) -> Factors:

@@ -8,7 +8,6 @@ those of B·diag(s)·L for any L with L·Lᵀ = A·C·Aᵀ, which is r × r.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,8 @@ from torch import Tensor
 from rankwise.checks import require_choice, require_int, require_number, require_room
 from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.card import spread, write_card
-from rankwise.export.layouts import compact, relative_error, uniform, write
-from rankwise.export.lora import TOLERANCE
-from rankwise.export.plain import read_plain
+from rankwise.export.layouts import TOLERANCE, compact, relative_error, uniform, write
+from rankwise.export.pipeline_lora import read_any_lora
 from rankwise.files import whole_folder
 from rankwise.linalg.budget import best_ranks
 from rankwise.precision import exact
@@ -100,7 +98,7 @@ def shrink_adapter(
     _check_rule(energy=energy, budget=budget, rank=rank)
     require_choice("layout", layout, ("uniform", "compact"))
     require_room("out", out, overwrite=overwrite, reads=[folder])
-    plain = read_plain(folder)
+    plain = read_any_lora(folder)
     updates = plain.updates
     moments = {} if second_moments is None else _checked(second_moments, updates)
     found = {name: _directions(f, moments.get(name)) for name, f in updates.items()}
@@ -113,10 +111,10 @@ def shrink_adapter(
         ranks = _affordable(energies, updates, budget or 0)
     kept = {n: Factors(f.B[:, : ranks[n]], f.s[: ranks[n]], f.A[: ranks[n]]) for n, (_, f) in found.items()}
     made, factors = (uniform if layout == "uniform" else compact)(plain, kept, None)
-    config = dataclasses.replace(plain.config, **{field: getattr(made, field) for field in LAYOUT_FIELDS})
+    config = {**plain.config} | {field: made[field] for field in LAYOUT_FIELDS if field in made}
     with whole_folder(out) as beside:
         write(beside, plain, config, factors)
-        read = read_plain(beside).updates
+        read = read_any_lora(beside).updates
         wrong = relative_error(kept, read)
         if wrong > TOLERANCE:
             raise RankwiseError(f"what was written differs by {wrong:.1e} from the best update of its ranks")
@@ -132,7 +130,7 @@ def shrink_adapter(
             "Parameters": f"{report.parameters:,} of {report.parameters_before:,}",
             "Error": f"{error:.2%} of ‖ΔW‖_F, read back from the file",
         }
-        write_card(beside, out.name, plain.config.base_model_name_or_path, "A LoRA shrunk by rankwise", facts)
+        write_card(beside, out.name, plain.config.get("base_model_name_or_path"), "A LoRA shrunk by rankwise", facts)
     return report
 
 

@@ -15,8 +15,9 @@ from rankwise.adapters.lookup import adapted_layers, factors, ranks
 from rankwise.compare.candidates.base import Candidate, Measured
 from rankwise.compare.spec import MethodEntry, Spec
 from rankwise.errors import ArgumentError, nearest
-from rankwise.export.lora import check_exportable, export_lora
-from rankwise.export.source import COMMAND
+from rankwise.export.adapter import check_config
+from rankwise.export.lora import export_lora
+from rankwise.export.reader import COMMAND
 from rankwise.files import whole_folder
 from rankwise.methods import METHODS
 from rankwise.training.status import status
@@ -54,7 +55,7 @@ class AdapterCandidate(Candidate):
         shared = {"r": spec.budget.r, "target_modules": targets if isinstance(targets, str) else list(targets)}
         given: dict[str, Any] = shared | entry.fields
         config = CONFIGS[entry.name](**given, task_type="SEQ_CLS")  # type: ignore[arg-type]
-        check_exportable(config)
+        check_config(vars(config), "the adapter")
         return cls(config)
 
     def check(self, model: PreTrainedModel, steps: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rankwise.errors import RankwiseError
-from rankwise.export.source import read_tensors
+from rankwise.export.reader import read_tensors
 
 DTYPES = {
     "F64": torch.float64,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from rankwise.base_models import model_folder
 from rankwise.checks import require_choice, require_room
 from rankwise.errors import RankwiseError
+from rankwise.export.base import told_base
 from rankwise.export.card import write_card
 from rankwise.export.combine import given_weights
 from rankwise.export.into_base.checkpoint import (
@@ -38,7 +39,7 @@ from rankwise.export.into_base.merging import Merging, tied_names
 from rankwise.export.into_base.model_config import TIE_MEANS_MORE, untied, with_dtype
 from rankwise.export.into_base.opening import bare_model, opened, read_config, write_config
 from rankwise.export.into_base.saved import SavedAdapter, read_saved
-from rankwise.export.source import saved_config, told_base
+from rankwise.export.lora_config import saved_config
 from rankwise.files import whole_folder
 
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}

@@ -12,7 +12,7 @@ from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.into_base.adapted import Adapted
 from rankwise.export.into_base.checkpoint import WEIGHT_DTYPES, Checkpoint
 from rankwise.export.into_base.conversion import Conversion, Unit
-from rankwise.export.lora import TOLERANCE
+from rankwise.export.layouts import TOLERANCE
 
 
 class Merging:

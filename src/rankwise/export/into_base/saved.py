@@ -12,11 +12,12 @@ from peft import PeftConfig
 from torch import Tensor
 
 from rankwise.adapters.configs import AdapterConfig
-from rankwise.errors import AdapterFileError
-from rankwise.export.plain import BEYOND_UPDATES, STARTS
-from rankwise.export.source import CONFIG, TENSORS, not_finite, opened_config, read_tensors, saved_config
+from rankwise.errors import AdapterFileError, RankwiseError
+from rankwise.export.adapter import key_not_finite
+from rankwise.export.lora_config import CONFIG, MORE_THAN_UPDATES, STARTS, read_config, saved_config
+from rankwise.export.reader import TENSORS, read_tensors
 
-MERGEABLE = ("trainable_token_indices", "target_parameters")
+MERGEABLE = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
 """What PEFT merges although it is more than updates of modules."""
 
 
@@ -42,13 +43,19 @@ def read_saved(folder: Path) -> SavedAdapter:
     Raises:
         AdapterFileError: it is missing, broken, not finite, no LoRA, or of a kind whose update no weight can hold.
     """
-    config: Any = opened_config(folder)
-    if config is None:
+    if not (folder / CONFIG).is_file():
         raise AdapterFileError(f"{folder} holds no LoRA adapter: {CONFIG} is missing")
+    read_config(folder)
+    try:
+        config: Any = PeftConfig.from_pretrained(str(folder))
+    except RankwiseError:
+        raise
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise AdapterFileError(f"{folder / CONFIG} is not a whole adapter config ({type(error).__name__})") from error
     if not isinstance(config, AdapterConfig):
         _check_plain(config, folder)
     tensors = read_tensors(folder / TENSORS)
-    broken = not_finite(tensors)
+    broken = key_not_finite(tensors)
     if broken:
         raise AdapterFileError(f"{folder / TENSORS} holds NaN or infinity in {broken!r}")
     if not tensors:
@@ -59,7 +66,7 @@ def read_saved(folder: Path) -> SavedAdapter:
 def _check_plain(config: Any, folder: Path) -> None:
     if type(config) is not peft.LoraConfig:
         raise AdapterFileError(f"{folder} holds no LoRA adapter")
-    for field in BEYOND_UPDATES:
+    for field in MORE_THAN_UPDATES:
         if field not in MERGEABLE and getattr(config, field, None):
             raise AdapterFileError(f"{folder} cannot be merged into a base model: its config has `{field}`")
     if config.init_lora_weights not in STARTS:

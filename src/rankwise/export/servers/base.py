@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
-    from rankwise.export.shipped import Shipped
+    from rankwise.export.reader import AdapterFiles
 
 SERVERS: dict[str, Server] = {}
 """Every server by its name."""
@@ -29,11 +29,11 @@ class Rule:
     """Something that a server refuses, or accepts and then computes otherwise."""
 
     name: str
-    find: Callable[[Shipped], Iterable[str]]
+    find: Callable[[AdapterFiles], Iterable[str]]
     """A sentence for each place in the files that breaks the rule."""
 
 
-def rule(name: str) -> Callable[[Callable[[Shipped], Iterator[str]]], Rule]:
+def rule(name: str) -> Callable[[Callable[[AdapterFiles], Iterator[str]]], Rule]:
     """Function decorator: makes a rule of what finds the places that break it."""
     return lambda find: Rule(name, find)
 
@@ -91,6 +91,6 @@ class Server:
             RankwiseError: the server loads no adapter of such a base model.
         """
 
-    def problems(self, files: Shipped) -> list[Problem]:
+    def problems(self, files: AdapterFiles) -> list[Problem]:
         """Every place in an adapter's files that breaks one of this server's rules."""
         return [Problem(rule.name, sentence) for rule in self.rules for sentence in rule.find(files)]

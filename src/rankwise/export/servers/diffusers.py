@@ -12,27 +12,27 @@ from rankwise.export.servers.base import Server, rule
 
 if TYPE_CHECKING:
     from rankwise.export.pipeline_files import PipelineFiles
-    from rankwise.export.shipped import Shipped
+    from rankwise.export.reader import AdapterFiles
 
 UNDERSTOOD = (".lora_magnitude_vector", ".lora_B.bias")
 """In keys of DoRA's magnitudes and of biases, from which diffusers tells what they are."""
 
 
-def pipeline(files: Shipped) -> Iterator[PipelineFiles]:
+def pipeline(files: AdapterFiles) -> Iterator[PipelineFiles]:
     """The files, if they are those of a pipeline's LoRA: of PEFT's folder, the first rule says all there is to say."""
-    if files.is_diffusers:
+    if files.is_of_pipeline:
         yield files  # type: ignore[misc]  what is of diffusers' form is read as such
 
 
 @rule("diffusers' names")
-def folder_of_peft(files: Shipped) -> Iterator[str]:
+def folder_of_peft(files: AdapterFiles) -> Iterator[str]:
     """diffusers knows modules by the component they belong to."""
-    if not files.is_diffusers:
+    if not files.is_of_pipeline:
         yield "a PEFT folder would be loaded without effect: its keys must begin with unet. or transformer."
 
 
 @rule("prefix")
-def no_component(files: Shipped) -> Iterator[str]:
+def no_component(files: AdapterFiles) -> Iterator[str]:
     """Each component takes the keys that begin with its name, and others go to none."""
     for found in pipeline(files):
         if found.without_prefix:
@@ -41,9 +41,9 @@ def no_component(files: Shipped) -> Iterator[str]:
 
 
 @rule("converted names")
-def unconverted_names(files: Shipped) -> Iterator[str]:
+def unconverted_names(files: AdapterFiles) -> Iterator[str]:
     """diffusers converts the names that kohya's scripts and ComfyUI give."""
-    from rankwise.export.pipeline_files import unconverted_by_diffusers
+    from rankwise.export.known_pipeline import unconverted_by_diffusers
 
     for found in pipeline(files):
         if found.spelling != "diffusers":
@@ -53,7 +53,7 @@ def unconverted_names(files: Shipped) -> Iterator[str]:
 
 
 @rule("component without a config")
-def component_without_config(files: Shipped) -> Iterator[str]:
+def component_without_config(files: AdapterFiles) -> Iterator[str]:
     """Where the header holds configs, diffusers takes a component's from it alone."""
     for found in pipeline(files):
         components = dict.fromkeys(name.partition(".")[0] for name in found.modules)
@@ -63,7 +63,7 @@ def component_without_config(files: Shipped) -> Iterator[str]:
 
 
 @rule("type")
-def another_kind_of_adapter(files: Shipped) -> Iterator[str]:
+def another_kind_of_adapter(files: AdapterFiles) -> Iterator[str]:
     """diffusers reads each config as a LoRA's."""
     for component, config in headers(files):
         if config.get("peft_type", "LORA") != "LORA":
@@ -71,7 +71,7 @@ def another_kind_of_adapter(files: Shipped) -> Iterator[str]:
 
 
 @rule("rank of the config")
-def another_rank_than_the_headers(files: Shipped) -> Iterator[str]:
+def another_rank_than_the_headers(files: AdapterFiles) -> Iterator[str]:
     """diffusers makes its layers by the header's ranks, and loads no others."""
     for found in pipeline(files):
         for name, parts in found.whole.items():
@@ -81,7 +81,7 @@ def another_rank_than_the_headers(files: Shipped) -> Iterator[str]:
 
 
 @rule("modules trained in full")
-def modules_trained_in_full(files: Shipped) -> Iterator[str]:
+def modules_trained_in_full(files: AdapterFiles) -> Iterator[str]:
     """diffusers loads updates, and no modules in their place."""
     for component, config in headers(files):
         if config.get("modules_to_save"):
@@ -89,7 +89,7 @@ def modules_trained_in_full(files: Shipped) -> Iterator[str]:
 
 
 @rule("stray alpha")
-def alpha_among_its_own_names(files: Shipped) -> Iterator[str]:
+def alpha_among_its_own_names(files: AdapterFiles) -> Iterator[str]:
     """Among names of its own, diffusers refuses every key without "lora" in it; kohya's it converts."""
     for found in pipeline(files):
         for name in found.alphas if found.spelling == "diffusers" else ():
@@ -97,7 +97,7 @@ def alpha_among_its_own_names(files: Shipped) -> Iterator[str]:
 
 
 @rule("scales told twice")
-def scales_told_twice(files: Shipped) -> Iterator[str]:
+def scales_told_twice(files: AdapterFiles) -> Iterator[str]:
     """diffusers takes scales from the header or from alphas."""
     for found in pipeline(files):
         if found.headers and found.alphas and found.spelling != "diffusers":
@@ -105,7 +105,7 @@ def scales_told_twice(files: Shipped) -> Iterator[str]:
 
 
 @rule("alphas of attention")
-def alphas_of_attention(files: Shipped) -> Iterator[str]:
+def alphas_of_attention(files: AdapterFiles) -> Iterator[str]:
     """diffusers 0.42 loses the alphas of kohya's layers of attention, and gives them their component's usual one."""
     for found in pipeline(files):
         if found.spelling != "kohya":
@@ -120,7 +120,7 @@ def alphas_of_attention(files: Shipped) -> Iterator[str]:
 
 
 @rule("foreign tensors")
-def foreign_tensors(files: Shipped) -> Iterator[str]:
+def foreign_tensors(files: AdapterFiles) -> Iterator[str]:
     """diffusers refuses or leaves out what is no part of a LoRA."""
     for found in pipeline(files):
         for key in found.others:
@@ -128,7 +128,7 @@ def foreign_tensors(files: Shipped) -> Iterator[str]:
                 yield f"{key!r} is no tensor of a LoRA adapter"
 
 
-def headers(files: Shipped) -> Iterator[tuple[str, dict[str, Any]]]:
+def headers(files: AdapterFiles) -> Iterator[tuple[str, dict[str, Any]]]:
     """The components of a pipeline's file and their configs in its header."""
     for found in pipeline(files):
         yield from found.headers.items()
@@ -170,6 +170,6 @@ class Diffusers(Server):
     def rewrite(self, folder: Path, base_class: str) -> None:
         """Rename the keys, and put the config into the file's header."""
         # Imported here, since the command line's help lists the servers and must not wait for torch.
-        from rankwise.export.shipped import rename_for_diffusers
+        from rankwise.export.pipeline_lora import rename_for_diffusers
 
         rename_for_diffusers(folder, base_class)

@@ -9,11 +9,11 @@ from rankwise.export.servers import rules
 from rankwise.export.servers.base import Server, rule
 
 if TYPE_CHECKING:
-    from rankwise.export.shipped import Shipped
+    from rankwise.export.reader import AdapterFiles
 
 
 @rule("base model named")
-def no_base_model_named(files: Shipped) -> Iterator[str]:
+def no_base_model_named(files: AdapterFiles) -> Iterator[str]:
     """The converter takes sizes and names from the base model."""
     if not files.config.get("base_model_name_or_path"):
         yield "base_model_name_or_path is not set, and the converter asks for it (or for --base)"

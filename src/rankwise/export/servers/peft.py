@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from rankwise.export.lora_config import alpha_of
 from rankwise.export.servers import rules
 from rankwise.export.servers.base import Problem, Server, rule
 
 if TYPE_CHECKING:
-    from rankwise.export.shipped import Shipped
+    from rankwise.export.reader import AdapterFiles
 
 SETTLED_BY_LOADING = {
     found.name
@@ -27,11 +28,12 @@ experts that were fused later, and every kind of layer."""
 
 
 @rule("stray alpha")
-def alpha_unlike_the_configs(files: Shipped) -> Iterator[str]:
+def alpha_unlike_the_configs(files: AdapterFiles) -> Iterator[str]:
     """PEFT takes scales from the config alone."""
     for name, alpha in files.alphas.items():
-        if alpha != files.alpha(name):
-            yield f"{name + '.alpha'!r} is {alpha:g}, and PEFT scales by the config's lora_alpha, {files.alpha(name)}"
+        by_config = alpha_of(files.config, name)
+        if alpha != by_config:
+            yield f"{name + '.alpha'!r} is {alpha:g}, and PEFT scales by the config's lora_alpha, {by_config}"
 
 
 class PEFT(Server):
@@ -42,7 +44,7 @@ class PEFT(Server):
     start_command = 'PeftModel.from_pretrained(base, "{folder}")'
     rules = (*rules.OF_PEFT_FOLDERS, alpha_unlike_the_configs)
 
-    def problems(self, files: Shipped) -> list[Problem]:
+    def problems(self, files: AdapterFiles) -> list[Problem]:
         """What breaks a rule; where the base model opens, PEFT's own loading decides on names and shapes."""
         found = super().problems(files)
         left_out = None if files.base is None else files.base.left_out_by_peft(files.folder)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from rankwise.export.servers.base import rule
 
 if TYPE_CHECKING:
-    from rankwise.export.shipped import Shipped
+    from rankwise.export.reader import AdapterFiles
 
 MODULE_NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
 """A module's name: no path, no empty part."""
@@ -36,23 +36,22 @@ OTHER_KINDS = (
 
 
 @rule("empty")
-def no_tensors(files: Shipped) -> Iterator[str]:
+def no_tensors(files: AdapterFiles) -> Iterator[str]:
     """A loader finds nothing to apply."""
     if not files.modules:
         yield "it holds no tensor of a LoRA adapter, so the base model would be served"
 
 
 @rule("type")
-def another_kind_of_adapter(files: Shipped) -> Iterator[str]:
+def another_kind_of_adapter(files: AdapterFiles) -> Iterator[str]:
     """Servers read every file as a LoRA, whatever made it."""
-    # A file of diffusers' need not hold a config, and what it holds is then a LoRA.
-    kind = files.config.get("peft_type", "LORA" if files.is_diffusers else None)
+    kind = files.config.get("peft_type")
     if kind != "LORA":
         yield f"peft_type is {kind!r}: it would be read as a plain LoRA (export it, or convert it first)"
 
 
 @rule("half")
-def half_an_update(files: Shipped) -> Iterator[str]:
+def half_an_update(files: AdapterFiles) -> Iterator[str]:
     """One factor without the other is no update."""
     for name, parts in files.modules.items():
         if len(parts) < 2:
@@ -60,7 +59,7 @@ def half_an_update(files: Shipped) -> Iterator[str]:
 
 
 @rule("rank zero")
-def rank_zero(files: Shipped) -> Iterator[str]:
+def rank_zero(files: AdapterFiles) -> Iterator[str]:
     """PEFT and vLLM refuse rank 0, and llama.cpp aborts on it."""
     for name, parts in files.modules.items():
         if any(0 in tensor.shape for tensor in parts.values()):
@@ -71,7 +70,7 @@ def rank_zero(files: Shipped) -> Iterator[str]:
 
 
 @rule("shape")
-def no_matrix(files: Shipped) -> Iterator[str]:
+def no_matrix(files: AdapterFiles) -> Iterator[str]:
     """Factors are matrices, or the kernels of convolutions."""
     for name, parts in files.modules.items():
         for part, tensor in parts.items():
@@ -80,7 +79,7 @@ def no_matrix(files: Shipped) -> Iterator[str]:
 
 
 @rule("rank of the config")
-def another_rank_than_the_configs(files: Shipped) -> Iterator[str]:
+def another_rank_than_the_configs(files: AdapterFiles) -> Iterator[str]:
     """PEFT makes its layers by the config's rank, and loads no others."""
     for name, parts in files.whole.items():
         wanted = files.rank(name)
@@ -90,14 +89,14 @@ def another_rank_than_the_configs(files: Shipped) -> Iterator[str]:
 
 
 @rule("not finite")
-def not_finite(files: Shipped) -> Iterator[str]:
+def not_finite(files: AdapterFiles) -> Iterator[str]:
     """One adapter's NaN reaches requests to other adapters."""
     for key in files.not_finite():
         yield f"{key!r} holds NaN or infinity, which would spoil other adapters' answers too"
 
 
 @rule("dtype")
-def no_real_numbers(files: Shipped) -> Iterator[str]:
+def no_real_numbers(files: AdapterFiles) -> Iterator[str]:
     """Factors are real numbers."""
     for key, tensor in files.tensors.items():
         if not tensor.dtype.is_floating_point:
@@ -105,15 +104,14 @@ def no_real_numbers(files: Shipped) -> Iterator[str]:
 
 
 @rule("prefix")
-def no_prefix(files: Shipped) -> Iterator[str]:
+def no_prefix(files: AdapterFiles) -> Iterator[str]:
     """Loaders find modules by what follows the prefix."""
-    prefix = "unet. or transformer." if files.is_diffusers else "base_model.model."
     if files.without_prefix:
-        yield f"{files.without_prefix[0]!r} lacks the prefix {prefix}, so it would match nothing"
+        yield f"{files.without_prefix[0]!r} lacks the prefix base_model.model., so it would match nothing"
 
 
 @rule("odd names")
-def odd_names(files: Shipped) -> Iterator[str]:
+def odd_names(files: AdapterFiles) -> Iterator[str]:
     """A module's name that is a path may lead anywhere."""
     for name in files.modules:
         if not MODULE_NAME.fullmatch(name):
@@ -124,7 +122,7 @@ def odd_names(files: Shipped) -> Iterator[str]:
 
 
 @rule("unknown module")
-def unknown_module(files: Shipped) -> Iterator[str]:
+def unknown_module(files: AdapterFiles) -> Iterator[str]:
     """What matches no module of the base model is left out in silence."""
     for name in files.modules:
         if files.lacks(name):
@@ -132,7 +130,7 @@ def unknown_module(files: Shipped) -> Iterator[str]:
 
 
 @rule("width")
-def another_width(files: Shipped) -> Iterator[str]:
+def another_width(files: AdapterFiles) -> Iterator[str]:
     """The factors must fit the base model's weight."""
     for name, parts in files.whole.items():
         wanted = None if files.base is None else files.base.shapes.get(name)
@@ -161,14 +159,14 @@ OF_EVERY_SERVER = (
 
 
 @rule("diffusers' file")
-def file_of_diffusers(files: Shipped) -> Iterator[str]:
+def file_of_diffusers(files: AdapterFiles) -> Iterator[str]:
     """Only diffusers loads such a file."""
-    if files.is_diffusers:
+    if files.is_of_pipeline:
         yield "it is in diffusers' form, without a config of its own"
 
 
 @rule("target modules")
-def tensors_outside_the_target_modules(files: Shipped) -> Iterator[str]:
+def tensors_outside_the_target_modules(files: AdapterFiles) -> Iterator[str]:
     """Some loaders take what the config names, and others what the file holds."""
     config = files.lora_config
     if config is None or not (config.target_modules or config.target_parameters):
@@ -186,14 +184,14 @@ OF_PEFT_FOLDERS = (*OF_EVERY_SERVER, file_of_diffusers, tensors_outside_the_targ
 
 
 @rule("DoRA")
-def dora(files: Shipped) -> Iterator[str]:
+def dora(files: AdapterFiles) -> Iterator[str]:
     """Servers have no magnitudes."""
     if files.config.get("use_dora") or any("lora_magnitude" in key for key in files.tensors):
         yield "it is a DoRA adapter, whose magnitudes would be refused or left out"
 
 
 @rule("bias")
-def trained_biases(files: Shipped) -> Iterator[str]:
+def trained_biases(files: AdapterFiles) -> Iterator[str]:
     """Servers have no biases beside an update."""
     for key in ("bias", "lora_bias"):
         value = files.config.get(key)
@@ -202,7 +200,7 @@ def trained_biases(files: Shipped) -> Iterator[str]:
 
 
 @rule("changed base")
-def update_of_a_changed_base(files: Shipped) -> Iterator[str]:
+def update_of_a_changed_base(files: AdapterFiles) -> Iterator[str]:
     """Such a start changes the base model's weights, which a server does not."""
     start = files.config.get("init_lora_weights", True)
     if isinstance(start, str) and start.lower().split("_")[0] in STARTS_THAT_CHANGE_THE_BASE:
@@ -210,7 +208,7 @@ def update_of_a_changed_base(files: Shipped) -> Iterator[str]:
 
 
 @rule("other kinds")
-def what_only_peft_computes(files: Shipped) -> Iterator[str]:
+def what_only_peft_computes(files: AdapterFiles) -> Iterator[str]:
     """PEFT's kinds of LoRA that are more than updates of modules."""
     for key in OTHER_KINDS:
         if files.config.get(key):
@@ -218,14 +216,14 @@ def what_only_peft_computes(files: Shipped) -> Iterator[str]:
 
 
 @rule("fused experts")
-def updates_of_parameters(files: Shipped) -> Iterator[str]:
+def updates_of_parameters(files: AdapterFiles) -> Iterator[str]:
     """How a server lays out fused experts depends on the model."""
     if files.config.get("target_parameters"):
         yield "target_parameters is set, and whether it computes updates of fused experts is not known here"
 
 
 @rule("convolution")
-def convolution(files: Shipped) -> Iterator[str]:
+def convolution(files: AdapterFiles) -> Iterator[str]:
     """Servers of language models adapt linear layers and embeddings."""
     for name, parts in files.whole.items():
         if parts["A"].dim() > 2:
@@ -233,13 +231,13 @@ def convolution(files: Shipped) -> Iterator[str]:
 
 
 @rule("stray alpha")
-def alpha_beside_the_tensors(files: Shipped) -> Iterator[str]:
+def alpha_beside_the_tensors(files: AdapterFiles) -> Iterator[str]:
     """Files of kohya's and diffusers' hold scales as tensors, which readers of PEFT's folders do not know."""
     for name in files.alphas:
         yield f"{name + '.alpha'!r} is a scale beside the tensors, which it refuses: a PEFT folder has it in the config"
 
 
-def foreign_keys(files: Shipped) -> Iterator[str]:
+def foreign_keys(files: AdapterFiles) -> Iterator[str]:
     """The keys of tensors that neither are factors nor belong to a module of `modules_to_save`."""
     for key in files.others:
         # PEFT saves the frozen weight beside an adapted embedding, and servers pass it by.
@@ -255,7 +253,7 @@ def is_saved_embedding(key: str) -> bool:
 
 
 @rule("foreign tensors")
-def foreign_tensors(files: Shipped) -> Iterator[str]:
+def foreign_tensors(files: AdapterFiles) -> Iterator[str]:
     """Servers refuse, or leave out, tensors that are no factors."""
     for key in foreign_keys(files):
         if is_saved_embedding(key):
@@ -281,21 +279,21 @@ OF_PLAIN_UPDATES = (
 
 
 @rule("modules trained in full")
-def modules_trained_in_full(files: Shipped) -> Iterator[str]:
+def modules_trained_in_full(files: AdapterFiles) -> Iterator[str]:
     """Servers load updates, and no modules in their place."""
     if files.config.get("modules_to_save"):
         yield f"modules_to_save names {files.config['modules_to_save']}, which it does not load"
 
 
 @rule("rsLoRA")
-def rslora_scale(files: Shipped) -> Iterator[str]:
+def rslora_scale(files: AdapterFiles) -> Iterator[str]:
     """Rank-stabilised LoRA scales by lora_alpha / √r."""
     if files.config.get("use_rslora"):
         yield "use_rslora is set and would be ignored: the update would be scaled by lora_alpha / r"
 
 
 @rule("alpha per module")
-def alpha_per_module(files: Shipped) -> Iterator[str]:
+def alpha_per_module(files: AdapterFiles) -> Iterator[str]:
     """Only the config's lora_alpha is read."""
     if files.config.get("alpha_pattern"):
         yield "alpha_pattern is set and would be ignored: those updates would have another scale"

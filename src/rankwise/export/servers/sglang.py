@@ -9,7 +9,7 @@ from rankwise.export.servers import rules
 from rankwise.export.servers.base import Server, rule
 
 if TYPE_CHECKING:
-    from rankwise.export.shipped import Shipped
+    from rankwise.export.reader import AdapterFiles
 
 
 def missing_beside(names: set[str]) -> list[str]:
@@ -28,21 +28,21 @@ def missing_beside(names: set[str]) -> list[str]:
 
 
 @rule("rank per module")
-def rank_per_module(files: Shipped) -> Iterator[str]:
+def rank_per_module(files: AdapterFiles) -> Iterator[str]:
     """Its buffers have one rank."""
     if files.config.get("rank_pattern"):
         yield "rank_pattern is set, and it reads r alone: export the uniform layout"
 
 
 @rule("added tokens")
-def added_tokens(files: Shipped) -> Iterator[str]:
+def added_tokens(files: AdapterFiles) -> Iterator[str]:
     """Adapters that bring tokens of their own are refused."""
     if (files.folder / "added_tokens.json").exists():
         yield "added_tokens.json lies beside it, and adapters with tokens of their own are refused"
 
 
 @rule("regular expression")
-def regular_expression(files: Shipped) -> Iterator[str]:
+def regular_expression(files: AdapterFiles) -> Iterator[str]:
     """It compares target_modules with names."""
     targets = files.config.get("target_modules")
     if isinstance(targets, str) and targets != "all-linear":
@@ -50,7 +50,7 @@ def regular_expression(files: Shipped) -> Iterator[str]:
 
 
 @rule("foreign tensors")
-def foreign_tensors_but_embeddings(files: Shipped) -> Iterator[str]:
+def foreign_tensors_but_embeddings(files: AdapterFiles) -> Iterator[str]:
     """SGLang passes embeddings by that PEFT has saved unchanged, unless the adapter targets them."""
     for key in rules.foreign_keys(files):
         name = key.removesuffix(".weight")
@@ -61,7 +61,7 @@ def foreign_tensors_but_embeddings(files: Shipped) -> Iterator[str]:
 
 
 @rule("modules kept together")
-def part_of_a_buffer(files: Shipped) -> Iterator[str]:
+def part_of_a_buffer(files: AdapterFiles) -> Iterator[str]:
     """A buffer needs all its parts."""
     for parent, names in files.siblings().items():
         for name in missing_beside(names):

@@ -9,7 +9,7 @@ from rankwise.export.servers import rules
 from rankwise.export.servers.base import Server, rule
 
 if TYPE_CHECKING:
-    from rankwise.export.shipped import Shipped
+    from rankwise.export.reader import AdapterFiles
 
 RANK_LIMITS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """The values that max_lora_rank may have."""
@@ -18,7 +18,7 @@ HEADS = ("classifier", "score")
 
 
 @rule("modules trained in full")
-def modules_trained_in_full_but_heads(files: Shipped) -> Iterator[str]:
+def modules_trained_in_full_but_heads(files: AdapterFiles) -> Iterator[str]:
     """vLLM replaces the head of a classifier, and no other module."""
     for name in files.config.get("modules_to_save") or ():
         if name not in HEADS:
@@ -26,14 +26,14 @@ def modules_trained_in_full_but_heads(files: Shipped) -> Iterator[str]:
 
 
 @rule("rank limit")
-def rank_above_every_limit(files: Shipped) -> Iterator[str]:
+def rank_above_every_limit(files: AdapterFiles) -> Iterator[str]:
     """max_lora_rank comes from a fixed list."""
     if files.largest_rank > RANK_LIMITS[-1]:
         yield f"rank {files.largest_rank} is above {RANK_LIMITS[-1]}, the most vLLM can be started with"
 
 
 @rule("class of the base model")
-def names_of_another_class(files: Shipped) -> Iterator[str]:
+def names_of_another_class(files: AdapterFiles) -> Iterator[str]:
     """vLLM opens the class that the base model's config names, whatever class the adapter was trained on.
 
     Text-only adapters of multimodal models name modules of the language model alone, and match none of its modules.

@@ -1,0 +1,353 @@
+"""The one reader of adapter files: what lies in a folder, and the plain LoRA that it is, if it is one.
+
+`read_files` takes a folder as it is and believes nothing: what `check_export` looks at. `read_lora` builds on it and
+refuses, in one sentence, whatever is not exactly updates of modules. Neither needs PEFT.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rankwise.errors import AdapterFileError
+from rankwise.export.adapter import Adapter, is_finite, key_not_finite
+from rankwise.export.lora_config import (
+    CONFIG,
+    DEFAULT_RANK,
+    check_only_updates,
+    rank_of,
+    read_config,
+    scale_of,
+)
+from rankwise.export.lora_format import format_of_tensors
+from rankwise.update import Factors
+
+if TYPE_CHECKING:
+    import peft
+
+    from rankwise.export.known_base import KnownBase
+
+TENSORS = "adapter_model.safetensors"
+COMMAND = "training_command.txt"
+PEFT_PREFIX = "base_model.model."
+FOREIGN = re.compile(r"(^|\.)lora_")
+"""In keys that belong to a LoRA and are neither A nor B, as DoRA's magnitudes."""
+
+FACTOR = re.compile(r"(?P<module>.*)\.lora_(?P<embedding>embedding_)?(?P<part>[AB])(?:\.(?P<rest>.*))?", re.DOTALL)
+"""A key of A or B; `rest` is `weight`, an adapter's name, or the name and `weight`."""
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
+"""Modules that torch.compile, FSDP, activation checkpointing and DDP put around others, and into their names."""
+MODULE_NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
+"""A module's name: no path, nothing empty."""
+
+
+class Key(NamedTuple):
+    """What the name of a tensor in an adapter's file says."""
+
+    module: str
+    """The module's name in the base model; of a tensor that is neither A nor B, the tensor's own name."""
+    part: str = ""
+    """ "A", "B" or "alpha"; "" for any other tensor."""
+    prefix: str = ""
+    """What stood before the name in the base model."""
+    embedding: bool = False
+    """Whether A or B is an embedding's."""
+    adapter: str = ""
+    """The adapter's name, where the key holds one."""
+    wrappers: tuple[str, ...] = ()
+    """Wrappers whose names were left out."""
+
+
+def parsed_key(key: str, prefixes: Sequence[str] = (PEFT_PREFIX,)) -> Key:
+    """What a tensor's name says, a prefix, wrappers and an adapter's name left out."""
+    path, wrappers = _unwrapped(key)
+    prefix = next((p for p in prefixes if path.startswith(p)), "")
+    name = path.removeprefix(prefix)
+    if name.endswith(".alpha"):
+        return Key(name.removesuffix(".alpha"), "alpha", prefix, wrappers=wrappers)
+    found = FACTOR.fullmatch(name)
+    if found is None:
+        return Key(name, "", prefix, wrappers=wrappers)
+    embedding = found["embedding"] is not None
+    adapter = _adapter_name(found["rest"], embedding)
+    if adapter is None:
+        return Key(name, "", prefix, wrappers=wrappers)
+    return Key(found["module"], found["part"], prefix, embedding, adapter, wrappers)
+
+
+def _unwrapped(key: str) -> tuple[str, tuple[str, ...]]:
+    """A key without the wrappers in its path, and which there were.
+
+    `module` is also a name that a model may give a part of its own; it is taken for a wrapper only where DDP puts it:
+    around the whole adapted model, or around the whole base model.
+    """
+    parts = key.split(".")
+    before = PEFT_PREFIX.rstrip(".").split(".")
+    kept: list[str] = []
+    left_out: list[str] = []
+    for part in parts:
+        around_a_model = kept in ([], before)
+        if part in WRAPPERS and (part != "module" or around_a_model):
+            left_out.append(part)
+        else:
+            kept.append(part)
+    return ".".join(kept), tuple(left_out)
+
+
+def _adapter_name(rest: str | None, embedding: bool) -> str | None:
+    """The adapter's name behind `lora_A`, "" where there is none; None where this is no key of A or B."""
+    if embedding:
+        name = rest or ""
+    elif rest == "weight":
+        name = ""
+    elif rest is not None and rest.endswith(".weight"):
+        name = rest.removesuffix(".weight")
+    else:
+        return None
+    return None if "." in name else name
+
+
+@dataclass
+class AdapterFiles:
+    """The files of an adapter: a config and tensors, neither checked against the other."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    is_of_pipeline: ClassVar[bool] = False
+    """Whether it is the file of a pipeline's LoRA, and no folder of PEFT's."""
+    base: KnownBase | None = None
+    """What is known of the base model."""
+    modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """A and B by module name in the base model, as far as they are there."""
+    others: dict[str, Tensor] = field(default_factory=dict)
+    """Tensors that are no A or B, by their names in the base model."""
+    alphas: dict[str, float] = field(default_factory=dict)
+    """Scales beside the tensors, as diffusers and others before it write them, by module name."""
+    embeddings: set[str] = field(default_factory=set)
+    """The modules whose A and B have the names of an embedding's."""
+    without_prefix: list[str] = field(default_factory=list)
+    """Keys that lack the prefix their kind of file needs."""
+    wrapped: list[str] = field(default_factory=list)
+    """Keys with a wrapper in their path, which is left out everywhere else."""
+    named: list[str] = field(default_factory=list)
+    """Keys with an adapter's name in them, which is left out everywhere else."""
+    twice: list[tuple[str, str]] = field(default_factory=list)
+    """Pairs of keys that name one tensor."""
+
+    def __post_init__(self) -> None:
+        first_keys: dict[tuple[str, str], str] = {}
+        for key, tensor in self.tensors.items():
+            told = parsed_key(key)
+            first = first_keys.setdefault((told.module, told.part), key)
+            if first != key:
+                self.twice.append((first, key))
+            self._note_oddities(key, told)
+            self._sort_in(told, tensor)
+
+    def _note_oddities(self, key: str, told: Key) -> None:
+        if told.wrappers:
+            self.wrapped.append(key)
+        if told.adapter:
+            self.named.append(key)
+        if told.part in ("A", "B") and told.prefix != PEFT_PREFIX:
+            self.without_prefix.append(key)
+
+    def _sort_in(self, told: Key, tensor: Tensor) -> None:
+        if told.part == "alpha" and tensor.numel() == 1:
+            self.alphas[told.module] = float(tensor)
+        elif told.part in ("A", "B"):
+            self.modules.setdefault(told.module, {})[told.part] = tensor
+            if told.embedding:
+                self.embeddings.add(told.module)
+        else:
+            name = f"{told.module}.alpha" if told.part else told.module
+            self.others[name] = tensor
+
+    @property
+    def whole(self) -> dict[str, dict[str, Tensor]]:
+        """The modules that have both A and B, of two dimensions or more."""
+        return {n: p for n, p in self.modules.items() if len(p) == 2 and all(t.dim() > 1 for t in p.values())}
+
+    @property
+    def largest_rank(self) -> int:
+        """The largest rank the config or a tensor asks for."""
+        ranks = [r for r in (self.config.get("rank_pattern") or {}).values() if isinstance(r, int)]
+        ranks += [] if self.is_of_pipeline else [self.config.get("r", DEFAULT_RANK)]
+        return max([1, *ranks, *(parts["A"].shape[0] for parts in self.whole.values())])
+
+    @cached_property
+    def lora_config(self) -> peft.LoraConfig | None:
+        """The config as PEFT reads it; None if it cannot."""
+        import peft
+
+        known = peft.LoraConfig.__dataclass_fields__.keys() - {"peft_type"}
+        try:
+            return peft.LoraConfig(**{key: value for key, value in self.config.items() if key in known})
+        except (TypeError, ValueError):
+            return None
+
+    def lacks(self, name: str) -> bool:
+        """Whether the base model is known, and has no module of this name."""
+        return self.base is not None and name not in self.base.names
+
+    def is_target(self, name: str) -> bool:
+        """Whether the config says that a module is adapted."""
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        return self.lora_config is not None and bool(check_target_module_exists(self.lora_config, name))
+
+    def is_of_parameters(self, name: str) -> bool:
+        """Whether a module's tensors update parameters that the config names (`target_parameters`), as fused experts.
+
+        PEFT wraps the module once for each of its parameters, so that names may end in `.base_layer`.
+        """
+        module = name.replace(".base_layer", "")
+        targets = self.config.get("target_parameters") or ()
+        return any(f".{module}".endswith(f".{target.rpartition('.')[0]}") for target in targets)
+
+    def rank(self, name: str) -> int:
+        """The rank that the config gives a module."""
+        return rank_of(self.config, name)
+
+    def not_finite(self) -> list[str]:
+        """Keys of tensors with NaN or infinity."""
+        return [key for key, tensor in self.tensors.items() if not is_finite(tensor)]
+
+    def siblings(self) -> dict[str, set[str]]:
+        """The adapted modules' own names, by their parent."""
+        found: dict[str, set[str]] = {}
+        for name in self.modules:
+            parent, _, own = name.rpartition(".")
+            found.setdefault(parent, set()).add(own)
+        return found
+
+
+def read_files(folder: Path) -> AdapterFiles:
+    """The files of a folder.
+
+    Raises:
+        AdapterFileError: there is no adapter, or only pickled weights, or a file is broken.
+    """
+    config = read_config(folder)
+    return AdapterFiles(folder, config, read_tensors(folder / TENSORS))
+
+
+def read_lora(folder: Path) -> Adapter:
+    """The plain LoRA adapter in a folder.
+
+    Raises:
+        AdapterFileError: it is missing, truncated, of another kind, not finite, or holds more than updates of modules.
+    """
+    if not (folder / CONFIG).is_file():
+        raise AdapterFileError(f"{folder} holds no LoRA adapter: {CONFIG} is missing")
+    config = read_config(folder)
+    check_only_updates(config, folder)
+    files = AdapterFiles(folder, config, read_tensors(folder / TENSORS))
+    _check_keys(files)
+    formats = {
+        name: format_of_tensors(
+            parts["A"],
+            parts["B"],
+            embedding=name in files.embeddings,
+            transposed=bool(config.get("fan_in_fan_out")),
+        )
+        for name, parts in files.modules.items()
+    }
+    updates = {name: _update(files, name) for name in files.modules}
+    others = {PEFT_PREFIX + name: tensor for name, tensor in files.others.items()}
+    return Adapter(config=config, updates=updates, others=others, formats=formats, names=tuple(updates))
+
+
+def _check_keys(files: AdapterFiles) -> None:
+    """Raise `AdapterFileError` for keys and tensors that a plain LoRA does not have; warn of odd ones."""
+    file = files.folder / TENSORS
+    if files.twice:
+        first, second = files.twice[0]
+        raise AdapterFileError(f"{file} holds one tensor under two names, {first!r} and {second!r}")
+    for name in (*files.modules, *files.others):
+        if PEFT_PREFIX in name:
+            before = name.partition(PEFT_PREFIX)[0]
+            raise AdapterFileError(f"{file} holds {name!r}, and {before!r} is none of the wrappers known here")
+    for name in files.others:
+        if FOREIGN.search(name):
+            raise AdapterFileError(f"{file} holds {name!r}, which a plain LoRA does not have")
+    broken = key_not_finite(files.others)
+    if broken:
+        raise AdapterFileError(f"{file} holds NaN or infinity in {PEFT_PREFIX + broken!r}")
+    if not files.modules:
+        raise AdapterFileError(f"{file} holds no tensor of a LoRA adapter")
+    for name, parts in files.modules.items():
+        check_module(name, parts, file)
+    _say_what_was_left_out(files, file)
+
+
+def _say_what_was_left_out(files: AdapterFiles, file: Path) -> None:
+    """Warn of names in keys that stock PEFT would not understand, and that were read without them."""
+    unread = [key for key in files.named if ".default" not in key]  # PEFT reads that one
+    for keys, what in (
+        (files.wrapped, "wrappers' names, which are left out"),
+        (unread, "an adapter's name, which is left out"),
+        (files.without_prefix, f"names without {PEFT_PREFIX}, which is added"),
+    ):
+        if keys:
+            warnings.warn(f"{file} holds {what}, in {len(keys)} of its keys, as in {keys[0]!r}", stacklevel=4)
+
+
+def check_module(name: str, parts: dict[str, Tensor], file: Path) -> None:
+    """Raise `AdapterFileError` unless a module of `file` has A and B, each a finite matrix or kernel."""
+    if parts.keys() != {"A", "B"}:
+        raise AdapterFileError(f"{file} lacks half of the update of {name!r}")
+    if not MODULE_NAME.fullmatch(name):
+        raise AdapterFileError(f"{file} holds an update of {name!r}, which is no name of a module")
+    for part, tensor in parts.items():
+        # 2 of a linear layer or an embedding, 3 to 5 of a convolution in one to three dimensions
+        if tensor.dim() not in (2, 3, 4, 5) or not tensor.is_floating_point():
+            seen = f"{tuple(tensor.shape)} of {tensor.dtype}"
+            raise AdapterFileError(f"{file} must hold {part} of {name!r} as a real matrix; found {seen}")
+        if not is_finite(tensor):
+            raise AdapterFileError(f"{file} holds NaN or infinity in {name!r}")
+
+
+def _update(files: AdapterFiles, name: str) -> Factors:
+    """The update of a module, its scale in s."""
+    A, B = (files.modules[name][part].flatten(1) for part in ("A", "B"))
+    r = rank_of(files.config, name)
+    if A.shape[0] != r or B.shape[1] != r:
+        raise AdapterFileError(f"{name!r} should have rank {r} by {CONFIG}; found {A.shape[0]} and {B.shape[1]}")
+    scale = scale_of(files.config, name)
+    if scale is None:
+        raise AdapterFileError(f"{files.folder / CONFIG} must give {name!r} a number as lora_alpha; found None")
+    return Factors(B, torch.full((r,), scale, dtype=torch.float32), A)
+
+
+def read_tensors(file: Path, *, only_header: bool = False) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, or, `only_header`, none of them once the file is known to be whole.
+
+    Raises:
+        AdapterFileError: it is missing or truncated.
+    """
+    if not file.is_file():
+        pickled = sorted(path.name for path in file.parent.glob("*.bin")) if file.parent.is_dir() else []
+        also = f"; {pickled[0]} is a pickle, which is never opened" if pickled else ""
+        raise AdapterFileError(f"{file} is missing{also}")
+    try:
+        with safe_open(file, "pt") as opened:
+            return {} if only_header else {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise AdapterFileError(f"{file} is truncated or not safetensors") from error
+
+
+def recorded_command(folder: Path | Any) -> str | None:
+    """The command that trained a saved adapter, where `rankwise train` or `compare` left it."""
+    file = Path(folder) / COMMAND
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
