@@ -41,7 +41,7 @@ OPTIONS = {
     | {"--force", "--all"}
     | HELP,
     "merge": {"adapters", "--out", "--weights", "--rank", "--private", "--clip", "--base", "--layout"}
-    | {"--into-base", "--force"}
+    | {"--into-base", "--dtype", "--force"}
     | HELP,
     "complete": {"matrix", "--out", "--rank", "--depth", "--held-out", "--seed", "--row-names", "--column-names"}
     | {"--verbose", "--force"}

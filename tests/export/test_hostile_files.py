@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import rankwise
 from rankwise.errors import RankwiseError
-from rankwise.export.merge_base import merge_into_base
+from rankwise.export.into_base.merge import merge_into_base
 
 Edit = Callable[[Path], Any]
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

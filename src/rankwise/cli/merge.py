@@ -25,6 +25,9 @@ def merge(
     base: str | None = typer.Option(None, "--base", help="The base model, if not where the adapters say."),
     layout: str = typer.Option("uniform", "--layout", help='"uniform" or "compact", as in exports.'),
     into_base: bool = typer.Option(False, "--into-base", help="Write the whole base model with the merge in it."),
+    dtype: str | None = typer.Option(
+        None, "--dtype", help="With --into-base: float32, bfloat16 or float16; by default what each weight has."
+    ),
     force: bool = typer.Option(False, "--force", help="Replace an existing folder."),
 ) -> None:
     """Merge adapters by weights: exactly, at a smaller rank, privately, or into the base model.
@@ -36,10 +39,13 @@ def merge(
         for name, value in {"--rank": rank, "--private": private, "--clip": clip}.items():
             if value is not None:
                 raise ArgumentError(name, "come without --into-base: merge first, then merge the result in", value)
-        from rankwise.export.merge_base import merge_into_base
+        from rankwise.export.into_base.merge import merge_into_base
 
-        typer.echo(f"model    {merge_into_base(adapters, base, out, weights=given, overwrite=force)}")
+        made = merge_into_base(adapters, base, out, weights=given, dtype=dtype, overwrite=force)
+        typer.echo(f"model    {made}")
         return
+    if dtype is not None:
+        raise ArgumentError("--dtype", "come with --into-base", dtype)
     from rankwise.export.merge import merge_adapters
 
     _show(

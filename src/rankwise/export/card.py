@@ -8,14 +8,12 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-CARD = "README.md"
-PEFT_LOAD = """from peft import PeftModel
+from rankwise.export.servers import Server
 
-model = PeftModel.from_pretrained(base_model, "{folder}")  # stock PEFT; rankwise is not needed"""
+CARD = "README.md"
 MODEL_LOAD = """from transformers import AutoModel  # or AutoModelForCausalLM, …: the class the base model is loaded by
 
 model = AutoModel.from_pretrained("{folder}")"""
-DIFFUSERS_LOAD = 'pipeline.load_lora_weights("{folder}")'
 
 
 def write_card(
@@ -26,8 +24,8 @@ def write_card(
     facts: Mapping[str, str | None],
     *,
     more: str = "",
-    load: str = PEFT_LOAD,
-    library: str = "peft",
+    load: str = Server.load_code,
+    library: str = Server.library,
 ) -> None:
     """Write the README.md of an adapter.
 
