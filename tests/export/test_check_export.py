@@ -127,6 +127,13 @@ TRAPS: dict[str, tuple[str, set[str], Callable[[Config, Tensors], Any]]] = {
     ),
     "fused experts": ("fused experts", PLAIN, set_to(target_parameters=["mlp.experts"])),
     "a scale beside the tensors": ("stray alpha", ALL, lambda _, t: t.update({f"{Q}.alpha": torch.tensor(3.0)})),
+    "a compiled model": ("wrappers' names", ALL, renamed("base_model.", "_orig_mod.base_model.")),
+    "keys of an adapter by its name": ("an adapter's name", PLAIN, renamed(".weight", ".default.weight")),
+    "a tensor under two names": (
+        "two names",
+        ALL,
+        lambda _, t: t.update({f"{Q}.lora_A.default.weight": t[f"{Q}.lora_A.weight"].clone()}),
+    ),
     "an expression": ("regular expression", {"sglang"}, set_to(target_modules=r".*\.(\w+_proj)")),
     "q without v": ("modules kept together", {"sglang"}, dropped("v_proj")),
     "k and v without q": ("modules kept together", {"sglang"}, dropped("q_proj")),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ import pipelines
 import rankwise
 from rankwise.cli.main import app
 from rankwise.errors import RankwiseError
-from tiny_models import TOKENS, answers, bert, gpt2, llama, llava, mixtral, saved_adapter, saved_base, whisper
+from tiny_models import PIXELS, TOKENS, answers, bert, gpt2, llama, llava, mixtral, saved_adapter, saved_base, vit
 
 Tensors, Config = dict[str, Tensor], dict[str, Any]
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -45,6 +46,8 @@ class Kind:
     change: Callable[[Tensors, Config], Any] | None = None
     """Of the file; PEFT understands the file as it was before."""
     server: str = "peft"
+    is_read_by_peft: bool = False
+    """Whether PEFT reads the changed file too, so that it means what PEFT makes of it."""
 
     def write(self, folder: Path) -> tuple[Path, Path]:
         """The base model's folder and the adapter's, and beside it, as `meant`, what PEFT understands."""
@@ -52,6 +55,8 @@ class Kind:
         model = self.cls.from_pretrained(base)
         saved_adapter(folder / "meant", model, **{"target_modules": ["q_proj", "v_proj"]} | self.fields)
         self.alter(folder)
+        if self.is_read_by_peft:
+            shutil.copytree(folder / "lora", folder / "meant", dirs_exist_ok=True)
         return base, folder / "lora"
 
     def alter(self, folder: Path) -> None:
@@ -80,7 +85,7 @@ class Kind:
         return {
             name: p.detach() - before[name]
             for name, p in merged.named_parameters()
-            if name in before and not any(module in name for module in in_full)
+            if name in before and p.dim() > 1 and not any(module in name for module in in_full)
         }
 
 
@@ -173,10 +178,6 @@ class OfPipeline(Kind):
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 ATTENTION = {"target_modules": ["query", "value"]}
-AUDIO = {
-    "input_features": torch.randn(1, 8, 20, generator=torch.Generator().manual_seed(0)),
-    "decoder_input_ids": TOKENS["input_ids"],
-}
 KINDS: dict[str, Kind] = {
     "plain LoRA": Kind(),
     "rsLoRA, ranks and alphas by module": Kind(
@@ -186,8 +187,8 @@ KINDS: dict[str, Kind] = {
     "classifier with its head": Kind(
         bert, tf.AutoModelForSequenceClassification, fields=ATTENTION | {"task_type": "SEQ_CLS"}
     ),
-    "convolutions in one dimension": Kind(
-        whisper, tf.AutoModelForSpeechSeq2Seq, AUDIO, {"target_modules": ["conv1", "conv2"]}
+    "convolution of ViT": Kind(
+        vit, tf.AutoModelForImageClassification, PIXELS, {"target_modules": ["projection", "query"]}
     ),
     "embedding": Kind(fields={"target_modules": ["embed_tokens", "q_proj"]}),
     "head trained in full": Kind(fields={"modules_to_save": ["lm_head"]}),
@@ -200,19 +201,13 @@ KINDS: dict[str, Kind] = {
     "rows of an embedding": Kind(fields={"trainable_token_indices": [1, 2]}),
     "fused experts (`target_parameters`)": Kind(mixtral, fields={"target_parameters": EXPERTS}),
     "PiSSA": Kind(change=lambda _, config: config.update(init_lora_weights="pissa")),
-    "bfloat16": Kind(change=as_dtype(torch.bfloat16)),
-    "float8": Kind(change=as_dtype(torch.float8_e4m3fn)),
+    "bfloat16": Kind(change=as_dtype(torch.bfloat16), is_read_by_peft=True),
+    "float8": Kind(change=as_dtype(torch.float8_e4m3fn), is_read_by_peft=True),
     "keys with `.default.`": Kind(change=keys(lambda key: key.replace(".weight", ".default.weight"))),
     "keys with `_orig_mod.`": Kind(change=keys(lambda key: f"_orig_mod.{key}")),
     "keys of an unknown wrapper": Kind(change=keys(lambda key: f"wrapper.{key}")),
     "two keys for one tensor": Kind(change=twice),
     "LLaVA": Kind(llava, tf.AutoModelForImageTextToText, fields={"target_modules": r".*language_model.*q_proj"}),
-    "LLaVA, names before transformers 4.52": Kind(
-        llava,
-        tf.AutoModelForImageTextToText,
-        fields={"target_modules": r".*language_model.*q_proj"},
-        change=keys(lambda key: key.replace("model.language_model", "language_model.model", 1)),
-    ),
     "trained on AutoModel": Headless(cls=tf.AutoModel),
     "embeddings saved beside it": WithEmbeddings(),
     "alphas beside the tensors": Kind(change=beside("alpha", lambda: torch.tensor(3.0))),
@@ -255,7 +250,12 @@ def refused(sentence: str) -> str:
     """A refusal as the table has it, without paths."""
     for path, word in ((r"\S*/base\S*", "the base model"), (r"'?\S*/lora[\w./]*'?", "it")):
         sentence = re.sub(path, word, sentence)
-    return f"refused because {sentence}".replace("|", "\\|")
+    return f"refused because {shortened(sentence)}"
+
+
+def shortened(sentence: str) -> str:
+    """A sentence without the beginnings of modules' names."""
+    return re.sub(r"[\w.]+(?=\.q_proj)", "…", sentence).replace("|", "\\|")
 
 
 def inspected(kind: Kind, base: Path, adapter: Path) -> str:
@@ -306,7 +306,7 @@ def checked(kind: Kind, base: Path, adapter: Path) -> str:
     if why is not None:
         return why
     problems = [line.strip() for line in printed.splitlines()[1:]]
-    return f"finds: {problems[0]}" if problems else "yes"
+    return f"finds: {shortened(problems[0])}" if problems else "yes"
 
 
 def norm_of(changes: Tensors) -> float:

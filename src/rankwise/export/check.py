@@ -11,7 +11,7 @@ from rankwise.checks import require_choice
 from rankwise.export.known_base import known_base
 from rankwise.export.known_pipeline import known_pipeline
 from rankwise.export.pipeline_files import pipeline_file, read_pipeline_files
-from rankwise.export.reader import AdapterFiles, read_files
+from rankwise.export.reader import AdapterFiles, read_peft_files
 from rankwise.export.servers import SERVERS, Problem
 
 
@@ -51,18 +51,18 @@ def check_export(folder: str | Path, server: str, *, base: str | Path | nn.Modul
         []
     """
     require_choice("server", server, tuple(SERVERS))
-    files = read_any_files(Path(folder))
+    files = read_files(Path(folder))
     files.base = known_pipeline(base) if files.is_of_pipeline else known_base(base, files.config, files.folder)
     asked = SERVERS[server]
     limit = asked.rank_limit(files.largest_rank)
     return CheckReport(server, asked.problems(files), limit, files.base is not None)
 
 
-def read_any_files(folder: Path) -> AdapterFiles:
+def read_files(folder: Path) -> AdapterFiles:
     """An adapter as it lies there: PEFT's folder, or the file of a pipeline's LoRA.
 
     Raises:
         AdapterFileError: there is none, or a file is broken.
     """
     file = pipeline_file(folder)
-    return read_files(folder) if file is None else read_pipeline_files(file)
+    return read_peft_files(folder) if file is None else read_pipeline_files(file)

@@ -17,7 +17,7 @@ from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.adapter import TrainedAdapter, check_adapter
 from rankwise.export.base import told_base
 from rankwise.export.card import spread, write_card
-from rankwise.export.check import read_any_files
+from rankwise.export.check import read_files
 from rankwise.export.known_base import KnownBase, class_in_config
 from rankwise.export.layouts import TOLERANCE, compact, leading, relative_error, uniform, write
 from rankwise.export.logits import logits_error
@@ -200,7 +200,7 @@ def _card(
 def _write_for(server: Server, folder: Path, source: TrainedAdapter) -> None:
     """Give a written adapter the server's names, and make sure that the server takes it."""
     server.rewrite(folder, source.base_class)
-    files = read_any_files(folder)
+    files = read_files(folder)
     shapes = {name: form.shape for name, form in source.formats.items()}
     if server.loads_peft_folders:
         files.base = KnownBase(frozenset(source.names), shapes, *class_in_config(None, files.config, folder))

@@ -179,7 +179,8 @@ def merged_like(adapters: Sequence[Adapter], merged: Adapter, folders: Sequence[
     for adapter, folder in zip(of_pipelines, folders, strict=True):
         if adapter.spelling != first.spelling:
             raise RankwiseError(
-                f"{folders[0]} has {first.spelling}'s names and {folder} has {adapter.spelling}'s: convert one first"
+                f"{folders[0]} names modules as {first.spelling} does and {folder} as {adapter.spelling} does: "
+                "convert one of them first"
             )
     keys: dict[str, Keys] = {}
     headers: dict[str, dict[str, Any]] = {}

@@ -1,14 +1,14 @@
 """The one reader of adapter files: what lies in a folder, and the plain LoRA that it is, if it is one.
 
-`read_files` takes a folder as it is and believes nothing: what `check_export` looks at. `read_lora` builds on it and
-refuses, in one sentence, whatever is not exactly updates of modules. Neither needs PEFT.
+`read_peft_files` takes a folder as it is and believes nothing: what `check_export` looks at. `read_lora` builds on it
+and refuses, in one sentence, whatever is not exactly updates of modules. Neither needs PEFT.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,8 @@ from rankwise.export.adapter import Adapter, is_finite, key_not_finite
 from rankwise.export.lora_config import (
     CONFIG,
     DEFAULT_RANK,
+    MODULE_NAME,
+    alpha_of,
     check_only_updates,
     rank_of,
     read_config,
@@ -46,8 +48,6 @@ FACTOR = re.compile(r"(?P<module>.*)\.lora_(?P<embedding>embedding_)?(?P<part>[A
 """A key of A or B; `rest` is `weight`, an adapter's name, or the name and `weight`."""
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
 """Modules that torch.compile, FSDP, activation checkpointing and DDP put around others, and into their names."""
-MODULE_NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
-"""A module's name: no path, nothing empty."""
 
 
 class Key(NamedTuple):
@@ -67,10 +67,10 @@ class Key(NamedTuple):
     """Wrappers whose names were left out."""
 
 
-def parsed_key(key: str, prefixes: Sequence[str] = (PEFT_PREFIX,)) -> Key:
-    """What a tensor's name says, a prefix, wrappers and an adapter's name left out."""
+def parsed_key(key: str) -> Key:
+    """What a tensor's name says, PEFT's prefix, wrappers and an adapter's name left out."""
     path, wrappers = _unwrapped(key)
-    prefix = next((p for p in prefixes if path.startswith(p)), "")
+    prefix = PEFT_PREFIX if path.startswith(PEFT_PREFIX) else ""
     name = path.removeprefix(prefix)
     if name.endswith(".alpha"):
         return Key(name.removesuffix(".alpha"), "alpha", prefix, wrappers=wrappers)
@@ -82,6 +82,20 @@ def parsed_key(key: str, prefixes: Sequence[str] = (PEFT_PREFIX,)) -> Key:
     if adapter is None:
         return Key(name, "", prefix, wrappers=wrappers)
     return Key(found["module"], found["part"], prefix, embedding, adapter, wrappers)
+
+
+def clean_key(key: str) -> str:
+    """A tensor's name as PEFT writes it."""
+    told = parsed_key(key)
+    if told.part in ("A", "B"):
+        ending = f"lora_embedding_{told.part}" if told.embedding else f"lora_{told.part}.weight"
+        return f"{PEFT_PREFIX}{told.module}.{ending}"
+    return f"{PEFT_PREFIX}{told.module}{'.alpha' if told.part else ''}"
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """A tensor in a dtype that can be calculated with: float8, which cannot, as float32."""
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
 
 
 def _unwrapped(key: str) -> tuple[str, tuple[str, ...]]:
@@ -159,7 +173,7 @@ class AdapterFiles:
             self.wrapped.append(key)
         if told.adapter:
             self.named.append(key)
-        if told.part in ("A", "B") and told.prefix != PEFT_PREFIX:
+        if told.part in ("A", "B") and not told.prefix:
             self.without_prefix.append(key)
 
     def _sort_in(self, told: Key, tensor: Tensor) -> None:
@@ -215,13 +229,17 @@ class AdapterFiles:
         targets = self.config.get("target_parameters") or ()
         return any(f".{module}".endswith(f".{target.rpartition('.')[0]}") for target in targets)
 
+    def not_finite(self) -> Iterator[str]:
+        """Keys of tensors with NaN or infinity."""
+        return (key for key, tensor in self.tensors.items() if not is_finite(tensor))
+
     def rank(self, name: str) -> int:
         """The rank that the config gives a module."""
         return rank_of(self.config, name)
 
-    def not_finite(self) -> list[str]:
-        """Keys of tensors with NaN or infinity."""
-        return [key for key, tensor in self.tensors.items() if not is_finite(tensor)]
+    def alpha(self, name: str) -> float | None:
+        """The lora_alpha that the config gives a module."""
+        return alpha_of(self.config, name)
 
     def siblings(self) -> dict[str, set[str]]:
         """The adapted modules' own names, by their parent."""
@@ -232,14 +250,15 @@ class AdapterFiles:
         return found
 
 
-def read_files(folder: Path) -> AdapterFiles:
-    """The files of a folder.
+def read_peft_files(folder: Path) -> AdapterFiles:
+    """The files of a PEFT folder.
 
     Raises:
         AdapterFileError: there is no adapter, or only pickled weights, or a file is broken.
     """
-    config = read_config(folder)
-    return AdapterFiles(folder, config, read_tensors(folder / TENSORS))
+    if not (folder / CONFIG).is_file() and not (folder / TENSORS).is_file():
+        read_tensors(folder / TENSORS)  # says what is missing
+    return AdapterFiles(folder, read_config(folder), read_tensors(folder / TENSORS))
 
 
 def read_lora(folder: Path) -> Adapter:
@@ -268,16 +287,22 @@ def read_lora(folder: Path) -> Adapter:
     return Adapter(config=config, updates=updates, others=others, formats=formats, names=tuple(updates))
 
 
+def read_clean_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter of any kind under PEFT's own names; float8, with which nobody calculates, as float32.
+
+    Raises:
+        AdapterFileError: the file is missing or broken, or one tensor has two names.
+    """
+    files = AdapterFiles(folder, {}, read_tensors(folder / TENSORS))
+    _check_names(files)
+    _say_what_was_left_out(files, folder / TENSORS)
+    return {clean_key(key): widened(tensor) for key, tensor in files.tensors.items()}
+
+
 def _check_keys(files: AdapterFiles) -> None:
     """Raise `AdapterFileError` for keys and tensors that a plain LoRA does not have; warn of odd ones."""
     file = files.folder / TENSORS
-    if files.twice:
-        first, second = files.twice[0]
-        raise AdapterFileError(f"{file} holds one tensor under two names, {first!r} and {second!r}")
-    for name in (*files.modules, *files.others):
-        if PEFT_PREFIX in name:
-            before = name.partition(PEFT_PREFIX)[0]
-            raise AdapterFileError(f"{file} holds {name!r}, and {before!r} is none of the wrappers known here")
+    _check_names(files)
     for name in files.others:
         if FOREIGN.search(name):
             raise AdapterFileError(f"{file} holds {name!r}, which a plain LoRA does not have")
@@ -289,6 +314,18 @@ def _check_keys(files: AdapterFiles) -> None:
     for name, parts in files.modules.items():
         check_module(name, parts, file)
     _say_what_was_left_out(files, file)
+
+
+def _check_names(files: AdapterFiles) -> None:
+    """Raise `AdapterFileError` for two names of one tensor, and for wrappers that are not known."""
+    file = files.folder / TENSORS
+    if files.twice:
+        first, second = files.twice[0]
+        raise AdapterFileError(f"{file} holds one tensor under two names, {first!r} and {second!r}")
+    for name in (*files.modules, *files.others):
+        if PEFT_PREFIX in name:
+            before = name.partition(PEFT_PREFIX)[0]
+            raise AdapterFileError(f"{file} holds {name!r}, and {before!r} is none of the wrappers known here")
 
 
 def _say_what_was_left_out(files: AdapterFiles, file: Path) -> None:
@@ -320,7 +357,7 @@ def check_module(name: str, parts: dict[str, Tensor], file: Path) -> None:
 
 def _update(files: AdapterFiles, name: str) -> Factors:
     """The update of a module, its scale in s."""
-    A, B = (files.modules[name][part].flatten(1) for part in ("A", "B"))
+    A, B = (widened(files.modules[name][part]).flatten(1) for part in ("A", "B"))
     r = rank_of(files.config, name)
     if A.shape[0] != r or B.shape[1] != r:
         raise AdapterFileError(f"{name!r} should have rank {r} by {CONFIG}; found {A.shape[0]} and {B.shape[1]}")

@@ -12,10 +12,13 @@ from peft import PeftConfig
 from torch import Tensor
 
 from rankwise.adapters.configs import AdapterConfig
-from rankwise.errors import AdapterFileError, RankwiseError
+from rankwise.errors import AdapterFileError
 from rankwise.export.adapter import key_not_finite
-from rankwise.export.lora_config import CONFIG, MORE_THAN_UPDATES, STARTS, read_config, saved_config
-from rankwise.export.reader import TENSORS, read_tensors
+from rankwise.export.base import trained_as
+from rankwise.export.lora_config import CONFIG, MORE_THAN_UPDATES, STARTS, saved_config
+from rankwise.export.pipeline_files import pipeline_file
+from rankwise.export.reader import TENSORS, read_clean_tensors
+from rankwise.export.trained import opened_config
 
 MERGEABLE = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
 """What PEFT merges although it is more than updates of modules."""
@@ -34,7 +37,7 @@ class SavedAdapter:
     @property
     def trained_as(self) -> str | None:
         """The class of the model it was trained on, where it says one."""
-        return (self.told.get("auto_mapping") or {}).get("base_model_class")
+        return trained_as(self.told)
 
 
 def read_saved(folder: Path) -> SavedAdapter:
@@ -43,18 +46,14 @@ def read_saved(folder: Path) -> SavedAdapter:
     Raises:
         AdapterFileError: it is missing, broken, not finite, no LoRA, or of a kind whose update no weight can hold.
     """
-    if not (folder / CONFIG).is_file():
+    config: Any = opened_config(folder)
+    if config is None and pipeline_file(folder) is not None:
+        raise AdapterFileError(f"{folder} holds the LoRA of a pipeline, which diffusers adds by pipeline.fuse_lora()")
+    if config is None:
         raise AdapterFileError(f"{folder} holds no LoRA adapter: {CONFIG} is missing")
-    read_config(folder)
-    try:
-        config: Any = PeftConfig.from_pretrained(str(folder))
-    except RankwiseError:
-        raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise AdapterFileError(f"{folder / CONFIG} is not a whole adapter config ({type(error).__name__})") from error
     if not isinstance(config, AdapterConfig):
         _check_plain(config, folder)
-    tensors = read_tensors(folder / TENSORS)
+    tensors = read_clean_tensors(folder)
     broken = key_not_finite(tensors)
     if broken:
         raise AdapterFileError(f"{folder / TENSORS} holds NaN or infinity in {broken!r}")

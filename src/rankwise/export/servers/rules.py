@@ -7,17 +7,15 @@ server alone stands in that server's file.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from rankwise.export.lora_config import MODULE_NAME
 from rankwise.export.servers.base import rule
 
 if TYPE_CHECKING:
     from rankwise.export.reader import AdapterFiles
 
-MODULE_NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
-"""A module's name: no path, no empty part."""
 STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora")
 """First words of the values of `init_lora_weights` whose updates are meant for a changed base model."""
 EMBEDDINGS = ("embed_tokens", "lm_head")
@@ -110,6 +108,20 @@ def no_prefix(files: AdapterFiles) -> Iterator[str]:
         yield f"{files.without_prefix[0]!r} lacks the prefix base_model.model., so it would match nothing"
 
 
+@rule("wrappers' names")
+def wrappers_in_names(files: AdapterFiles) -> Iterator[str]:
+    """Loaders look for the modules of a model that nothing is wrapped around."""
+    if files.wrapped:
+        yield f"{files.wrapped[0]!r} has a wrapper's name in it, so it would match nothing: `rankwise fix` removes it"
+
+
+@rule("two names")
+def tensors_named_twice(files: AdapterFiles) -> Iterator[str]:
+    """Which of two tensors a loader takes depends on their order."""
+    for first, second in files.twice:
+        yield f"{first!r} and {second!r} are two names of one tensor"
+
+
 @rule("odd names")
 def odd_names(files: AdapterFiles) -> Iterator[str]:
     """A module's name that is a path may lead anywhere."""
@@ -149,6 +161,8 @@ OF_EVERY_SERVER = (
     not_finite,
     no_real_numbers,
     no_prefix,
+    wrappers_in_names,
+    tensors_named_twice,
     odd_names,
     unknown_module,
     another_width,
@@ -262,8 +276,16 @@ def foreign_tensors(files: AdapterFiles) -> Iterator[str]:
             yield f"{key!r} is no tensor of a LoRA adapter"
 
 
+@rule("an adapter's name")
+def adapter_named_in_keys(files: AdapterFiles) -> Iterator[str]:
+    """PEFT alone reads keys of the adapter `default`."""
+    if files.named:
+        yield f"{files.named[0]!r} has an adapter's name in it, which it does not know: `rankwise fix` removes it"
+
+
 OF_PLAIN_UPDATES = (
     *OF_PEFT_FOLDERS,
+    adapter_named_in_keys,
     dora,
     trained_biases,
     update_of_a_changed_base,
