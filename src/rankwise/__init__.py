@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from rankwise import spectral as spectral
     from rankwise.adapters.configs import *  # noqa: F403  every config class, without naming them here
     from rankwise.adapters.lookup import factors, ranks
+    from rankwise.export.check import check_export
     from rankwise.export.importing import import_lora
     from rankwise.export.lora import export_lora
     from rankwise.export.merge import merge_adapters
-    from rankwise.export.servers import check_export
     from rankwise.export.shrink import shrink_adapter
     from rankwise.training.loraplus import loraplus_groups
     from rankwise.training.status import Status, finalize, status
@@ -39,7 +39,7 @@ _MODULES = ("compare", "completion", "errors", "spectral")
 _HOMES = {
     "Factors": "rankwise.update",
     "Status": "rankwise.training.status",
-    "check_export": "rankwise.export.servers",
+    "check_export": "rankwise.export.check",
     "export_lora": "rankwise.export.lora",
     "factors": "rankwise.adapters.lookup",
     "finalize": "rankwise.training.status",

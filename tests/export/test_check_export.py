@@ -19,8 +19,9 @@ from conftest import tiny_llama
 from rankwise.adapters.configs import CONFIGS
 from rankwise.cli.main import app
 from rankwise.errors import AdapterFileError, ArgumentError, RankwiseError
-from rankwise.export.reader import DIFFUSERS
-from rankwise.export.servers import RULES, SERVERS, missing_beside
+from rankwise.export.pipeline_files import DIFFUSERS
+from rankwise.export.servers import SERVERS
+from rankwise.export.servers.sglang import missing_beside
 
 Config, Tensors = dict[str, Any], dict[str, Tensor]
 PREFIX = "base_model.model.model.layers.0.self_attn."
@@ -124,6 +125,15 @@ TRAPS: dict[str, tuple[str, set[str], Callable[[Config, Tensors], Any]]] = {
         PLAIN,
         lambda _, t: t.update({key: value[..., None, None] for key, value in t.items() if Q in key}),
     ),
+    "fused experts": ("fused experts", PLAIN, set_to(target_parameters=["mlp.experts"])),
+    "a scale beside the tensors": ("stray alpha", ALL, lambda _, t: t.update({f"{Q}.alpha": torch.tensor(3.0)})),
+    "a compiled model": ("wrappers' names", ALL, renamed("base_model.", "_orig_mod.base_model.")),
+    "keys of an adapter by its name": ("an adapter's name", PLAIN, renamed(".weight", ".default.weight")),
+    "a tensor under two names": (
+        "two names",
+        ALL,
+        lambda _, t: t.update({f"{Q}.lora_A.default.weight": t[f"{Q}.lora_A.weight"].clone()}),
+    ),
     "an expression": ("regular expression", {"sglang"}, set_to(target_modules=r".*\.(\w+_proj)")),
     "q without v": ("modules kept together", {"sglang"}, dropped("v_proj")),
     "k and v without q": ("modules kept together", {"sglang"}, dropped("q_proj")),
@@ -156,9 +166,16 @@ def test_a_rank_that_vllm_cannot_be_started_with(base: Path, tmp_path: Path) -> 
 
 
 def test_every_rule_has_a_trap() -> None:
-    tested = {rule for rule, _, _ in TRAPS.values()} | {"rank limit", "diffusers' names", "diffusers' scale"}
-    tested |= {"diffusers' file", "added tokens"}
-    assert {rule.name for rule in RULES} == tested
+    tested = {rule for rule, _, _ in TRAPS.values()} | {"rank limit", "diffusers' names", "diffusers' file"}
+    tested |= {"added tokens", "class of the base model", "converted names", "component without a config"}
+    tested |= {"scales told twice", "alphas of attention"}
+    assert {rule.name for server in SERVERS.values() for rule in server.rules} == tested
+
+
+def test_every_server_but_peft_has_a_program_of_make_test_servers() -> None:
+    files = {type(server).__module__.rpartition(".")[2] for name, server in SERVERS.items() if name != "peft"}
+    programs = Path(__file__).parents[1] / "servers"
+    assert files == {file.stem.removeprefix("with_") for file in programs.glob("with_*.py")}
 
 
 @pytest.mark.parametrize("name", list(CONFIGS))
@@ -227,9 +244,8 @@ def test_diffusers_gets_one_file_under_its_names_with_the_config_in_its_header(t
     rankwise.export_lora(model, tmp_path / "plain")
     rules = {problem.rule for problem in rankwise.check_export(tmp_path / "plain", "diffusers").problems}
     assert rules == {"diffusers' names"}
-    for alpha, broken in ((4.0, set()), (8.0, {"diffusers' scale"})):
-        save_file(tensors | {"unet.to_q.alpha": torch.tensor(alpha)}, tmp_path / "lora" / DIFFUSERS)
-        assert {p.rule for p in rankwise.check_export(tmp_path / "lora", "diffusers").problems} == broken
+    save_file(tensors | {"unet.to_q.alpha": torch.tensor(4.0)}, tmp_path / "lora" / DIFFUSERS)
+    assert {p.rule for p in rankwise.check_export(tmp_path / "lora", "diffusers").problems} == {"stray alpha"}
     save_file({key.replace("unet.", ""): t for key, t in tensors.items()}, tmp_path / "lora" / DIFFUSERS)
     assert {p.rule for p in rankwise.check_export(tmp_path / "lora", "diffusers").problems} == {"prefix"}
     assert "diffusers' file" in {p.rule for p in rankwise.check_export(tmp_path / "lora", "vllm").problems}
@@ -255,7 +271,7 @@ def test_the_commands(base: Path, tmp_path: Path) -> None:
 
 
 def test_errors(tmp_path: Path, base: Path) -> None:
-    with pytest.raises(ArgumentError, match="`server` must be one of vllm, sglang"):
+    with pytest.raises(ArgumentError, match=r"`server` must be one of diffusers, llama\.cpp, peft, sglang, vllm"):
         rankwise.check_export(tmp_path, "triton")
     with pytest.raises(AdapterFileError, match="is missing"):
         rankwise.check_export(tmp_path, "vllm")

@@ -22,8 +22,10 @@ from pathlib import Path
 import torch
 from common import CACHE, LAYOUTS, WORK, received
 
+from rankwise.export.servers import SERVERS
+from rankwise.methods import METHODS
+
 HERE = Path(__file__).resolve().parent
-METHODS = ("lora", "nnm", "adalora", "sora", "sorsa", "alora", "salora", "nblora", "deep")
 NEAR, FAR = 1e-4, 0.1
 
 
@@ -62,26 +64,33 @@ class Part:
     base: str
     environment: str = "stock"
     layouts: tuple[str, ...] = LAYOUTS
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = tuple(METHODS)
     variables: tuple[tuple[str, str], ...] = ()
 
 
-PARTS = {
-    "llama.cpp": Part("llama_cpp.py", "llama"),
-    "vllm": Part(
-        "vllm_cpu.py",
-        "llama",
-        "vllm",
-        variables=(
-            ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
-            ("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
-            ("VLLM_CPU_KVCACHE_SPACE", "1"),
-        ),
-    ),
-    "sglang": Part("sglang_pool.py", "llama", layouts=("uniform",)),  # it refuses unequal ranks within q, k, v
-    "diffusers": Part("diffusers_unet.py", "unet"),
-    "rankwise-smollm2": Part("", "smollm2", methods=("sora",)),  # trained; greedy tokens of PEFT and of rankwise
+VARIABLES = {
+    "vllm": (
+        ("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),
+        ("VLLM_CPU_OMP_THREADS_BIND", "nobind"),
+        ("VLLM_CPU_KVCACHE_SPACE", "1"),
+    )
 }
+"""What a server's program needs in its environment."""
+
+
+def part_of(name: str) -> Part:
+    """A server's part: its program is named after the file that describes the server."""
+    server = SERVERS[name]
+    file = type(server).__module__.rpartition(".")[2]
+    base = "llama" if server.loads_peft_folders else "unet"
+    environment = name if name in ENVIRONMENTS else "stock"
+    return Part(f"with_{file}.py", base, environment, server.layouts, variables=VARIABLES.get(name, ()))
+
+
+# PEFT is what the other servers are compared with.
+PARTS = {name: part_of(name) for name in SERVERS if name != "peft"}
+# Of a trained model, the greedy tokens of PEFT and of rankwise are compared.
+PARTS["rankwise-smollm2"] = Part("", "smollm2", methods=("sora",))
 
 
 def python(environment: str) -> Path:
@@ -155,7 +164,7 @@ def main() -> int:
     """Everything asked for; 1 on any failure."""
     parser = argparse.ArgumentParser(description="Exported adapters in the loaders of real servers.")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="servers; all by default")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--keep", action="store_true", help="leave models, adapters and answers in .cache/servers/work")
     options = parser.parse_args()
     shutil.rmtree(WORK, ignore_errors=True)

@@ -7,23 +7,17 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from rankwise.export.servers import SERVERS
+
 if TYPE_CHECKING:
     from rankwise.export.lora import ExportReport
-
-START = {
-    "vllm": "vllm serve BASE --enable-lora --max-lora-rank {rank} --lora-modules NAME={folder}",
-    "sglang": "python -m sglang.launch_server --model-path BASE --max-lora-rank {rank} --lora-paths NAME={folder}",
-    "llama.cpp": "python convert_lora_to_gguf.py {folder}",
-    "diffusers": 'pipeline.load_lora_weights("{folder}")',
-    "peft": 'PeftModel.from_pretrained(base, "{folder}")',
-}
 
 
 def export(
     adapter: Path = typer.Argument(..., help="A folder written by a rankwise adapter's `save_pretrained`."),
     out: Path = typer.Option(..., "--out", help="Folder to write."),
     server: str | None = typer.Option(
-        None, "--for", metavar="SERVER", help="vllm, sglang, llama.cpp, diffusers or peft: what it takes, checked."
+        None, "--for", metavar="SERVER", help=f"Write what it takes, checked: one of {', '.join(SERVERS)}."
     ),
     layout: str = typer.Option("uniform", "--layout", help="uniform: one rank, padded; compact: each module its own."),
     rank: int | None = typer.Option(None, "--rank", help="The most ranks of a module; above them, truncated."),
@@ -57,4 +51,5 @@ def _show(report: ExportReport, server: str | None) -> None:
     if report.logits_error is not None:
         typer.echo(f"logits   {report.logits_error:.1e} of their largest, against the adapter")
     if server is not None:
-        typer.echo(f"load     {START[server].format(rank=report.max_lora_rank, folder=report.folder)}")
+        command = SERVERS[server].start_command.format(rank=report.max_lora_rank, folder=report.folder)
+        typer.echo(f"load     {command}")

@@ -68,13 +68,14 @@ class _Found(NamedTuple):
 def _read(folder: Path, base: str | None) -> _Found:
     """An adapter of rankwise's, which needs its base model's shapes, or else a plain LoRA."""
     from rankwise.export.lora_config import OURS, saved_config
-    from rankwise.export.reader import read_lora, recorded_command
+    from rankwise.export.pipeline_lora import read_any_lora
+    from rankwise.export.reader import recorded_command
 
     command = recorded_command(folder)
     told = f", by `{command}`" if command else ""
     if str(saved_config(folder).get("peft_type")).startswith(OURS):
         return _read_trained(folder, base, told)
-    updates = read_lora(folder).updates
+    updates = read_any_lora(folder).updates
     ranks, exported = {name: f.r for name, f in updates.items()}, {name: f.kept() for name, f in updates.items()}
     kept = {name: f.r for name, f in exported.items()}
     return _Found("a plain LoRA", f"a plain LoRA does not say how far{told}", ranks, kept, exported)

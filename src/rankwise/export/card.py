@@ -8,11 +8,9 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-CARD = "README.md"
-PEFT_LOAD = """from peft import PeftModel
+from rankwise.export.servers import Server
 
-model = PeftModel.from_pretrained(base_model, "{folder}")  # stock PEFT; rankwise is not needed"""
-DIFFUSERS_LOAD = 'pipeline.load_lora_weights("{folder}")'
+CARD = "README.md"
 
 
 def write_card(
@@ -23,8 +21,8 @@ def write_card(
     facts: Mapping[str, str | None],
     *,
     more: str = "",
-    load: str = PEFT_LOAD,
-    library: str = "peft",
+    load: str = Server.load_code,
+    library: str = Server.library,
 ) -> None:
     """Write the README.md of an adapter.
 

@@ -16,7 +16,7 @@ from rankwise.export.adapter import FROZEN, Adapter, check_adapter
 from rankwise.export.layouts import TOLERANCE
 from rankwise.export.lora_config import OURS, saved_config
 from rankwise.export.lora_format import LoraFormat
-from rankwise.export.reader import read_lora
+from rankwise.export.pipeline_lora import read_any_lora
 from rankwise.update import Factors
 
 CHOOSING_MODULES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
@@ -53,7 +53,7 @@ def read_adapters(folders: Sequence[str | Path], base: str | Path | nn.Module | 
             model = model or opened_base(base, saved_config(path), path)
             adapter = from_folder_reduced(path, model)
         else:
-            adapter = read_lora(path)
+            adapter = read_any_lora(path)
         check_adapter(adapter, str(path))
         found.append(adapter)
     _warn_of_different_bases(found)

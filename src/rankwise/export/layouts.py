@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from rankwise.errors import RankwiseError
 from rankwise.export.adapter import FROZEN, Adapter
 from rankwise.export.lora_config import CONFIG
+from rankwise.export.pipeline_lora import PipelineLora
 from rankwise.export.reader import PEFT_PREFIX, TENSORS
 from rankwise.update import Factors
 
@@ -133,7 +134,10 @@ def _is_within(name: str, tensors: list[str]) -> bool:
 
 
 def write(folder: Path, source: Adapter, config: Mapping[str, Any], factors: Mapping[str, Factors]) -> None:
-    """The adapter's files: tensors under PEFT's names, and the config."""
+    """The adapter's files: tensors under PEFT's names, and the config; a pipeline's LoRA in a file of its own form."""
+    if isinstance(source, PipelineLora):
+        source.write(folder, config, factors)
+        return
     tensors = source.others | {
         f"{PEFT_PREFIX}{name}.{key}": tensor
         for name, f in factors.items()

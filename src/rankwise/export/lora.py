@@ -16,12 +16,13 @@ from rankwise.checks import require_choice, require_int, require_room
 from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.adapter import TrainedAdapter, check_adapter
 from rankwise.export.base import told_base
-from rankwise.export.card import DIFFUSERS_LOAD, spread, write_card
-from rankwise.export.diffusers_file import rename_for_diffusers
+from rankwise.export.card import spread, write_card
+from rankwise.export.check import read_files
+from rankwise.export.known_base import KnownBase, class_in_config
 from rankwise.export.layouts import TOLERANCE, compact, leading, relative_error, uniform, write
 from rankwise.export.logits import logits_error
-from rankwise.export.reader import read_files, read_lora, recorded_command
-from rankwise.export.servers import SERVERS, lora_rank, missing_beside, problems_of
+from rankwise.export.reader import read_lora, recorded_command
+from rankwise.export.servers import SERVERS, Server
 from rankwise.export.trained import from_folder, from_model
 from rankwise.files import whole_folder
 from rankwise.methods import METHODS
@@ -77,8 +78,8 @@ def export_lora(
         rank: the rank to write, by default the largest a module holds. Below it, each update is truncated optimally
             and the report states the error.
         base: for a folder, the base model or where it is, if not where the adapter's config says.
-        server: "vllm", "sglang", "llama.cpp", "diffusers" or "peft": write what it takes, under its names, with zero
-            factors where it needs them, and check the result by `check_export`'s rules.
+        server: a name in `rankwise.export.servers.SERVERS`, such as "vllm": write what it takes, under its names, with
+            zero factors where it needs them, and check the result by `check_export`'s rules.
         command: what trained it, for the model card.
         logits_of: for a folder, where the base model's weights are: compare the whole model's logits too.
         overwrite: replace an existing folder.
@@ -102,7 +103,8 @@ def export_lora(
     if rank is not None:
         require_int("rank", rank, least=1)
     if server is not None:
-        require_choice("server", server, SERVERS)
+        require_choice("server", server, tuple(SERVERS))
+    written_for = None if server is None else SERVERS[server]
     live = isinstance(model_or_folder, nn.Module)
     read = [at for at in (model_or_folder, base, logits_of) if isinstance(at, str | Path)]
     require_room("folder", folder, overwrite=overwrite, reads=read)
@@ -112,7 +114,7 @@ def export_lora(
     if left:
         warnings.warn(left, stacklevel=2)
     written = _truncated(source, rank)
-    config, factors = _laid_out(source, written, layout, rank, server)
+    config, factors = _laid_out(source, written, layout, rank, written_for)
     if isinstance(base, str | Path):
         config |= {"base_model_name_or_path": str(base), "revision": told_base(base, source.config, folder)[1]}
     with whole_folder(folder) as beside:
@@ -123,31 +125,25 @@ def export_lora(
             if error > allowed:
                 raise RankwiseError(f"the export would differ from the adapter by {error:.1e}, more than {allowed:.1e}")
         logits = None if logits_of is None else _checked_logits(logits_of, model_or_folder, beside, written, source)
-        if server is not None:
-            _for_server(beside, server, source)
+        if written_for is not None:
+            _write_for(written_for, beside, source)
         ranks = {name: written[name].r if name in written else 0 for name in factors}
-        limit = None if server is None else lora_rank(server, config["r"])
+        limit = None if written_for is None else written_for.rank_limit(config["r"])
         parameters = sum(f.B.numel() + f.A.numel() for f in factors.values())
         report = ExportReport(folder, layout, config["r"], ranks, parameters, error, limit, logits)
-        _card(
-            beside,
-            folder,
-            source,
-            config,
-            report,
-            server,
-            command or (None if live else recorded_command(model_or_folder)),
-        )
+        trained_with = command or (None if live else recorded_command(model_or_folder))
+        _card(beside, folder, source, config, report, written_for, trained_with)
     return report
 
 
 def _laid_out(
-    source: TrainedAdapter, written: dict[str, Factors], layout: str, rank: int | None, server: str | None
+    source: TrainedAdapter, written: dict[str, Factors], layout: str, rank: int | None, server: Server | None
 ) -> tuple[dict[str, Any], dict[str, Factors]]:
     if layout == "compact":
         return compact(source, written, rank)
-    own = {name.rpartition(".")[2] for name in written}
-    return uniform(source, written, rank, missing_beside(own) if server == "sglang" else ())
+    own_names = {name.rpartition(".")[2] for name in written}
+    wanted_beside = [] if server is None else server.modules_wanted_beside(own_names)
+    return uniform(source, written, rank, wanted_beside)
 
 
 def _checked_logits(
@@ -173,7 +169,7 @@ def _card(
     source: TrainedAdapter,
     config: dict[str, Any],
     report: ExportReport,
-    server: str | None,
+    server: Server | None,
     command: str | None,
 ) -> None:
     method = METHODS[source.method.method]
@@ -187,21 +183,30 @@ def _card(
         "Parameters": f"{report.parameters:,} in the {report.layout} layout",
         "Rank to allow when serving": str(report.max_lora_rank or report.rank),
         "Error of the export": f"{report.relative_error:.1e} of ‖ΔW‖_F, read back from the file",
-        "Made for": server,
+        "Made for": None if server is None else server.name,
     }
-    load = {"load": DIFFUSERS_LOAD, "library": "diffusers"} if server == "diffusers" else {}
-    write_card(beside, folder.name, config["base_model_name_or_path"], "A LoRA trained by rankwise", facts, **load)
+    loader = server or SERVERS["peft"]
+    write_card(
+        beside,
+        folder.name,
+        config["base_model_name_or_path"],
+        "A LoRA trained by rankwise",
+        facts,
+        load=loader.load_code,
+        library=loader.library,
+    )
 
 
-def _for_server(folder: Path, server: str, source: TrainedAdapter) -> None:
+def _write_for(server: Server, folder: Path, source: TrainedAdapter) -> None:
     """Give a written adapter the server's names, and make sure that the server takes it."""
-    if server == "diffusers":
-        rename_for_diffusers(folder, source.base_class)
+    server.rewrite(folder, source.base_class)
     files = read_files(folder)
-    files.base = {name: form.shape for name, form in source.formats.items()}
-    problems = problems_of(files, server)
+    shapes = {name: form.shape for name, form in source.formats.items()}
+    if server.loads_peft_folders:
+        files.base = KnownBase(frozenset(source.names), shapes, *class_in_config(None, files.config, folder))
+    problems = server.problems(files)
     if problems:
-        raise RankwiseError(f"{server} would not serve this adapter as it is: {problems[0].sentence}")
+        raise RankwiseError(f"{server.name} would not serve this adapter as it is: {problems[0].sentence}")
 
 
 def _truncated(source: TrainedAdapter, rank: int | None) -> dict[str, Factors]:

@@ -19,6 +19,9 @@ CONFIG = "adapter_config.json"
 OURS = "RANKWISE_"
 """What the peft_type of rankwise's adapters begins with."""
 
+MODULE_NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
+"""A module's name: no path, nothing empty."""
+
 DEFAULT_RANK = DEFAULT_ALPHA = 8
 """What PEFT takes where a config says nothing."""
 

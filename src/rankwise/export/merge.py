@@ -19,7 +19,7 @@ from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.card import spread, write_card
 from rankwise.export.combine import combined, given_weights, read_adapters
 from rankwise.export.layouts import TOLERANCE, compact, leading, relative_error, uniform, write
-from rankwise.export.reader import read_lora
+from rankwise.export.pipeline_lora import merged_like, read_any_lora
 from rankwise.files import whole_folder
 from rankwise.update import Factors
 
@@ -101,7 +101,7 @@ def merge_adapters(
     given = given_weights(weights, len(folders))
     adapters = read_adapters(folders, base)
     if privacy is None:
-        merged, guarantee, truncation = combined(adapters, given), None, 0.0
+        merged, guarantee, truncation = merged_like(adapters, combined(adapters, given), folders), None, 0.0
         merged = dataclasses.replace(merged, updates={name: _recombined(f) for name, f in merged.updates.items()})
         written = {name: f if rank is None else leading(f, rank) for name, f in merged.updates.items()}
     else:
@@ -115,7 +115,7 @@ def merge_adapters(
     config, factors = (uniform if layout == "uniform" else compact)(merged, written, rank)
     with whole_folder(out) as beside:
         write(beside, merged, config, factors)
-        error = relative_error(merged.updates, read_lora(beside).updates)
+        error = relative_error(merged.updates, read_any_lora(beside).updates)
         allowed = TOLERANCE + relative_error(merged.updates, written)
         if error > allowed:
             raise RankwiseError(f"what was written would differ from the merge by {error:.1e}, above {allowed:.1e}")

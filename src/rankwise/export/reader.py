@@ -1,18 +1,18 @@
 """The one reader of adapter files: what lies in a folder, and the plain LoRA that it is, if it is one.
 
-`read_files` takes a folder as it is and believes nothing: what `check_export` looks at. `read_lora` builds on it and
-refuses, in one sentence, whatever is not exactly updates of modules. Neither needs PEFT.
+`read_peft_files` takes a folder as it is and believes nothing: what `check_export` looks at. `read_lora` builds on it
+and refuses, in one sentence, whatever is not exactly updates of modules. Neither needs PEFT.
 """
 
 from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,8 +23,9 @@ from rankwise.export.adapter import Adapter, is_finite, key_not_finite
 from rankwise.export.lora_config import (
     CONFIG,
     DEFAULT_RANK,
+    MODULE_NAME,
+    alpha_of,
     check_only_updates,
-    parsed_config,
     rank_of,
     read_config,
     scale_of,
@@ -35,14 +36,11 @@ from rankwise.update import Factors
 if TYPE_CHECKING:
     import peft
 
+    from rankwise.export.known_base import KnownBase
+
 TENSORS = "adapter_model.safetensors"
-DIFFUSERS = "pytorch_lora_weights.safetensors"
-METADATA = "lora_adapter_metadata"
-"""Where the header of diffusers' file holds configs."""
 COMMAND = "training_command.txt"
 PEFT_PREFIX = "base_model.model."
-COMPONENTS = ("unet.", "transformer.")
-"""What the keys of diffusers' file begin with."""
 FOREIGN = re.compile(r"(^|\.)lora_")
 """In keys that belong to a LoRA and are neither A nor B, as DoRA's magnitudes."""
 
@@ -50,8 +48,6 @@ FACTOR = re.compile(r"(?P<module>.*)\.lora_(?P<embedding>embedding_)?(?P<part>[A
 """A key of A or B; `rest` is `weight`, an adapter's name, or the name and `weight`."""
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
 """Modules that torch.compile, FSDP, activation checkpointing and DDP put around others, and into their names."""
-MODULE_NAME = re.compile(r"[\w\-]+(\.[\w\-]+)*")
-"""A module's name: no path, nothing empty."""
 
 
 class Key(NamedTuple):
@@ -71,10 +67,10 @@ class Key(NamedTuple):
     """Wrappers whose names were left out."""
 
 
-def parsed_key(key: str, prefixes: Sequence[str] = (PEFT_PREFIX,)) -> Key:
-    """What a tensor's name says, a prefix, wrappers and an adapter's name left out."""
+def parsed_key(key: str) -> Key:
+    """What a tensor's name says, PEFT's prefix, wrappers and an adapter's name left out."""
     path, wrappers = _unwrapped(key)
-    prefix = next((p for p in prefixes if path.startswith(p)), "")
+    prefix = PEFT_PREFIX if path.startswith(PEFT_PREFIX) else ""
     name = path.removeprefix(prefix)
     if name.endswith(".alpha"):
         return Key(name.removesuffix(".alpha"), "alpha", prefix, wrappers=wrappers)
@@ -86,6 +82,20 @@ def parsed_key(key: str, prefixes: Sequence[str] = (PEFT_PREFIX,)) -> Key:
     if adapter is None:
         return Key(name, "", prefix, wrappers=wrappers)
     return Key(found["module"], found["part"], prefix, embedding, adapter, wrappers)
+
+
+def clean_key(key: str) -> str:
+    """A tensor's name as PEFT writes it."""
+    told = parsed_key(key)
+    if told.part in ("A", "B"):
+        ending = f"lora_embedding_{told.part}" if told.embedding else f"lora_{told.part}.weight"
+        return f"{PEFT_PREFIX}{told.module}.{ending}"
+    return f"{PEFT_PREFIX}{told.module}{'.alpha' if told.part else ''}"
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """A tensor in a dtype that can be calculated with: float8, which cannot, as float32."""
+    return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
 
 
 def _unwrapped(key: str) -> tuple[str, tuple[str, ...]]:
@@ -127,10 +137,10 @@ class AdapterFiles:
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, Tensor]
-    is_diffusers: bool = False
-    has_metadata: bool = False
-    base: dict[str, tuple[int, int]] | None = None
-    """(out, in) of every module of the base model that can be adapted."""
+    is_of_pipeline: ClassVar[bool] = False
+    """Whether it is the file of a pipeline's LoRA, and no folder of PEFT's."""
+    base: KnownBase | None = None
+    """What is known of the base model."""
     modules: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """A and B by module name in the base model, as far as they are there."""
     others: dict[str, Tensor] = field(default_factory=dict)
@@ -151,7 +161,7 @@ class AdapterFiles:
     def __post_init__(self) -> None:
         first_keys: dict[tuple[str, str], str] = {}
         for key, tensor in self.tensors.items():
-            told = parsed_key(key, (*self.prefixes, PEFT_PREFIX))
+            told = parsed_key(key)
             first = first_keys.setdefault((told.module, told.part), key)
             if first != key:
                 self.twice.append((first, key))
@@ -163,7 +173,7 @@ class AdapterFiles:
             self.wrapped.append(key)
         if told.adapter:
             self.named.append(key)
-        if told.part in ("A", "B") and told.prefix not in self.prefixes:
+        if told.part in ("A", "B") and not told.prefix:
             self.without_prefix.append(key)
 
     def _sort_in(self, told: Key, tensor: Tensor) -> None:
@@ -178,11 +188,6 @@ class AdapterFiles:
             self.others[name] = tensor
 
     @property
-    def prefixes(self) -> tuple[str, ...]:
-        """What the keys of such a file must begin with."""
-        return COMPONENTS if self.is_diffusers else (PEFT_PREFIX,)
-
-    @property
     def whole(self) -> dict[str, dict[str, Tensor]]:
         """The modules that have both A and B, of two dimensions or more."""
         return {n: p for n, p in self.modules.items() if len(p) == 2 and all(t.dim() > 1 for t in p.values())}
@@ -191,7 +196,7 @@ class AdapterFiles:
     def largest_rank(self) -> int:
         """The largest rank the config or a tensor asks for."""
         ranks = [r for r in (self.config.get("rank_pattern") or {}).values() if isinstance(r, int)]
-        ranks += [] if self.is_diffusers else [self.config.get("r", DEFAULT_RANK)]
+        ranks += [] if self.is_of_pipeline else [self.config.get("r", DEFAULT_RANK)]
         return max([1, *ranks, *(parts["A"].shape[0] for parts in self.whole.values())])
 
     @cached_property
@@ -205,16 +210,36 @@ class AdapterFiles:
         except (TypeError, ValueError):
             return None
 
+    def lacks(self, name: str) -> bool:
+        """Whether the base model is known, and has no module of this name."""
+        return self.base is not None and name not in self.base.names
+
+    def is_target(self, name: str) -> bool:
+        """Whether the config says that a module is adapted."""
+        from peft.tuners.tuners_utils import check_target_module_exists
+
+        return self.lora_config is not None and bool(check_target_module_exists(self.lora_config, name))
+
+    def is_of_parameters(self, name: str) -> bool:
+        """Whether a module's tensors update parameters that the config names (`target_parameters`), as fused experts.
+
+        PEFT wraps the module once for each of its parameters, so that names may end in `.base_layer`.
+        """
+        module = name.replace(".base_layer", "")
+        targets = self.config.get("target_parameters") or ()
+        return any(f".{module}".endswith(f".{target.rpartition('.')[0]}") for target in targets)
+
+    def not_finite(self) -> Iterator[str]:
+        """Keys of tensors with NaN or infinity."""
+        return (key for key, tensor in self.tensors.items() if not is_finite(tensor))
+
     def rank(self, name: str) -> int:
         """The rank that the config gives a module."""
-        if self.is_diffusers and not self.has_metadata:
-            return self.whole[name]["A"].shape[0]
         return rank_of(self.config, name)
 
-    def scale(self, name: str) -> float:
-        """What a reader that knows only tensors and their alphas would have to multiply the update by, against rank."""
-        rank = self.whole[name]["A"].shape[0]
-        return self.alphas.get(name, rank) / rank
+    def alpha(self, name: str) -> float | None:
+        """The lora_alpha that the config gives a module."""
+        return alpha_of(self.config, name)
 
     def siblings(self) -> dict[str, set[str]]:
         """The adapted modules' own names, by their parent."""
@@ -225,21 +250,15 @@ class AdapterFiles:
         return found
 
 
-def read_files(folder: Path) -> AdapterFiles:
-    """The files of a folder.
+def read_peft_files(folder: Path) -> AdapterFiles:
+    """The files of a PEFT folder.
 
     Raises:
         AdapterFileError: there is no adapter, or only pickled weights, or a file is broken.
     """
-    diffusers = folder / DIFFUSERS
-    if not (folder / TENSORS).is_file() and diffusers.is_file():
-        metadata = _metadata(diffusers)
-        tensors = read_tensors(diffusers)
-        config = parsed_config(metadata[METADATA], diffusers) if METADATA in metadata else {}
-        config = {key.split(".", 1)[-1]: value for key, value in config.items()}
-        return AdapterFiles(folder, config, tensors, is_diffusers=True, has_metadata=METADATA in metadata)
-    config = read_config(folder)
-    return AdapterFiles(folder, config, read_tensors(folder / TENSORS))
+    if not (folder / CONFIG).is_file() and not (folder / TENSORS).is_file():
+        read_tensors(folder / TENSORS)  # says what is missing
+    return AdapterFiles(folder, read_config(folder), read_tensors(folder / TENSORS))
 
 
 def read_lora(folder: Path) -> Adapter:
@@ -268,16 +287,22 @@ def read_lora(folder: Path) -> Adapter:
     return Adapter(config=config, updates=updates, others=others, formats=formats, names=tuple(updates))
 
 
+def read_clean_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors of an adapter of any kind under PEFT's own names; float8, with which nobody calculates, as float32.
+
+    Raises:
+        AdapterFileError: the file is missing or broken, or one tensor has two names.
+    """
+    files = AdapterFiles(folder, {}, read_tensors(folder / TENSORS))
+    _check_names(files)
+    _say_what_was_left_out(files, folder / TENSORS)
+    return {clean_key(key): widened(tensor) for key, tensor in files.tensors.items()}
+
+
 def _check_keys(files: AdapterFiles) -> None:
     """Raise `AdapterFileError` for keys and tensors that a plain LoRA does not have; warn of odd ones."""
     file = files.folder / TENSORS
-    if files.twice:
-        first, second = files.twice[0]
-        raise AdapterFileError(f"{file} holds one tensor under two names, {first!r} and {second!r}")
-    for name in (*files.modules, *files.others):
-        if PEFT_PREFIX in name:
-            before = name.partition(PEFT_PREFIX)[0]
-            raise AdapterFileError(f"{file} holds {name!r}, and {before!r} is none of the wrappers known here")
+    _check_names(files)
     for name in files.others:
         if FOREIGN.search(name):
             raise AdapterFileError(f"{file} holds {name!r}, which a plain LoRA does not have")
@@ -287,8 +312,20 @@ def _check_keys(files: AdapterFiles) -> None:
     if not files.modules:
         raise AdapterFileError(f"{file} holds no tensor of a LoRA adapter")
     for name, parts in files.modules.items():
-        _check_module(name, parts, file)
+        check_module(name, parts, file)
     _say_what_was_left_out(files, file)
+
+
+def _check_names(files: AdapterFiles) -> None:
+    """Raise `AdapterFileError` for two names of one tensor, and for wrappers that are not known."""
+    file = files.folder / TENSORS
+    if files.twice:
+        first, second = files.twice[0]
+        raise AdapterFileError(f"{file} holds one tensor under two names, {first!r} and {second!r}")
+    for name in (*files.modules, *files.others):
+        if PEFT_PREFIX in name:
+            before = name.partition(PEFT_PREFIX)[0]
+            raise AdapterFileError(f"{file} holds {name!r}, and {before!r} is none of the wrappers known here")
 
 
 def _say_what_was_left_out(files: AdapterFiles, file: Path) -> None:
@@ -303,7 +340,8 @@ def _say_what_was_left_out(files: AdapterFiles, file: Path) -> None:
             warnings.warn(f"{file} holds {what}, in {len(keys)} of its keys, as in {keys[0]!r}", stacklevel=4)
 
 
-def _check_module(name: str, parts: dict[str, Tensor], file: Path) -> None:
+def check_module(name: str, parts: dict[str, Tensor], file: Path) -> None:
+    """Raise `AdapterFileError` unless a module of `file` has A and B, each a finite matrix or kernel."""
     if parts.keys() != {"A", "B"}:
         raise AdapterFileError(f"{file} lacks half of the update of {name!r}")
     if not MODULE_NAME.fullmatch(name):
@@ -319,7 +357,7 @@ def _check_module(name: str, parts: dict[str, Tensor], file: Path) -> None:
 
 def _update(files: AdapterFiles, name: str) -> Factors:
     """The update of a module, its scale in s."""
-    A, B = (files.modules[name][part].flatten(1) for part in ("A", "B"))
+    A, B = (widened(files.modules[name][part]).flatten(1) for part in ("A", "B"))
     r = rank_of(files.config, name)
     if A.shape[0] != r or B.shape[1] != r:
         raise AdapterFileError(f"{name!r} should have rank {r} by {CONFIG}; found {A.shape[0]} and {B.shape[1]}")
@@ -342,14 +380,6 @@ def read_tensors(file: Path, *, only_header: bool = False) -> dict[str, Tensor]:
     try:
         with safe_open(file, "pt") as opened:
             return {} if only_header else {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise AdapterFileError(f"{file} is truncated or not safetensors") from error
-
-
-def _metadata(file: Path) -> dict[str, str]:
-    try:
-        with safe_open(file, "pt") as opened:
-            return opened.metadata() or {}
     except SafetensorError as error:
         raise AdapterFileError(f"{file} is truncated or not safetensors") from error
 

@@ -20,7 +20,7 @@ from rankwise.checks import require_choice, require_int, require_number, require
 from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.card import spread, write_card
 from rankwise.export.layouts import TOLERANCE, compact, relative_error, uniform, write
-from rankwise.export.reader import read_lora
+from rankwise.export.pipeline_lora import read_any_lora
 from rankwise.files import whole_folder
 from rankwise.linalg.budget import best_ranks
 from rankwise.precision import exact
@@ -98,7 +98,7 @@ def shrink_adapter(
     _check_rule(energy=energy, budget=budget, rank=rank)
     require_choice("layout", layout, ("uniform", "compact"))
     require_room("out", out, overwrite=overwrite, reads=[folder])
-    plain = read_lora(folder)
+    plain = read_any_lora(folder)
     updates = plain.updates
     moments = {} if second_moments is None else _checked(second_moments, updates)
     found = {name: _directions(f, moments.get(name)) for name, f in updates.items()}
@@ -114,7 +114,7 @@ def shrink_adapter(
     config = {**plain.config} | {field: made[field] for field in LAYOUT_FIELDS if field in made}
     with whole_folder(out) as beside:
         write(beside, plain, config, factors)
-        read = read_lora(beside).updates
+        read = read_any_lora(beside).updates
         wrong = relative_error(kept, read)
         if wrong > TOLERANCE:
             raise RankwiseError(f"what was written differs by {wrong:.1e} from the best update of its ranks")

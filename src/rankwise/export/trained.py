@@ -120,19 +120,30 @@ def read_method(folder: Path) -> AdapterConfig:
     Raises:
         AdapterFileError: it is missing, broken, or of another kind.
     """
+    config = opened_config(folder)
+    if not isinstance(config, AdapterConfig):
+        raise AdapterFileError(
+            f"{folder} holds no rankwise adapter: {CONFIG} is {'missing' if config is None else 'of PEFT'}"
+        )
+    return config
+
+
+def opened_config(folder: Path) -> PeftConfig | None:
+    """The config in a folder as PEFT reads it; None where there is none.
+
+    Raises:
+        AdapterFileError: it is broken, of an unknown kind, or has entries that no loader can apply.
+    """
     file = folder / CONFIG
     if not file.is_file():
-        raise AdapterFileError(f"{folder} holds no rankwise adapter: {CONFIG} is missing")
+        return None
     read_config(folder)
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        return PeftConfig.from_pretrained(str(folder))
     except RankwiseError:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterFileError(f"{file} is not a whole adapter config ({type(error).__name__})") from error
-    if not isinstance(config, AdapterConfig):
-        raise AdapterFileError(f"{folder} holds no rankwise adapter: {CONFIG} is of PEFT")
-    return config
 
 
 def _beside(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from rankwise.errors import AdapterFileError, RankwiseError
 from rankwise.export.adapter import key_not_finite
 from rankwise.export.lora_config import CONFIG, ONLY_UPDATES, OURS, STARTS, read_config
+from rankwise.export.pipeline_files import pipeline_file
 from rankwise.export.reader import PEFT_PREFIX, TENSORS, Key, parsed_key, read_tensors
 
 MERGEABLE = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
@@ -39,6 +40,10 @@ def read_saved(folder: Path) -> SavedAdapter:
         AdapterFileError: it is missing, broken, not finite, no LoRA, or of a kind whose update no weight can hold.
     """
     if not (folder / CONFIG).is_file():
+        if pipeline_file(folder) is not None:
+            raise AdapterFileError(
+                f"{folder} holds the LoRA of a pipeline, which diffusers adds by pipeline.fuse_lora()"
+            )
         raise AdapterFileError(f"{folder} holds no LoRA adapter: {CONFIG} is missing")
     told = read_config(folder)
     if not str(told.get("peft_type")).startswith(OURS):
