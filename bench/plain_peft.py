@@ -22,8 +22,8 @@ from transformers import (
     set_seed,
 )
 
+from rankwise.base_models import locate
 from rankwise.compare.data import Table, load_splits
-from rankwise.compare.models import locate
 from rankwise.compare.spec import read_spec
 from rankwise.methods import METHODS
 

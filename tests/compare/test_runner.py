@@ -26,9 +26,10 @@ from transformers import Trainer, TrainerCallback
 
 import rankwise
 from rankwise.adapters.configs import CONFIGS
+from rankwise.base_models import open_tokenizer
 from rankwise.compare import runner, train
 from rankwise.compare.candidates.adapter import AdapterCandidate
-from rankwise.compare.models import open_model, open_tokenizer
+from rankwise.compare.models import open_classifier
 from rankwise.compare.plan import Plan, Run, make_plan
 from rankwise.compare.results import Result, read_results
 from rankwise.compare.runner import run_plan
@@ -139,7 +140,7 @@ def outputs(model: torch.nn.Module, plan: Plan) -> np.ndarray:
 
 def adapted(plan: Plan, folder: Path) -> PeftModel:
     """A saved adapter on the base model, whose own head is a fresh one."""
-    return PeftModel.from_pretrained(open_model(plan.spec.model, plan.splits.labels), str(folder))
+    return PeftModel.from_pretrained(open_classifier(plan.spec.model, plan.splits.labels), str(folder))
 
 
 # --- what a comparison leaves ----------------------------------------------------------------------------------------
@@ -290,7 +291,7 @@ def test_all_candidates_start_with_the_same_head_and_the_floor_leaves_the_model_
     first, *others = [starts[run.key] for run in runs]
     assert all(torch.equal(first, other) for other in others)
     (floor,) = [run for run in runs if run.label == "head"]
-    pretrained = open_model(comparison.plan.spec.model, comparison.plan.splits.labels).state_dict()
+    pretrained = open_classifier(comparison.plan.spec.model, comparison.plan.splits.labels).state_dict()
     for name, value in ends[floor.key].items():
         assert torch.equal(value, pretrained[name]) or name.startswith("classifier")
 

@@ -82,8 +82,8 @@ def _moments(adapter: Path, base: str, calibration: Path) -> dict[str, Any]:
     """Second moments of the base model's inputs to the adapter's modules, over the texts."""
     import torch
 
+    from rankwise.base_models import open_model, open_tokenizer
     from rankwise.cli.compare import quiet_libraries
-    from rankwise.compare.models import open_tokenizer
     from rankwise.errors import AdapterFileError
     from rankwise.export.moments import WIDEST, second_moments_of
     from rankwise.export.plain import read_plain
@@ -91,11 +91,12 @@ def _moments(adapter: Path, base: str, calibration: Path) -> dict[str, Any]:
     quiet_libraries()
     texts, plain = _texts(calibration), read_plain(adapter)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = _open(base, plain.config.task_type).to(device).eval()
+    model: Any = open_model(base, plain.config.task_type, argument="--base", dtype="auto")
+    model = model.to(device).eval()
     unknown = sorted(plain.updates.keys() - dict(model.named_modules()).keys())
     if unknown:
         raise AdapterFileError(f"the base model {base!r} has no module {unknown[0]!r}: is it the right base?")
-    tokenizer = open_tokenizer(base)
+    tokenizer = open_tokenizer(base, argument="--base")
     longest = min(LONGEST, tokenizer.model_max_length)
 
     def batches() -> Any:
@@ -109,21 +110,6 @@ def _moments(adapter: Path, base: str, calibration: Path) -> dict[str, Any]:
     full = sum(8 * width**2 for width in widths if width <= WIDEST) <= AFFORDABLE
     typer.echo(f"weighted by {'full' if full else 'diagonal'} second moments over {len(texts)} texts", err=True)
     return second_moments_of(model, batches(), plain.updates, full=full)
-
-
-def _open(base: str, task: str | None) -> Any:
-    """The base model, as the class that the adapter's task names its modules by."""
-    from transformers import AutoConfig
-
-    from rankwise.compare.models import locate
-    from rankwise.errors import ArgumentError
-    from rankwise.export.source import model_class
-
-    place = locate(base)
-    try:
-        return model_class(AutoConfig.from_pretrained(place), task).from_pretrained(place, dtype="auto")
-    except (OSError, ValueError) as error:
-        raise ArgumentError("--base", "be a folder, hub id or embedded model that opens", base) from error
 
 
 def _texts(file: Path) -> list[str]:

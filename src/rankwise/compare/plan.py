@@ -12,9 +12,10 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from rankwise.base_models import open_tokenizer
 from rankwise.compare.candidates import Candidate, candidate_of
 from rankwise.compare.data import Splits, load_splits
-from rankwise.compare.models import identity, model_skeleton, open_tokenizer
+from rankwise.compare.models import classifier_skeleton, identity
 from rankwise.compare.spec import MethodEntry, Spec
 from rankwise.errors import ArgumentError
 
@@ -56,11 +57,11 @@ def make_plan(spec: Spec) -> Plan:
     if spec.output.exists() and not spec.output.is_dir():
         raise ArgumentError("output", "be a folder, or not exist yet", str(spec.output))
     candidates = [candidate_of(spec, entry) for entry in spec.methods]
-    tokenizer = open_tokenizer(spec.model)
+    tokenizer = open_tokenizer(spec.model, argument="model")
     splits = load_splits(spec.data, spec.task)
     steps = _steps(spec, len(splits.train.text))
     for candidate in candidates:
-        model = model_skeleton(spec.model, splits.labels)
+        model = classifier_skeleton(spec.model, splits.labels)
         _check_length(spec, model, tokenizer)
         candidate.check(model, steps)
     # What all runs share is hashed once: the data, the model and the library versions.

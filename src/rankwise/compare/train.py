@@ -25,10 +25,11 @@ from transformers import (
     set_seed,
 )
 
+from rankwise.base_models import open_tokenizer
 from rankwise.compare.candidates import Candidate, candidate_of
 from rankwise.compare.checkpoints import newest_complete
 from rankwise.compare.data import Table
-from rankwise.compare.models import open_model, open_tokenizer
+from rankwise.compare.models import open_classifier
 from rankwise.compare.plan import Plan, Run, library_versions
 from rankwise.compare.results import Result
 from rankwise.compare.together import as_first, is_first, on_cpus, processes
@@ -57,8 +58,8 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
     # The head is made before anything is attached, so that all candidates of one seed start with the same one.
     set_seed(run.seed)
     candidate = candidate_of(plan.spec, run.entry)
-    tokenizer = open_tokenizer(plan.spec.model)
-    base = open_model(plan.spec.model, plan.splits.labels, tokenizer.pad_token_id)
+    tokenizer = open_tokenizer(plan.spec.model, argument="model")
+    base = open_classifier(plan.spec.model, plan.splits.labels, tokenizer.pad_token_id)
     model = candidate.attach(base)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     initial_ranks = candidate.ranks(model)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from rankwise.errors import AdapterFileError, ArgumentError, RankwiseError
 from rankwise.export.layouts import Adapter
 from rankwise.export.lora import TOLERANCE
 from rankwise.export.plain import PlainLora, read_plain
-from rankwise.export.source import CONFIG, Form, Source, finite, from_folder, skeleton
+from rankwise.export.source import Form, Source, finite, from_folder, opened_base, saved_config
 from rankwise.update import Factors
 
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "task_type")
@@ -53,21 +52,6 @@ def given_weights(weights: Sequence[float] | None, count: int) -> tuple[float, .
     return given
 
 
-def opened(base: str | Path | nn.Module | None, folders: Sequence[str | Path]) -> nn.Module:
-    """The base model, without weights unless it was given as a model."""
-    if isinstance(base, nn.Module):
-        return base
-    return skeleton(base or saved_config(folders[0]).get("base_model_name_or_path"), Path(folders[0]))
-
-
-def saved_config(folder: str | Path) -> dict[str, Any]:
-    """The config in a folder as it lies there; empty where there is none."""
-    try:
-        return dict(json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):  # the reader of the adapter says what is wrong with it
-        return {}
-
-
 def read_adapters(folders: Sequence[str | Path], base: str | Path | nn.Module | None) -> list[Source | PlainLora]:
     """The adapters in `folders`, plain or of rankwise, each found to hold nothing but finite updates and full modules.
 
@@ -76,7 +60,8 @@ def read_adapters(folders: Sequence[str | Path], base: str | Path | nn.Module | 
         RankwiseError: it holds what cannot be merged.
     """
     ours = [str(saved_config(folder).get("peft_type")).startswith("RANKWISE_") for folder in folders]
-    model = opened(base, [f for f, own in zip(folders, ours, strict=True) if own]) if any(ours) else None
+    first_of_ours = next((Path(folder) for folder, own in zip(folders, ours, strict=True) if own), None)
+    model = None if first_of_ours is None else opened_base(base, saved_config(first_of_ours), first_of_ours)
     found: list[Source | PlainLora] = []
     for folder, own in zip(folders, ours, strict=True):
         adapter = from_folder(Path(folder), model) if own else read_plain(Path(folder))

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoConfig
 
-from rankwise.errors import AdapterFileError
-from rankwise.export.source import model_class, task_of
+from rankwise.base_models import open_model
+from rankwise.export.source import saved_config, told_base
 
 SAMPLES, TOKENS = 2, 16
 
@@ -22,13 +21,13 @@ def logits_error(model: str | Path, adapter: Path, export: Path) -> float:
     On random tokens, the same at each call. Both adapters are loaded by PEFT, one after the other.
 
     Raises:
-        AdapterFileError: the base model does not open.
+        ArgumentError: the base model does not open.
     """
     found = []
     for folder in (adapter, export):
         with torch.random.fork_rng():
             torch.manual_seed(0)  # weights that the checkpoint lacks are drawn, and must be drawn alike
-            whole = PeftModel.from_pretrained(_opened(model, adapter), str(folder)).eval()
+            whole = PeftModel.from_pretrained(_float32(model, adapter), str(folder)).eval()
         tokens = torch.randint(
             0, whole.config.vocab_size, (SAMPLES, TOKENS), generator=torch.Generator().manual_seed(0)
         )
@@ -37,10 +36,10 @@ def logits_error(model: str | Path, adapter: Path, export: Path) -> float:
     return float((found[1] - found[0]).abs().max() / found[0].abs().max())
 
 
-def _opened(model: str | Path, adapter: Path) -> Any:
+def _float32(model: str | Path, adapter: Path) -> Any:
     """The base model in float32, as the class whose modules the adapter names."""
-    try:
-        cls = model_class(AutoConfig.from_pretrained(model), task_of(adapter))
-        return cls.from_pretrained(model, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise AdapterFileError(f"the base model {str(model)!r} of {adapter} does not open") from error
+    config = saved_config(adapter)
+    name, revision = told_base(model, config, adapter)
+    trained_as = (config.get("auto_mapping") or {}).get("base_model_class")
+    task = config.get("task_type")
+    return open_model(name, task, revision=revision, trained_as=trained_as, dtype=torch.float32)

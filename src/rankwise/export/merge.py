@@ -20,12 +20,12 @@ from torch import nn
 from rankwise.checks import require_choice, require_int, require_number, require_room
 from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.card import spread, write_card
-from rankwise.export.combine import FROZEN, Merged, combined, given_weights, opened, read_adapters
+from rankwise.export.combine import FROZEN, Merged, combined, given_weights, read_adapters
 from rankwise.export.layouts import Adapter, compact, leading, relative_error, uniform, write
 from rankwise.export.lora import TOLERANCE
 from rankwise.export.plain import read_plain
 from rankwise.export.privacy import Guarantee, private_sum
-from rankwise.export.source import forms_of
+from rankwise.export.source import forms_of, opened_base, saved_config
 from rankwise.files import whole_folder
 from rankwise.update import Factors
 
@@ -108,7 +108,8 @@ def merge_adapters(
         merged = dataclasses.replace(merged, updates={name: _recombined(f) for name, f in merged.updates.items()})
         written = {name: f if rank is None else leading(f, rank) for name, f in merged.updates.items()}
     else:
-        merged, guarantee, truncation = _private(adapters, given, opened(base, folders), privacy, clip, rank or 1, seed)
+        model = opened_base(base, saved_config(folders[0]), Path(folders[0]))
+        merged, guarantee, truncation = _private(adapters, given, model, privacy, clip, rank or 1, seed)
         written = merged.updates
     config, factors = (uniform if layout == "uniform" else compact)(merged, written, rank)
     with whole_folder(out) as beside:

@@ -101,7 +101,7 @@ def lora_rank(server: str, rank: int) -> int:
 
 def _base(shipped: Shipped, base: str | Path | nn.Module | None) -> dict[str, tuple[int, int]] | None:
     try:
-        forms, _ = forms_of(opened_base(base, shipped.config.get("base_model_name_or_path"), shipped.folder))
+        forms, _ = forms_of(opened_base(base, shipped.config, shipped.folder))
     except AdapterFileError:
         if base is not None:
             raise

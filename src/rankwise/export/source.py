@@ -5,7 +5,6 @@ A live model and a saved folder give the same `Source`; everything after it know
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 import re
@@ -15,13 +14,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
-from accelerate import init_empty_weights
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModel, PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.adapters.configs import AdapterConfig
@@ -32,20 +28,13 @@ from rankwise.adapters.lookup import adapted_layers, base_name, factors, ranks
 from rankwise.adapters.progress import LENGTH, Progress
 from rankwise.adapters.tensors import ADDED_IN_FORMAT_2
 from rankwise.adapters.tuner import PREFIX, kind_of
-from rankwise.errors import AdapterFileError, RankwiseError
+from rankwise.base_models import skeleton
+from rankwise.errors import AdapterFileError, ArgumentError, RankwiseError
 from rankwise.update import Factors
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 COMMAND = "training_command.txt"
 PEFT_PREFIX = "base_model.model."
-TASKS = {
-    "SEQ_CLS": "SequenceClassification",
-    "TOKEN_CLS": "TokenClassification",
-    "QUESTION_ANS": "QuestionAnswering",
-    "CAUSAL_LM": "CausalLM",
-    "SEQ_2_SEQ_LM": "Seq2SeqLM",
-}
-"""What transformers calls the models of PEFT's tasks."""
 BOUNDED = "max_norm bounds the columns of A wherever they are looked up, and an export may hold another A"
 
 
@@ -142,7 +131,7 @@ def from_folder(folder: Path, base: str | Path | nn.Module | None) -> Source:
             by_module.setdefault(module, {})[name] = tensor
     if not by_module:
         raise AdapterFileError(f"{folder / TENSORS} holds no tensor of a rankwise adapter")
-    whole = opened_base(base, config.base_model_name_or_path, folder)
+    whole = opened_base(base, saved_config(folder), folder)
     forms, names = forms_of(whole)
     for name in by_module.keys() & forms.keys():
         _check_same_base(name, state.get(f"{PEFT_PREFIX}{name}.base_layer.weight"), forms[name], folder)
@@ -163,13 +152,25 @@ def from_folder(folder: Path, base: str | Path | nn.Module | None) -> Source:
     return Source(config, updates, others, progress, kept, forms, names, base_class_of(whole))
 
 
-def opened_base(base: str | Path | nn.Module | None, named: str | None, folder: Path) -> nn.Module:
-    """The base model without its weights: `base`, or where it is, or as the adapter in `folder` has it `named`.
+def opened_base(base: str | Path | nn.Module | None, config: Mapping[str, Any], folder: Path) -> nn.Module:
+    """The base model that the adapter in `folder` was trained on, without its weights unless it was given as a model.
+
+    Args:
+        base: the base model, or where it is; by default where the adapter's config says.
+        config: the adapter's, as its JSON holds it.
+        folder: the adapter's, for messages.
 
     Raises:
         AdapterFileError: no base model is named, or it does not open.
     """
-    return base if isinstance(base, nn.Module) else skeleton(base or named, folder)
+    if isinstance(base, nn.Module):
+        return base
+    name, revision = told_base(base, config, folder)
+    trained_as = (config.get("auto_mapping") or {}).get("base_model_class")
+    try:
+        return skeleton(name, config.get("task_type"), revision=revision, trained_as=trained_as)
+    except ArgumentError as error:
+        raise AdapterFileError(f"the base model {name!r} of {folder} does not open; pass `base` ({error})") from error
 
 
 def base_class_of(model: nn.Module) -> str:
@@ -262,49 +263,27 @@ def read_tensors(file: Path, *, only_header: bool = False) -> dict[str, Tensor]:
         raise AdapterFileError(f"{file} is truncated or not safetensors") from error
 
 
-def skeleton(base: str | Path | None, adapter: Path) -> nn.Module:
-    """The base model's modules without its weights.
+def told_base(base: str | Path | None, config: Mapping[str, Any], adapter: Path) -> tuple[str, str | None]:
+    """Name and revision of an adapter's base model: `base`, or what the adapter's config says.
+
+    The config's revision belongs to the model that the config names.
 
     Raises:
-        AdapterFileError: no base model is named, or it does not open.
+        AdapterFileError: neither names one.
     """
-    if not base:
+    named = config.get("base_model_name_or_path")
+    if not (base or named):
         raise AdapterFileError(f"{adapter} does not say its base model; pass `base`")
+    name = str(base or named)
+    return name, config.get("revision") if name == named else None
+
+
+def saved_config(folder: str | Path) -> dict[str, Any]:
+    """The config in a folder as it lies there; empty where there is none."""
     try:
-        with init_empty_weights():
-            return _empty(base, task_of(adapter))
-    except (OSError, ValueError) as error:
-        raise AdapterFileError(f"the base model {str(base)!r} of {adapter} does not open; pass `base`") from error
-    except ImportError as error:
-        raise AdapterFileError(f"the base model {str(base)!r} is one of diffusers', which is not installed") from error
-
-
-def _empty(base: str | Path, task: str | None) -> nn.Module:
-    """A model of transformers', or of diffusers', whose configs name their class."""
-    own = Path(base) / "config.json"
-    told = json.loads(own.read_text(encoding="utf-8")) if own.is_file() else {}
-    if "_class_name" in told:
-        return getattr(importlib.import_module("diffusers"), told["_class_name"]).from_config(told)
-    config = AutoConfig.from_pretrained(base)
-    cls = model_class(config, task)
-    return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
-
-
-def task_of(adapter: Path) -> str | None:
-    """The task an adapter was made for, which its modules' names go with."""
-    try:
-        return json.loads((adapter / CONFIG).read_text(encoding="utf-8")).get("task_type")
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None
-
-
-def model_class(config: PretrainedConfig, task: str | None) -> Any:
-    """The class whose modules an adapter names: the config's own, unless the adapter's task wants another head."""
-    named = next((cls for name in config.architectures or () if (cls := getattr(transformers, name, None))), None)
-    kind = TASKS.get(task or "")
-    if named is not None and (kind is None or named.__name__.endswith(kind)):
-        return named
-    return getattr(transformers, f"AutoModelFor{kind}") if kind else AutoModel
+        return dict(json.loads((Path(folder) / CONFIG).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):  # the reader of the adapter says what is wrong with it
+        return {}
 
 
 def _check_same_base(name: str, saved: Tensor | None, form: Form, folder: Path) -> None:
