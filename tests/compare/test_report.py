@@ -247,7 +247,7 @@ def test_rows_that_mean_nothing_are_named():
     rows = summarise(results)
     said = notes(rows)
     assert said == [
-        "sora is not above the floor, the head alone on the frozen model: its adapter has added nothing",
+        "sora is not better than the floor, the head alone on the frozen model: its adapter has added nothing",
         "nnm has not learnt anything at this rate (0.001): its loss did not fall",
         "one seed: a first impression, not a ranking",
     ]
@@ -264,7 +264,7 @@ def test_the_page_names_the_floor_and_draws_it(tmp_path):
     }
     nothing: dict[str, Any] = {"ranks": {}, "exported_ranks": {}, "singular_values": {}, "starting_scale": None}
     text = page(tmp_path, [made("head", score=0.5, **head | nothing), made("lora", score=0.5)])
-    assert "lora is not above the floor" in text
+    assert "lora is not better than the floor" in text
     assert text.count("The dashed line is the floor, 0.500: the head alone on the frozen model.") >= 2
     assert "head: it adapts no module" not in text
     assert "<dt>Learning rate of the task head</dt><dd>0.02</dd>" in text

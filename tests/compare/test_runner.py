@@ -29,7 +29,7 @@ from rankwise.adapters.configs import CONFIGS
 from rankwise.base_models import open_tokenizer
 from rankwise.compare import runner, train
 from rankwise.compare.candidates.adapter import AdapterCandidate
-from rankwise.compare.models import open_classifier
+from rankwise.compare.models import open_for
 from rankwise.compare.plan import Plan, Run, make_plan
 from rankwise.compare.results import Result, read_results
 from rankwise.compare.runner import run_plan
@@ -74,7 +74,7 @@ def comparison(write_spec: WriteSpec, tmp_path_factory: pytest.TempPathFactory) 
 
     def predict(self: Trainer, data: Any, *rest: Any, **named: Any) -> Any:
         found = original(self, data, *rest, **named)
-        if len(data) == len(plan.splits.test.text):
+        if len(data) == len(plan.splits.test):
             predictions[Path(str(self.args.output_dir)).name] = np.asarray(found.predictions)
         return found
 
@@ -133,14 +133,14 @@ def held(plan: Plan, run: Run, age: float) -> Path:
 
 def outputs(model: torch.nn.Module, plan: Plan) -> np.ndarray:
     """What a model says to the test split."""
-    tokens = open_tokenizer(plan.spec.model)(plan.splits.test.text, padding=True, return_tensors="pt")
+    tokens = open_tokenizer(plan.spec.model)(plan.splits.test["text"], padding=True, return_tensors="pt")
     with torch.no_grad():
         return model.eval()(**tokens).logits.numpy()
 
 
 def adapted(plan: Plan, folder: Path) -> PeftModel:
     """A saved adapter on the base model, whose own head is a fresh one."""
-    return PeftModel.from_pretrained(open_classifier(plan.spec.model, plan.splits.labels), str(folder))
+    return PeftModel.from_pretrained(open_for(plan.spec.task, plan.spec.model, plan.splits), str(folder))
 
 
 # --- what a comparison leaves ----------------------------------------------------------------------------------------
@@ -291,7 +291,8 @@ def test_all_candidates_start_with_the_same_head_and_the_floor_leaves_the_model_
     first, *others = [starts[run.key] for run in runs]
     assert all(torch.equal(first, other) for other in others)
     (floor,) = [run for run in runs if run.label == "head"]
-    pretrained = open_classifier(comparison.plan.spec.model, comparison.plan.splits.labels).state_dict()
+    plan = comparison.plan
+    pretrained = open_for(plan.spec.task, plan.spec.model, plan.splits).state_dict()
     for name, value in ends[floor.key].items():
         assert torch.equal(value, pretrained[name]) or name.startswith("classifier")
 
@@ -312,7 +313,7 @@ def test_a_second_run_trains_nothing(comparison: Comparison, trained: Trained) -
 
 def test_what_an_edited_spec_left_is_not_shown(comparison: Comparison, write_spec: WriteSpec, trained: Trained) -> None:
     plan = make_plan(read_spec(write_spec(comparison.output.parent / "edited", methods=["lora", "sora"])))
-    plan = dataclasses.replace(plan, spec=dataclasses.replace(plan.spec, output=comparison.output))
+    plan = dataclasses.replace(plan, spec=plan.spec.with_output(comparison.output))
     try:
         assert [result.label for result in run_plan(plan, COMMAND)] == ["lora", "sora"]
         assert "adalora" not in (comparison.output / "table.md").read_text()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,7 @@ def compare(
     from rankwise.compare.spec import read_spec
 
     read = read_spec(spec)
-    read = read if out is None else dataclasses.replace(read, output=out.absolute())
+    read = read if out is None else read.with_output(out)
     run_and_show(read.with_floor(), f"rankwise compare {spec}", Watching)
 
 

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 
 from rankwise.base_models import open_tokenizer
 from rankwise.compare.candidates import Candidate, candidate_of
-from rankwise.compare.data import Splits, load_splits
-from rankwise.compare.models import classifier_skeleton, identity
-from rankwise.compare.spec import MethodEntry, Spec
+from rankwise.compare.data import load_splits
+from rankwise.compare.models import identity, skeleton_for
+from rankwise.compare.spec import Entry, Spec
+from rankwise.compare.tasks import Splits
 from rankwise.errors import ArgumentError
 
 LIBRARIES = ("rankwise", "torch", "peft", "transformers", "accelerate", "tokenizers")
@@ -29,7 +30,7 @@ class Run:
 
     label: str
     """Unique among the SPEC's methods: the method's name, and what sets it apart where a method comes twice."""
-    entry: MethodEntry
+    entry: Entry
     seed: int
     learning_rate: float
     key: str
@@ -56,12 +57,13 @@ def make_plan(spec: Spec) -> Plan:
     """
     if spec.output.exists() and not spec.output.is_dir():
         raise ArgumentError("output", "be a folder, or not exist yet", str(spec.output))
-    candidates = [candidate_of(spec, entry) for entry in spec.methods]
+    candidates = [candidate_of(spec, entry) for entry in spec.entries]
     tokenizer = open_tokenizer(spec.model, argument="model")
+    spec.task.check_tokenizer(tokenizer)
     splits = load_splits(spec.data, spec.task)
-    steps = _steps(spec, len(splits.train.text))
+    steps = _steps(spec, len(splits.train))
     for candidate in candidates:
-        model = classifier_skeleton(spec.model, splits.labels)
+        model = skeleton_for(spec.task, spec.model, splits)
         _check_length(spec, model, tokenizer)
         candidate.check(model, steps)
     # What all runs share is hashed once: the data, the model and the library versions.
@@ -69,7 +71,7 @@ def make_plan(spec: Spec) -> Plan:
     runs = [
         _run(spec, entry, candidate, seed, shared)
         for seed in spec.seeds
-        for entry, candidate in zip(spec.methods, candidates, strict=True)
+        for entry, candidate in zip(spec.entries, candidates, strict=True)
     ]
     return Plan(spec, splits, steps, tuple(runs))
 
@@ -91,8 +93,8 @@ def _steps(spec: Spec, examples: int) -> int:
     return math.ceil(spec.training.epochs * math.ceil(examples / spec.training.batch_size))  # type: ignore[operator]
 
 
-def _run(spec: Spec, entry: MethodEntry, candidate: Candidate, seed: int, shared: str) -> Run:
-    label = _label(entry, spec.methods)
+def _run(spec: Spec, entry: Entry, candidate: Candidate, seed: int, shared: str) -> Run:
+    label = _label(entry, spec.entries)
     rate = entry.learning_rate or spec.training.learning_rate or candidate.suggested_rate
     if not candidate.has_own_rate:
         rate = spec.training.head_learning_rate
@@ -103,9 +105,11 @@ def _run(spec: Spec, entry: MethodEntry, candidate: Candidate, seed: int, shared
     return Run(label, entry, seed, rate, f"{stem}--{digest}--seed{seed}")
 
 
-def _label(entry: MethodEntry, entries: tuple[MethodEntry, ...]) -> str:
-    """The name alone; for a name that comes more than once, what was set for it."""
-    if sum(other.name == entry.name for other in entries) == 1:
+def _label(entry: Entry, entries: tuple[Entry, ...]) -> str:
+    """The label that was given, or the name; for a name that comes more than once, what was set for it too."""
+    if entry.label is not None:
+        return entry.label
+    if sum(other.name == entry.name and other.label is None for other in entries) == 1:
         return entry.name
     rate = {"lr": entry.learning_rate} if entry.learning_rate else {}
     return " ".join([entry.name, *(f"{name}={value}" for name, value in (rate | entry.fields).items())])

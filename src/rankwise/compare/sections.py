@@ -29,7 +29,7 @@ from rankwise.errors import ArgumentError, nearest
 
 
 class Section(BaseModel):
-    """A table of the SPEC: unknown keys are refused, values are never converted, and nothing changes once it is read."""
+    """A table of the SPEC: unknown keys are refused, values are never converted, and what is read never changes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 

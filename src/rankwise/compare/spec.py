@@ -9,7 +9,7 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Generic, Self, TypeVar, Union
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar, Union
 
 from pydantic import (
     AfterValidator,
@@ -27,11 +27,21 @@ from rankwise.compare.tasks import TASKS, Data, Task
 from rankwise.errors import ArgumentError
 
 HEAD = "head"
-"""The method that trains the task head alone, on the frozen model: the floor of a comparison."""
+"""The method that trains the task head alone, on the frozen model: the floor of a task with a head."""
+PRETRAINED = "pretrained"
+"""The method that trains nothing: the floor of a task without a head."""
+FLOORS = {
+    HEAD: "the head alone on the frozen model",
+    PRETRAINED: "the pretrained model as it is",
+}
+"""What every other method has to beat, and how a sentence calls it."""
 DEFAULT_TASK = "classification"
 AnyTask = TypeVar("AnyTask", bound=Task)
 AnyData = TypeVar("AnyData", bound=Data)
 _MAX_SEED = 2**32 - 1  # what numpy's generator, which trainers seed too, accepts
+
+
+AtLeastZero = Annotated[float, Field(ge=0, allow_inf_nan=False), rule("be a finite number of at least 0")]
 
 
 class Training(Section):
@@ -49,7 +59,19 @@ class Training(Section):
     """Peak rate of what is trained in full beside the adapter: the task head. The same for every method, since a
     method that also set the head's rate would be ranked by it."""
     warmup: Annotated[float, Field(ge=0, lt=1), rule("be a number from 0 up to, but not including, 1")] = 0.1
-    """Share of the steps in which the rate rises to its peak."""
+    """AtLeastZero of the steps in which the rate rises to its peak."""
+    scheduler: Annotated[Literal["linear", "cosine", "constant"], rule("be one of linear, cosine, constant")] = "linear"
+    """How the rate goes on from its peak: to 0 in a line or along a cosine, or not at all."""
+    weight_decay: AtLeastZero = 0.0
+    """AdamW's, of the adapter and the head alike."""
+    clip: AtLeastZero = 1.0
+    """The largest norm of the gradient over everything that trains; more is scaled down to it. 0: no limit."""
+    accumulation: Count = 1
+    """Backward passes of one optimiser step, each on batch_size / accumulation examples."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    precision: Annotated[Literal["float32", "bfloat16"], rule("be float32 or bfloat16")] = "float32"
+    """What the model computes in; bfloat16 by autocast, the trained weights staying float32."""
 
     @model_validator(mode="before")
     @classmethod
@@ -60,6 +82,12 @@ class Training(Section):
                 words = "be given, or `training.epochs` in its place, but not both"
                 broken_rule(words, key="steps", seen=given)
         return table
+
+    @model_validator(mode="after")
+    def _even_parts(self) -> Self:
+        if self.batch_size % self.accumulation:
+            broken_rule(f"divide batch_size, {self.batch_size}", key="accumulation", seen=self.accumulation)
+        return self
 
 
 class Budget(Section):
@@ -75,7 +103,9 @@ class Entry(Section):
     model_config = ConfigDict(extra="allow")
 
     name: Text
-    """A method of rankwise, or "head"."""
+    """A method of rankwise; a config class of PEFT, as "peft.LoraConfig"; "full", "partial", "head" or "pretrained"."""
+    label: Text | None = None
+    """What tables and figures call it; left out, its name and what is set for it."""
     learning_rate: Rate | None = None
     """Peak rate of this method alone."""
 
@@ -92,11 +122,14 @@ def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
-Methods = Annotated[
-    tuple[Entry, ...],
-    Field(min_length=1),
-    BeforeValidator(as_tuple),
-]
+def _tables(value: Any) -> Any:
+    """The [[method]] tables; what is wrong inside one of them is for the table to say."""
+    if not isinstance(value, list) or not value or not all(isinstance(table, dict) for table in value):
+        broken_rule("be written as [[method]] tables")
+    return tuple(value)
+
+
+Methods = Annotated[tuple[Entry, ...], BeforeValidator(_tables)]
 Seed = Annotated[int, Field(ge=0, le=_MAX_SEED)]
 Seeds = Annotated[
     tuple[Seed, ...],
@@ -154,10 +187,14 @@ class Spec(Section, Generic[AnyTask, AnyData]):
         return self.model_copy(update={"methods": None, "method": entries})
 
     def with_floor(self) -> Self:
-        """The same SPEC with the head alone among its methods, which shows what every other method has to beat."""
-        if any(entry.name == HEAD for entry in self.entries):
+        """The same SPEC with its floor among the methods, which shows what every other method has to beat.
+
+        The floor is the head alone on the frozen model, or, for a task without a head, the model as it is.
+        """
+        floor = HEAD if self.task.head_modules else PRETRAINED
+        if any(entry.name == floor for entry in self.entries):
             return self
-        return self.with_entries((*self.entries, Entry(name=HEAD)))
+        return self.with_entries((*self.entries, Entry(name=floor)))
 
     def with_output(self, output: Path) -> Self:
         """The same SPEC, writing to another folder."""

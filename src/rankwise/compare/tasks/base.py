@@ -18,7 +18,7 @@ from rankwise.compare.sections import File, Section, Text, Texts, broken_rule, r
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedConfig, Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from rankwise.compare.tables import Table
 
@@ -111,16 +111,22 @@ class Task(Section, ABC):
 
     data_section: ClassVar[DataSection]
     """The [data] section of this task."""
-    peft_type: ClassVar[str]
-    """What PEFT calls the task."""
-    auto_class: ClassVar[str]
-    """The class of transformers that opens a model for it."""
+    opens_as: ClassVar[str]
+    """The kind of model, by the names of `base_models.MODEL_OF_TASK`."""
+    peft_type: ClassVar[str | None]
+    """What PEFT calls the task; None where it has no name for it."""
     head_modules: ClassVar[tuple[str, ...]] = ()
     """What PEFT trains in full beside an adapter for this task, by module name; without a head, nothing."""
-    metrics: ClassVar[tuple[str, ...]]
-    """What `score` gives. The first one ranks."""
-    lower_is_better: ClassVar[bool] = False
-    """Whether the first metric is a loss."""
+
+    @property
+    @abstractmethod
+    def metrics(self) -> tuple[str, ...]:
+        """What `score` gives. The first one ranks."""
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether the first metric is a loss."""
+        return False
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -147,6 +153,13 @@ class Task(Section, ABC):
         """Rows that are alike: the same share of each group is set aside for validation."""
         return [list(range(len(train)))]
 
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse a tokenizer that the task cannot work with.
+
+        Raises:
+            ArgumentError: naming the key, its rule and the value.
+        """
+
     # --- model --------------------------------------------------------------------------------------------------------
 
     def config_changes(self, splits: Splits) -> dict[str, Any]:
@@ -168,10 +181,10 @@ class Task(Section, ABC):
         arguments: TrainingArguments,
         splits: Splits,
         tokenizer: Any,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         callbacks: list[TrainerCallback],
     ) -> Trainer:
-        """The trainer of one run. Its evaluation data are the validation split, for rules that need development data."""
+        """The trainer of one run, with the validation split as development data for the rules that need some."""
 
     @abstractmethod
     def score(self, trainer: Trainer, examples: Examples, splits: Splits) -> dict[str, float]:

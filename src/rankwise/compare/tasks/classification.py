@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from rankwise.compare.sections import Count
-from rankwise.compare.tasks.base import Data, DataSection, Examples, Splits
+from rankwise.compare.tasks.base import DataSection, Examples, Splits
 from rankwise.compare.tasks.sequence import SequenceTask, TextData
 from rankwise.errors import DataError
 
@@ -29,7 +29,11 @@ class Classification(SequenceTask):
     type: Literal["classification"] = "classification"
 
     data_section: ClassVar[DataSection] = ClassificationData
-    metrics: ClassVar[tuple[str, ...]] = ("accuracy", "macro_f1")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What is scored."""
+        return ("accuracy", "macro_f1")
 
     def target(self, value: Any, source: str, row: int) -> str:
         """The label's name."""

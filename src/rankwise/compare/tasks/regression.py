@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from rankwise.compare.tasks.base import Data, DataSection, Examples, Splits
+from rankwise.compare.tasks.base import DataSection, Examples, Splits
 from rankwise.compare.tasks.sequence import SequenceTask, TextData
 from rankwise.errors import DataError
 
@@ -19,7 +19,11 @@ class Regression(SequenceTask):
     type: Literal["regression"] = "regression"
 
     data_section: ClassVar[DataSection] = TextData
-    metrics: ClassVar[tuple[str, ...]] = ("spearman", "pearson")
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What is scored."""
+        return ("spearman", "pearson")
 
     def target(self, value: Any, source: str, row: int) -> float:
         """The target as a float; CSV files hold theirs as text."""

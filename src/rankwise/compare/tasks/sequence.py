@@ -33,8 +33,8 @@ class TextData(Data):
 class SequenceTask(Task):
     """One prediction for a whole text, by a head on a pretrained model."""
 
-    peft_type: ClassVar[str] = "SEQ_CLS"
-    auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    opens_as: ClassVar[str] = "SEQ_CLS"
+    peft_type: ClassVar[str | None] = "SEQ_CLS"
     head_modules: ClassVar[tuple[str, ...]] = ("classifier", "score")
 
     def target(self, value: Any, source: str, row: int) -> Any:
@@ -69,7 +69,7 @@ class SequenceTask(Task):
         arguments: TrainingArguments,
         splits: Splits,
         tokenizer: Any,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | None,
         callbacks: list[TrainerCallback],
     ) -> Trainer:
         """A plain Trainer on padded batches."""
