@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from collections.abc import Callable
@@ -234,6 +235,24 @@ def test_every_right_response_counts() -> None:
     answers = ["no #### 1,024 then #### 1,000", "#### 3", "nothing", "#### 5"]
     references = [["#### 1000"], ["#### 2", "#### 3"], ["#### 4"], ["#### 6"]]
     assert task.generated_scores(answers, references) == {"exact_match": 0.5}
+
+
+def test_bleu_and_rouge_against_the_nearest_reference() -> None:
+    task = CausalLm(scores=("bleu", "rouge_l"))
+    right = "the blue spice is a coffee shop in the city centre"
+    references = [[right, "something else that is as long as the other one was"], [right]]
+    scores = task.generated_scores([right, right], references)
+    assert scores == {"bleu": pytest.approx(1.0), "rouge_l": pytest.approx(1.0)}
+    # "a b c d" against "a b c e": a common subsequence of 3 of 4 words, so that F1 is 3/4.
+    assert task.generated_scores(["a b c d"], [["a b c e"]])["rouge_l"] == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(("package", "key"), [("trl", "task.type"), ("sacrebleu", "task.scores")])
+def test_a_package_that_is_not_installed_is_named(package: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
+    with pytest.raises(ArgumentError, match=rf"`{key}` must come with {package} installed \(pip install"):
+        CausalLm(scores=("bleu",), template="plain").check_tokenizer(None)
 
 
 def test_chats_are_read_as_they_are(tiny_llama: Path, tmp_path: Path) -> None:

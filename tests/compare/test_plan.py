@@ -382,7 +382,7 @@ def test_data_and_model_are_hashed_once_for_all_runs(
     monkeypatch.setattr(planning, "_digest", lambda value: asked.append("digest") or digest(value))
     planned(write_spec, tmp_path, methods=["lora", "nnm", "sora"], seeds=[0, 1, 2])
     assert len([name for name in asked if name != "digest"]) == 1
-    assert asked.count("digest") == 2 + 9  # the data, what all runs share, and each run's own
+    assert asked.count("digest") == 2 + 3  # the data, what all runs share, and each method with its rate
 
 
 def test_a_key_changes_with_a_default(write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import statistics
 import xml.etree.ElementTree as ET
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ UNEVEN = {f"encoder.layer.{layer}.{kind}": 1 + layer + len(kind) % 3 for layer i
 def made(label: str = "lora", seed: int = 0, ranks: dict[str, int] | None = None, **changes: Any) -> Result:
     ranks = ranks or dict.fromkeys(UNEVEN, 8)
     content = {
-        "format": 2,
+        "format": 3,
         "method": "lora",
         "label": label,
         "seed": seed,
@@ -37,6 +38,7 @@ def made(label: str = "lora", seed: int = 0, ranks: dict[str, int] | None = None
         "batch_size": 32,
         "fields": {"r": 8},
         "metric": "accuracy",
+        "lower_is_better": False,
         "score": 0.8125 + 0.01 * seed,
         "validation_score": 0.8,
         "extra_metrics": {"macro_f1": 0.7},
@@ -277,3 +279,13 @@ def test_exported_ranks_have_a_figure_where_they_differ(tmp_path):
     assert "Exported ranks: lora<" not in text
     row = markdown(summarise([made("deep", exported_ranks=exported)]), "accuracy")
     assert "| 8.0 → 2.0 |" in row
+
+
+def test_the_search_of_rates_is_drawn_and_its_edge_told(tmp_path: Path) -> None:
+    scores = {1e-4: 0.7, 1e-3: 0.8, 1e-2: 0.9}
+    runs = [made("lora", learning_rate=rate, validation_score=score) for rate, score in scores.items()]
+    text = write_page(runs, tmp_path / "report.html", "A comparison").read_text()
+    assert "Score by learning rate" in text
+    assert "lora was best at 0.01, the edge of its list of learning rates" in text
+    alone = write_page(runs[:1], tmp_path / "alone.html", "A comparison").read_text()
+    assert "Score by learning rate" not in alone

@@ -34,6 +34,7 @@ from rankwise.compare.plan import Plan, Run, make_plan
 from rankwise.compare.results import Result, read_results
 from rankwise.compare.runner import run_plan
 from rankwise.compare.spec import read_spec
+from rankwise.compare.tasks.classification import Classification
 
 pytest_plugins = ["tiny_comparison"]
 
@@ -537,7 +538,7 @@ def kill_at(plan: Plan, step: int) -> None:
     """In a process of its own: run the plan, and die at a step of the first run or, at -1, once it has trained."""
     torch.set_num_threads(1)
     if step < 0:
-        train._score = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        Classification.score = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
     seen: list[int] = []
 
     def watch(run: Run, steps: int) -> None:
@@ -571,3 +572,27 @@ def test_a_killed_run_goes_on_from_its_checkpoint(step: int, write_spec: WriteSp
         assert result.steps == 12
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(ends[0][key], t) for key, t in ends[1].items())
+
+
+# --- learning rates --------------------------------------------------------------------------------------------------
+
+
+def test_a_list_of_rates_is_searched_with_the_first_seed(write_spec: WriteSpec, tmp_path: Path) -> None:
+    """The other seeds run at the best rate on validation data alone, and a second call finds everything done."""
+    spec = read_spec(
+        write_spec(
+            tmp_path,
+            methods=["lora"],
+            seeds=[0, 1],
+            training={"learning_rate": [1e-6, 2e-2]},
+        )
+    )
+    plan = make_plan(spec.with_floor())
+    watched: list[str] = []
+    results = run_plan(plan, COMMAND, lambda run, steps: watched.append(run.key))
+    told = sorted((result.label, result.seed, result.learning_rate) for result in results)
+    assert told == [("head", 0, 2e-2), ("head", 1, 2e-2), ("lora", 0, 1e-6), ("lora", 0, 2e-2), ("lora", 1, 2e-2)]
+    assert plan.count == len(results) == len(set(watched))
+    page = (spec.output / "report.html").read_text()
+    assert "Score by learning rate" in page
+    assert run_plan(plan, COMMAND) == results

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from rankwise.compare.places import Grid, grid_of, printable
-from rankwise.compare.results import REFERENCE, Result, Row, by_label, summarise
+from rankwise.compare.results import REFERENCE, Result, Row, at_best_rates, by_label, rate_curves, summarise
 from rankwise.compare.spec import FLOORS
 
 # --- the methods as the figures show them ----------------------------------------------------------------------------
@@ -57,7 +57,7 @@ class _Method:
 
 def _methods(results: Sequence[Result]) -> list[_Method]:
     """The methods, best first; the reference always has the first colour, the others theirs in the order of labels."""
-    groups = by_label(results)
+    groups = by_label(at_best_rates(results))
     places = {label: place for place, label in enumerate(sorted(groups, key=lambda label: (label != REFERENCE, label)))}
     return [_Method(row, groups[row.label], places[row.label]) for row in summarise(results)]
 
@@ -104,6 +104,7 @@ def draw(results: Sequence[Result], metric: str) -> list[Plot]:
     floor = next((method.row for method in methods if method.row.is_floor), None)
     plots = [
         _score_plot(methods, metric, floor),
+        _rate_plot(methods, rate_curves(results), metric),
         _pareto_plot(trained, metric, floor) if trained else None,
         *(_rank_plots(ranked) if ranked else []),
         _curve_plot(methods, "Training loss", "training loss", lambda run: run.train_loss),
@@ -142,6 +143,29 @@ def _score_plot(methods: Sequence[_Method], metric: str, floor: Row | None) -> P
     axes.set(title=f"{metric.capitalize()} by method", xlabel=f"{metric} on the test split", ylabel="method")
     caption = "One mark per seed; the bar is the median. The best method is on top."
     return Plot("Score by method", caption + _draw_floor(axes.axvline, floor), figure)
+
+
+def _rate_plot(methods: Sequence[_Method], curves: Mapping[str, Mapping[float, float]], metric: str) -> Plot | None:
+    """The search of the learning rates: a flat curve says that a method needs little tuning."""
+    searched = [method for method in methods if method.row.label in curves]
+    if not searched:
+        return None
+    figure = Figure(figsize=(_WIDTH, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for method in searched:
+        curve = curves[method.row.label]
+        style = {"color": method.colour, "linestyle": method.dashes, "marker": method.marker}
+        axes.plot(list(curve), list(curve.values()), label=method.name, **style)
+        chosen = method.row.learning_rate
+        axes.plot(chosen, curve[chosen], "o", color="none", markeredgecolor="#1a1a1a", markersize=14)
+    axes.set_xscale("log")
+    axes.set(title=f"{metric.capitalize()} by learning rate", xlabel="peak learning rate (log scale)", ylabel=metric)
+    figure.legend(loc="outside right upper", frameon=False)
+    caption = (
+        f"{metric.capitalize()} on the validation split with the first seed, by the peak learning rate of the adapter. "
+        "A ring is drawn round the rate that was chosen."
+    )
+    return Plot("Score by learning rate", caption, figure)
 
 
 def _pareto_plot(methods: Sequence[_Method], metric: str, floor: Row | None) -> Plot:

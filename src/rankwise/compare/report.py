@@ -245,6 +245,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     """
     found = [_floor_note(row) for row in rows if row.above_floor is False]
     found += [_unlearnt_note(row) for row in rows if row.unlearnt]
+    found += [_edge_note(row) for row in rows if row.rate_at_edge]
     if any(row.seeds == 1 for row in rows):
         found.append("one seed: a first impression, not a ranking")
     found += [_paired_note(row) for row in rows if row.versus_lora]
@@ -260,6 +261,11 @@ def _floor_note(row: Row) -> str:
 def _unlearnt_note(row: Row) -> str:
     seeds = "" if row.seeds == 1 else f" in {row.unlearnt} of {row.seeds} seeds"
     return f"{row.label} has not learnt anything at this rate ({row.learning_rate:g}): its loss did not fall{seeds}"
+
+
+def _edge_note(row: Row) -> str:
+    rate = f"{row.learning_rate:g}"
+    return f"{row.label} was best at {rate}, the edge of its list of learning rates: a wider list may find a better one"
 
 
 def _html_notes(rows: Sequence[Row]) -> str:

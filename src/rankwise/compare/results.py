@@ -107,6 +107,11 @@ class Result:
         return -self.score if self.lower_is_better else self.score
 
     @property
+    def validation_quality(self) -> float:
+        """The validation score, turned so that higher is better: what rates are chosen by."""
+        return -self.validation_score if self.lower_is_better else self.validation_score
+
+    @property
     def has_learnt(self) -> bool:
         """Whether the training loss stayed finite and ended below where it began.
 
@@ -210,6 +215,7 @@ class Row:
     `mean_rank`, `exported_mean_rank` and `starting_scale` are None for a candidate without an adapter. `floor` is the
     method that is the floor of the comparison, if it was run, and `above_floor` tells whether the median score is
     better than the floor's; None where no floor was run. `unlearnt` counts the seeds whose training loss did not fall.
+    `rate_at_edge` says that the best learning rate of the search was the least or the largest that was tried.
     """
 
     label: str
@@ -233,6 +239,7 @@ class Row:
     above_floor: bool | None
     unlearnt: int
     lower_is_better: bool
+    rate_at_edge: bool
 
     @property
     def quality(self) -> float:
@@ -240,12 +247,58 @@ class Row:
         return -self.score if self.lower_is_better else self.score
 
 
+def rate_curves(results: Iterable[Result]) -> dict[str, dict[float, float]]:
+    """Validation scores by learning rate, of every label whose rate was searched; rates rise.
+
+    The search is what one seed ran at several rates.
+    """
+    found: dict[str, dict[float, float]] = {}
+    for label, runs in _grouped(results).items():
+        rates_of_seed: dict[int, dict[float, float]] = defaultdict(dict)
+        for run in runs:
+            rates_of_seed[run.seed][run.learning_rate] = run.validation_score
+        widest = max(rates_of_seed.values(), key=len)
+        if len(widest) > 1:
+            found[label] = dict(sorted(widest.items()))
+    return found
+
+
+def best_rates(results: Iterable[Result]) -> dict[str, float]:
+    """The learning rate of every label: the one it ran at, or the one with the best validation score of its search."""
+    results = list(results)
+    curves = rate_curves(results)
+    found: dict[str, float] = {}
+    for label, runs in _grouped(results).items():
+        sign = -1 if runs[0].lower_is_better else 1
+        curve = curves.get(label, {runs[0].learning_rate: 0.0})
+        found[label] = max(curve, key=lambda rate: sign * curve[rate])
+    return found
+
+
+def at_best_rates(results: Iterable[Result]) -> list[Result]:
+    """The runs that a comparison is about: those at the rate that was chosen for their label."""
+    results = list(results)
+    best = best_rates(results)
+    return [result for result in results if result.learning_rate == best[result.label]]
+
+
+def _grouped(results: Iterable[Result]) -> dict[str, list[Result]]:
+    groups: dict[str, list[Result]] = defaultdict(list)
+    for result in sorted(results, key=lambda result: (result.label, result.seed)):
+        groups[result.label].append(result)
+    return dict(groups)
+
+
 def summarise(results: Sequence[Result]) -> list[Row]:
-    """One row per label, best median score first; two runs of one label with one seed raise `DataError`."""
-    groups = by_label(results)
+    """One row per label, best median score first, at the rate that was chosen for it.
+
+    Two runs of one label with one seed and one rate raise `DataError`.
+    """
+    curves = rate_curves(results)
+    groups = by_label(at_best_rates(results))
     reference = groups.get(REFERENCE, [])
     floor = next((groups[name] for name in FLOORS if name in groups), [])
-    rows = [_row(runs, reference, floor) for runs in groups.values()]
+    rows = [_row(runs, reference, floor, curves.get(label, {})) for label, runs in groups.items()]
     return sorted(rows, key=lambda row: (-row.quality, row.label))
 
 
@@ -256,13 +309,10 @@ def by_label(results: Iterable[Result]) -> dict[str, list[Result]]:
     for (label, seed), count in label_and_seed.items():
         if count > 1:
             raise DataError(f"there must be one run of {label!r} with seed {seed}; found {count}")
-    groups: dict[str, list[Result]] = defaultdict(list)
-    for result in sorted(results, key=lambda result: (result.label, result.seed)):
-        groups[result.label].append(result)
-    return dict(groups)
+    return _grouped(results)
 
 
-def _row(runs: list[Result], reference: list[Result], floor: list[Result]) -> Row:
+def _row(runs: list[Result], reference: list[Result], floor: list[Result], curve: dict[float, float]) -> Row:
     scores = [run.score for run in runs]
     score = statistics.median(scores)
     is_floor = runs[0].method in FLOORS
@@ -291,6 +341,7 @@ def _row(runs: list[Result], reference: list[Result], floor: list[Result]) -> Ro
         above_floor=None if floor_quality is None else quality > floor_quality,
         unlearnt=sum(not run.has_learnt for run in runs),
         lower_is_better=runs[0].lower_is_better,
+        rate_at_edge=bool(curve) and runs[0].learning_rate in (min(curve), max(curve)),
     )
 
 

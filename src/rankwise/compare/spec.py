@@ -44,6 +44,26 @@ _MAX_SEED = 2**32 - 1  # what numpy's generator, which trainers seed too, accept
 AtLeastZero = Annotated[float, Field(ge=0, allow_inf_nan=False), rule("be a finite number of at least 0")]
 
 
+def _distinct(values: Any) -> Any:
+    """Values that differ from each other.
+
+    Raises:
+        ValueError: one comes twice.
+    """
+    if isinstance(values, tuple) and len(set(values)) < len(values):
+        raise ValueError(values)
+    return values
+
+
+Rates = Annotated[
+    Rate | Annotated[tuple[Rate, ...], Field(min_length=1)],
+    BeforeValidator(as_tuple),
+    AfterValidator(_distinct),
+    rule("be a finite number above 0, or a list of different ones"),
+]
+"""A learning rate, or several to choose from."""
+
+
 class Training(Section):
     """The [training] section: how long and how fast to train; exactly one of `steps` and `epochs` is set."""
 
@@ -53,8 +73,9 @@ class Training(Section):
     """Passes over the training data, instead of steps."""
     batch_size: Count = 32
     """Examples of one optimiser step."""
-    learning_rate: Rate | None = None
-    """Peak rate of the adapter; left out, each method takes its suggested one."""
+    learning_rate: Rates | None = None
+    """Peak rate of the adapter; left out, each method takes its suggested one. Of a list, each method takes the rate
+    with the best validation score at the first seed."""
     head_learning_rate: Rate = 1e-2
     """Peak rate of what is trained in full beside the adapter: the task head. The same for every method, since a
     method that also set the head's rate would be ranked by it."""
@@ -106,20 +127,15 @@ class Entry(Section):
     """A method of rankwise; a config class of PEFT, as "peft.LoraConfig"; "full", "partial", "head" or "pretrained"."""
     label: Text | None = None
     """What tables and figures call it; left out, its name and what is set for it."""
-    learning_rate: Rate | None = None
-    """Peak rate of this method alone."""
+    learning_rate: Rates | None = None
+    """Peak rate of this method alone, or a list to search."""
+    head_learning_rate: Rate | None = None
+    """Peak rate of the head in this run alone: for a study of that rate, since it ranks methods if it differs."""
 
     @property
     def fields(self) -> dict[str, Any]:
         """The method's own fields, as they were given."""
         return dict(self.model_extra or {})
-
-
-def _distinct(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    for place, value in enumerate(values):
-        if value in values[:place]:
-            raise ValueError(value)
-    return values
 
 
 def _tables(value: Any) -> Any:
@@ -203,7 +219,7 @@ class Spec(Section, Generic[AnyTask, AnyData]):
     def to_dict(self) -> dict[str, Any]:
         """The SPEC as JSON values, paths as they were written, so that moving the folder changes no digest."""
         table = self.model_dump(mode="json", exclude={"methods", "method"}, context={"folder": self._folder})
-        entries = [entry.model_dump(mode="json") for entry in self.entries]
+        entries = [entry.model_dump(mode="json", exclude_none=True) for entry in self.entries]
         model = Path(self.model)
         beside = model.is_relative_to(self._folder)
         return table | {

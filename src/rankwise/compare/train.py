@@ -78,7 +78,7 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
         model=plan.spec.model,
         task=plan.spec.task.type,
         learning_rate=run.learning_rate,
-        head_learning_rate=plan.spec.training.head_learning_rate,
+        head_learning_rate=run.head_learning_rate,
         steps=plan.steps,
         batch_size=plan.spec.training.batch_size,
         fields=candidate.fields,
@@ -189,7 +189,7 @@ def _optimizer(
     decay = arguments.weight_decay
     groups = [
         {"params": own, "lr": run.learning_rate, "weight_decay": decay},
-        {"params": head, "lr": plan.spec.training.head_learning_rate, "weight_decay": decay},
+        {"params": head, "lr": run.head_learning_rate, "weight_decay": decay},
     ]
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     return kind([group for group in groups if group["params"]], **options)

@@ -6,6 +6,7 @@ the SPEC asks for them, what greedily generated answers are worth.
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import string
 from collections.abc import Iterator, Mapping
@@ -43,6 +44,8 @@ TEMPLATES = {
 """What is written around a prompt, by the name in the SPEC; "chat" is the model's own template."""
 GENERATED = ("exact_match", "bleu", "rouge_l")
 """Metrics of generated answers."""
+PACKAGES = {"bleu": "sacrebleu", "rouge_l": "rouge_score"}
+"""What a metric needs besides TRL."""
 
 
 class CausalLmData(Data):
@@ -176,11 +179,16 @@ class CausalLm(Task):
                 raise ArgumentError("task.template", rule_told, self.template)
 
     def check_tokenizer(self, tokenizer: Any) -> None:
-        """Refuse the chat template of a model that has none.
+        """Refuse the chat template of a model that has none, and what needs a package that is not installed.
 
         Raises:
-            ArgumentError: the tokenizer has no chat template.
+            ArgumentError: the tokenizer has no chat template, or a package is missing.
         """
+        needed = {"task.type": ("trl", self.type)}
+        needed |= {"task.scores": (PACKAGES[name], name) for name in self.scores if name in PACKAGES}
+        for key, (package, value) in needed.items():
+            if importlib.util.find_spec(package) is None:
+                raise ArgumentError(key, f'come with {package} installed (pip install "rankwise[llm]")', value)
         if self.template == "chat" and not tokenizer.chat_template:
             others = ", ".join(TEMPLATES)
             raise ArgumentError("task.template", f"be one of {others}, since the model has no chat template", "chat")
