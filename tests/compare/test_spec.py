@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.resources import files
 from pathlib import Path
 
+import jsonschema
 import pytest
 
-from rankwise.compare.spec import Budget, Entry, Training, parse_spec, read_spec
+from rankwise.cli.spec import starting_spec
+from rankwise.compare.spec import Budget, Entry, Training, parse_spec, read_spec, schema, spec_class
+from rankwise.compare.tasks import TASKS
 from rankwise.compare.tasks.classification import Classification, ClassificationData
 from rankwise.compare.tasks.regression import Regression
 from rankwise.compare.tasks.sequence import TextData
@@ -247,3 +253,32 @@ def test_reading_a_spec_imports_nothing_heavy() -> None:
     check = "import sys, rankwise.compare.spec; print([m for m in ('torch', 'datasets', 'peft') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_starting_spec_of_every_task_is_read(task: str, tmp_path: Path) -> None:
+    """It lists every key, and uncommenting nothing leaves every default as it is."""
+    text = starting_spec(task)
+    spec = parse_spec(tomllib.loads(text), tmp_path)
+    assert spec.task == TASKS[task]()
+    assert spec.training == Training(steps=300)
+    kind = spec_class(task)
+    for name in ("data", "task", "training", "budget"):
+        for key, field in kind.model_fields[name].annotation.model_fields.items():  # type: ignore[union-attr]
+            assert re.search(rf"^(# )?{key} =", text, re.MULTILINE), key
+            assert field.description or key == "type", f"{name}.{key} says what it means"
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_the_schema_that_ships_is_the_present_one() -> None:
+    shipped = Path(str(files("rankwise"))) / "data" / "spec.schema.json"
+    assert json.loads(shipped.read_text()) == schema(), "rankwise spec --schema > src/rankwise/data/spec.schema.json"
+
+
+def test_the_schema_knows_the_specs_of_this_project() -> None:
+    validator = jsonschema.Draft202012Validator(schema())
+    root = Path(__file__).parents[2]
+    for file in (root / "src/rankwise/data/demo.toml", *sorted((root / "examples").glob("*.toml"))):
+        validator.validate(tomllib.loads(file.read_text()))
+    wrong = tomllib.loads((root / "examples/clinc150.toml").read_text()) | {"modle": "x"}
+    assert not validator.is_valid(wrong)

@@ -80,7 +80,7 @@ class Training(Section):
     """Peak rate of what is trained in full beside the adapter: the task head. The same for every method, since a
     method that also set the head's rate would be ranked by it."""
     warmup: Annotated[float, Field(ge=0, lt=1), rule("be a number from 0 up to, but not including, 1")] = 0.1
-    """AtLeastZero of the steps in which the rate rises to its peak."""
+    """Share of the steps in which the rate rises to its peak."""
     scheduler: Annotated[Literal["linear", "cosine", "constant"], rule("be one of linear, cosine, constant")] = "linear"
     """How the rate goes on from its peak: to 0 in a line or along a cosine, or not at all."""
     weight_decay: AtLeastZero = 0.0
@@ -274,7 +274,8 @@ def spec_class(task_type: str) -> type[Spec]:
 def schema() -> dict[str, Any]:
     """The JSON schema of a SPEC, which editors check and complete SPEC files by."""
     kinds = tuple(spec_class(name) for name in TASKS)
-    return TypeAdapter(Union[kinds]).json_schema()  # noqa: UP007  the kinds are only known here
+    whole = TypeAdapter(Union[kinds]).json_schema()  # noqa: UP007  the kinds are only known here
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A SPEC of rankwise", **whole}
 
 
 def _task_type(table: Mapping[str, Any]) -> str:

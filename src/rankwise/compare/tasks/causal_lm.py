@@ -184,9 +184,9 @@ class CausalLm(Task):
         Raises:
             ArgumentError: the tokenizer has no chat template, or a package is missing.
         """
-        needed = {"task.type": ("trl", self.type)}
-        needed |= {"task.scores": (PACKAGES[name], name) for name in self.scores if name in PACKAGES}
-        for key, (package, value) in needed.items():
+        needed = [("task.type", self.type, "trl")]
+        needed += [("task.scores", name, PACKAGES[name]) for name in self.scores if name in PACKAGES]
+        for key, value, package in needed:
             if importlib.util.find_spec(package) is None:
                 raise ArgumentError(key, f'come with {package} installed (pip install "rankwise[llm]")', value)
         if self.template == "chat" and not tokenizer.chat_template:
