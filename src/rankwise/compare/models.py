@@ -22,7 +22,7 @@ def open_for(task: Task, name: str, splits: Splits, pad: int | None = None) -> P
 
     `pad` is the tokenizer's padding token, for models whose config names none.
     """
-    padding = {} if pad is None else {"pad_token_id": pad}
+    padding: dict[str, Any] = {} if pad is None else {"pad_token_id": pad}
     return open_model(name, task.opens_as, argument="model", **task.config_changes(splits), **padding)
 
 

@@ -102,8 +102,8 @@ class StockCandidate(Candidate):
     def config(self, steps: int) -> PeftConfig:
         """The config; PEFT's AdaLoRA is told the length of the run, without which it refuses to be made."""
         needs_length = "total_step" in {field.name for field in dataclasses.fields(self.kind)}
-        length = {"total_step": steps} if needs_length else {}
-        return self.kind(**self.given, **({} if "total_step" in self.given else length))
+        length: dict[str, Any] = {"total_step": steps} if needs_length else {}
+        return self.kind(**(length | self.given))
 
     def attach(self, model: PreTrainedModel, steps: int) -> nn.Module:
         """The model with the adapter in it."""
@@ -137,7 +137,8 @@ class StockCandidate(Candidate):
         if self.kind is not peft.LoraConfig or self.given.get("use_dora"):
             return {}
         found: dict[str, Factors] = {}
-        for name, module in model.named_modules():
+        modules: Any = model.named_modules()
+        for name, module in modules:
             if isinstance(module, LoraLayer) and "default" in module.lora_A:
                 A, B = (part["default"].weight.detach() for part in (module.lora_A, module.lora_B))
                 scaling = torch.full((A.shape[0],), float(module.scaling["default"]))

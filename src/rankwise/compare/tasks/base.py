@@ -103,7 +103,8 @@ class Splits:
 class Task(Section, ABC):
     """The [task] section: what the model learns, and which of its modules are adapted."""
 
-    type: str
+    type: Any
+    """The kind of task; each kind allows its own name alone."""
     target_modules: Targets = "all-linear"
     """Names of the modules to adapt, or "all-linear"."""
     max_length: Length = 128

@@ -330,17 +330,17 @@ def response_loss(trainer: Trainer, dataset: Any) -> float:
 
 def bleu(answers: list[str], references: list[list[str]]) -> float:
     """BLEU over the whole split (sacrebleu), as a share."""
-    from sacrebleu.metrics import BLEU  # pyright: ignore[reportMissingImports]
+    from sacrebleu.metrics import BLEU
 
     # sacrebleu wants the first references of all answers, then the second ones; answers may have different numbers.
     most = max(len(texts) for texts in references)
-    columns = [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
+    columns: Any = [[texts[i] if i < len(texts) else None for texts in references] for i in range(most)]
     return BLEU().corpus_score(answers, columns).score / 100
 
 
 def rouge_l(answers: list[str], references: list[list[str]]) -> float:
     """ROUGE-L F1 (rouge-score) against the nearest reference, mean over the split."""
-    from rouge_score.rouge_scorer import RougeScorer  # pyright: ignore[reportMissingImports]
+    from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     best = [
