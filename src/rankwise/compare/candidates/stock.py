@@ -140,7 +140,8 @@ class StockCandidate(Candidate):
         modules: Any = model.named_modules()
         for name, module in modules:
             if isinstance(module, LoraLayer) and "default" in module.lora_A:
-                A, B = (part["default"].weight.detach() for part in (module.lora_A, module.lora_B))
+                factors: Any = (module.lora_A["default"], module.lora_B["default"])
+                A, B = (factor.weight.detach() for factor in factors)
                 scaling = torch.full((A.shape[0],), float(module.scaling["default"]))
                 # A convolution's factors are matrices once its kernel is laid out in a row.
                 found[name.removeprefix("base_model.model.")] = Factors(B.flatten(1), scaling.to(A), A.flatten(1))
