@@ -23,8 +23,10 @@ from transformers import (
 )
 
 from rankwise.base_models import locate
-from rankwise.compare.data import Table, load_splits
+from rankwise.compare.data import load_splits
 from rankwise.compare.spec import read_spec
+from rankwise.compare.tasks import Examples
+from rankwise.compare.tasks.classification import Classification
 from rankwise.methods import METHODS
 
 
@@ -33,10 +35,12 @@ def main(path: str) -> None:
     splits = load_splits(spec.data, spec.task)
     tokenizer = AutoTokenizer.from_pretrained(locate(spec.model))
 
-    def tokenized(table: Table) -> Dataset:
-        return Dataset.from_dict(
-            {**tokenizer(table.text, truncation=True, max_length=spec.task.max_length), "labels": table.target}
-        )
+    task = spec.task
+    assert isinstance(task, Classification)
+
+    def tokenized(examples: Examples) -> Dataset:
+        tokens = tokenizer(examples["text"], truncation=True, max_length=task.max_length)
+        return Dataset.from_dict({**tokens, "labels": task.targets(examples, splits)})
 
     assert spec.training.steps is not None
     for seed in spec.seeds:
@@ -75,7 +79,8 @@ def main(path: str) -> None:
         )
         trainer.train()
         guesses = np.argmax(trainer.predict(tokenized(splits.test)).predictions, -1)
-        print(f"plain PEFT LoRA, seed {seed}: accuracy {np.mean(guesses == np.asarray(splits.test.target)):.4f}")
+        accuracy = np.mean(guesses == np.asarray(task.targets(splits.test, splits)))
+        print(f"plain PEFT LoRA, seed {seed}: accuracy {accuracy:.4f}")
 
 
 if __name__ == "__main__":

@@ -8,25 +8,26 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import pytest
 
-from rankwise.compare.data import Splits, Table, load_splits
-from rankwise.compare.spec import DataSpec, TaskSpec
-from rankwise.errors import ArgumentError, DataError
+from rankwise.compare.data import load_splits
+from rankwise.compare.tasks import Data, Examples, Splits, Task
+from rankwise.compare.tasks.classification import Classification, ClassificationData
+from rankwise.compare.tasks.regression import Regression
+from rankwise.errors import DataError
 
 Row = dict[str, Any]
 FORMATS = ("jsonl", "jsonl.gz", "csv", "csv.gz", "parquet")
-CLASSIFICATION, REGRESSION = TaskSpec(), TaskSpec(type="regression")
+CLASSIFICATION, REGRESSION = Classification(), Regression()
 
 
 def describe(splits: Splits) -> dict[str, int]:
     """How many examples each split has, and how many labels there are."""
-    counts = {name: len(getattr(splits, name).text) for name in ("train", "validation", "test")}
+    counts = {name: len(getattr(splits, name)) for name in ("train", "validation", "test")}
     return counts if splits.labels is None else counts | {"labels": len(splits.labels)}
 
 
@@ -50,15 +51,22 @@ def examples(labels: Sequence[object]) -> list[Row]:
     return [{"text": f"text {i}", "label": label} for i, label in enumerate(labels)]
 
 
-def files(folder: Path, train: Sequence[Row], test: Sequence[Row], kind: str = "jsonl", **fields: object) -> DataSpec:
-    """A DataSpec over freshly written train and test files."""
+def files(
+    folder: Path, train: Sequence[Row], test: Sequence[Row], kind: str = "jsonl", **fields: object
+) -> ClassificationData:
+    """The [data] section over freshly written train and test files."""
     paths = {name: write(folder / f"{name}.{kind}", rows) for name, rows in (("train", train), ("test", test))}
-    return DataSpec(**{"text": "text", "label": "label", **paths, **fields})
+    return ClassificationData(**{"text": "text", "label": "label", **paths, **fields})
 
 
-def names(table: Table, labels: list[str] | None) -> list[str]:
-    assert labels is not None
-    return [labels[int(index)] for index in table.target]
+def numbers(splits: Splits, examples: Examples) -> list[int]:
+    """What the model is trained to give."""
+    return CLASSIFICATION.targets(examples, splits)
+
+
+def changed(data: ClassificationData, **fields: object) -> ClassificationData:
+    """The same section with other files."""
+    return data.model_copy(update=fields)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -71,9 +79,11 @@ def test_every_format_reads_alike(kind: str, tmp_path: Path) -> None:
     data = files(tmp_path, train, train[:2], kind, pair="other", validation=write(tmp_path / f"v.{kind}", train[2:]))
     splits = load_splits(data, CLASSIFICATION)
     assert splits.labels == ["None", "no", "yes"]
-    assert splits.train == Table(['one, "quoted"', "NA", "123"], ["a\nb", "null", "naïve"], [2, 1, 0])
-    assert splits.test == Table(['one, "quoted"', "NA"], ["a\nb", "null"], [2, 1])
-    assert splits.validation == Table(["123"], ["naïve"], [0])
+    texts, pairs, labels = ['one, "quoted"', "NA", "123"], ["a\nb", "null", "naïve"], ["yes", "no", "None"]
+    assert splits.train.columns == {"text": texts, "pair": pairs, "label": labels}
+    assert splits.test.columns == {"text": texts[:2], "pair": pairs[:2], "label": labels[:2]}
+    assert splits.validation.columns == {"text": texts[2:], "pair": pairs[2:], "label": labels[2:]}
+    assert numbers(splits, splits.train) == [2, 1, 0]
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -85,11 +95,11 @@ def test_regression_with_pairs(kind: str, tmp_path: Path) -> None:
         rows = [row | {"label": float(row["label"])} for row in rows]
     splits = load_splits(files(tmp_path, rows, rows, kind, pair="other"), REGRESSION)
     assert splits.labels is None
-    assert splits.test.target == [*map(float, range(19)), -2.5]
-    assert all(type(target) is float for target in splits.test.target)
-    assert splits.test.pair == [*(f"o{i}" for i in range(19)), "o"]
+    assert splits.test["label"] == [*map(float, range(19)), -2.5]
+    assert all(type(target) is float for target in splits.test["label"])
+    assert splits.test["pair"] == [*(f"o{i}" for i in range(19)), "o"]
     assert describe(splits) == {"train": 18, "validation": 2, "test": 20}
-    assert sorted(splits.train.text + splits.validation.text) == sorted(splits.test.text)
+    assert sorted(splits.train["text"] + splits.validation["text"]) == sorted(splits.test["text"])
 
 
 def test_integer_labels_sort_as_numbers(tmp_path: Path) -> None:
@@ -97,7 +107,7 @@ def test_integer_labels_sort_as_numbers(tmp_path: Path) -> None:
     for kind in ("jsonl", "csv"):
         splits = load_splits(files(tmp_path, rows, rows, kind), CLASSIFICATION)
         assert splits.labels == ["-1", "9", "10"]
-        assert splits.test.target == [2, 1, 0, 2, 1, 0]
+        assert numbers(splits, splits.test) == [2, 1, 0, 2, 1, 0]
 
 
 def test_labels_of_csv_keep_their_zeros(tmp_path: Path) -> None:
@@ -108,43 +118,44 @@ def test_labels_of_csv_keep_their_zeros(tmp_path: Path) -> None:
 def test_validation_is_a_stratified_tenth_of_train(tmp_path: Path) -> None:
     labels = ["common"] * 100 + ["rare"] * 2 + ["single"]
     splits = load_splits(files(tmp_path, examples(labels), examples(["common"])), CLASSIFICATION)
-    assert Counter(names(splits.validation, splits.labels)) == {"common": 10, "rare": 1}
-    assert Counter(names(splits.train, splits.labels)) == {"common": 90, "rare": 1, "single": 1}
-    assert not set(splits.train.text) & set(splits.validation.text)
-    assert splits.validation.text != [f"text {i}" for i in range(10)] + ["text 100"]  # drawn, not the first
+    assert Counter(splits.validation["label"]) == {"common": 10, "rare": 1}
+    assert Counter(splits.train["label"]) == {"common": 90, "rare": 1, "single": 1}
+    assert not set(splits.train["text"]) & set(splits.validation["text"])
+    assert splits.validation["text"] != [f"text {i}" for i in range(10)] + ["text 100"]  # drawn, not the first
     assert describe(splits) == {"train": 92, "validation": 11, "test": 1, "labels": 3}
 
 
 def test_per_label_counts_what_is_trained_on(tmp_path: Path) -> None:
     data = files(tmp_path, examples(["a", "b", "b"] * 30 + ["c", "c"]), examples(["a"]), per_label=20)
     splits = load_splits(data, CLASSIFICATION)
-    assert Counter(names(splits.train, splits.labels)) == {"a": 20, "b": 20, "c": 1}
-    assert Counter(names(splits.validation, splits.labels)) == {"a": 3, "b": 6, "c": 1}
+    assert Counter(splits.train["label"]) == {"a": 20, "b": 20, "c": 1}
+    assert Counter(splits.validation["label"]) == {"a": 3, "b": 6, "c": 1}
 
 
 def test_per_label_leaves_a_given_validation_alone(tmp_path: Path) -> None:
     given = write(tmp_path / "validation.csv", examples(["a", "b"] * 8))
     data = files(tmp_path, examples(["a", "b"] * 30), examples(["a"]), per_label=5, validation=given)
     splits = load_splits(data, CLASSIFICATION)
-    assert Counter(names(splits.train, splits.labels)) == {"a": 5, "b": 5}
-    assert len(splits.validation.text) == 16
-    assert splits.train.text != [f"text {i}" for i in range(10)]  # drawn, not the first
+    assert Counter(splits.train["label"]) == {"a": 5, "b": 5}
+    assert len(splits.validation["text"]) == 16
+    assert splits.train["text"] != [f"text {i}" for i in range(10)]  # drawn, not the first
 
 
 def test_splits_are_the_same_every_time_and_in_the_order_of_the_file(tmp_path: Path) -> None:
     data = files(tmp_path, examples(["a", "b", "c"] * 30), examples(["a"]), per_label=12)
     first = load_splits(data, CLASSIFICATION)
     assert first == load_splits(data, CLASSIFICATION)
-    for table in (first.train, first.validation):
-        assert table.text == sorted(table.text, key=lambda text: int(text.split()[1]))
-        assert [int(text.split()[1]) % 3 for text in table.text] == table.target  # rows stay together
+    for part in (first.train, first.validation):
+        places = [int(text.split()[1]) for text in part["text"]]
+        assert places == sorted(places)
+        assert [place % 3 for place in places] == numbers(first, part)  # rows stay together
 
 
 def test_paths_with_glob_characters_and_hidden_folders(tmp_path: Path) -> None:
     folder = tmp_path / ".runs [1] *"
     folder.mkdir()
     splits = load_splits(files(folder, examples(["a", "b"] * 2), examples(["a"])), CLASSIFICATION)
-    assert splits.test.text == ["text 0"]
+    assert splits.test["text"] == ["text 0"]
 
 
 def test_reading_is_silent_and_leaves_the_settings_of_datasets(
@@ -159,7 +170,7 @@ def test_reading_is_silent_and_leaves_the_settings_of_datasets(
     with caplog.at_level(logging.DEBUG):
         load_splits(data, CLASSIFICATION)
         with pytest.raises(DataError):
-            load_splits(DataSpec("text", "label", broken, broken), CLASSIFICATION)
+            load_splits(changed(data, train=broken, test=broken), CLASSIFICATION)
     assert capfd.readouterr() == ("", "")
     assert not [record for record in caplog.records if record.name.startswith("datasets")]
     assert not datasets.are_progress_bars_disabled()
@@ -204,7 +215,7 @@ def test_files_that_cannot_be_used(split: str, name: str, content: bytes | None,
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(DataError, match=f"{name} {message}") as raised:
-        load_splits(replace(files(tmp_path, GOOD, GOOD), **{split: path}), CLASSIFICATION)
+        load_splits(changed(files(tmp_path, GOOD, GOOD), **{split: path}), CLASSIFICATION)
     assert "\n" not in str(raised.value)
 
 
@@ -220,7 +231,7 @@ def test_pair_columns_are_checked(tmp_path: Path) -> None:
 def test_labels_that_training_never_saw(split: str, tmp_path: Path) -> None:
     path = write(tmp_path / "odd.csv", examples(["a", "zebra"]))
     with pytest.raises(DataError, match=r"odd.csv has the label 'zebra', which .*train.jsonl never shows"):
-        load_splits(replace(files(tmp_path, GOOD, GOOD), **{split: path}), CLASSIFICATION)
+        load_splits(changed(files(tmp_path, GOOD, GOOD), **{split: path}), CLASSIFICATION)
 
 
 def test_a_single_class(tmp_path: Path) -> None:
@@ -229,7 +240,7 @@ def test_a_single_class(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("train", "task"), [(["a", "b", "c"], CLASSIFICATION), ([1.0], REGRESSION)])
-def test_too_few_rows_to_validate_on(train: list[object], task: TaskSpec, tmp_path: Path) -> None:
+def test_too_few_rows_to_validate_on(train: list[object], task: Task, tmp_path: Path) -> None:
     rows = examples(train)
     with pytest.raises(DataError, match=r"train.jsonl has too few rows .*give `data.validation`"):
         load_splits(files(tmp_path, rows, rows), task)
@@ -251,19 +262,14 @@ def test_regression_targets_that_are_no_finite_numbers(content: bytes, seen: str
     path = tmp_path / "odd.jsonl"
     path.write_bytes(content)
     with pytest.raises(DataError, match=rf"odd.jsonl has a target in row {seen}$"):
-        load_splits(replace(files(tmp_path, examples([1, 2]), GOOD), test=path), REGRESSION)
+        load_splits(changed(files(tmp_path, examples([1, 2]), GOOD), test=path), REGRESSION)
 
 
-def test_per_label_makes_no_sense_in_regression(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match=r"`data.per_label` must be left out in regression; found 3"):
-        load_splits(files(tmp_path, examples([1, 2]), GOOD, per_label=3), REGRESSION)
-
-
-def hub(monkeypatch: pytest.MonkeyPatch, splits: dict[str, list[Row]]) -> DataSpec:
+def hub(monkeypatch: pytest.MonkeyPatch, splits: dict[str, list[Row]]) -> Data:
     """A stand-in for the hub, which tests do not reach."""
     found = datasets.DatasetDict({name: datasets.Dataset.from_list(rows) for name, rows in splits.items()})
     monkeypatch.setattr(datasets, "load_dataset", lambda name: {"some/set": found}[name])
-    return DataSpec("text", "label", dataset="some/set")
+    return ClassificationData(text="text", label="label", dataset="some/set")
 
 
 def test_a_hub_data_set_by_the_names_of_its_splits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,7 +294,7 @@ def test_a_parquet_file_without_rows(tmp_path: Path) -> None:
     path = tmp_path / "empty.parquet"
     datasets.Dataset.from_list(GOOD).select([]).to_parquet(path)
     with pytest.raises(DataError, match=r"empty.parquet holds no rows$"):
-        load_splits(replace(data, test=path), CLASSIFICATION)
+        load_splits(changed(data, test=path), CLASSIFICATION)
 
 
 def test_a_hub_data_set_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +303,7 @@ def test_a_hub_data_set_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(datasets, "load_dataset", fail)
     with pytest.raises(DataError, match=r"^the data set some/set cannot be read: no route to some/set$"):
-        load_splits(DataSpec("text", "label", dataset="some/set"), CLASSIFICATION)
+        load_splits(ClassificationData(text="text", label="label", dataset="some/set"), CLASSIFICATION)
 
 
 def test_files_are_read_without_the_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

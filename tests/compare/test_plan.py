@@ -151,7 +151,7 @@ def test_a_model_that_does_not_exist(refuse: Refuse, model: str) -> None:
 def test_a_model_without_a_sequence_classifier(refuse: Refuse, tiny: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny / "model", tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text('{"model_type": "vit"}')
-    refuse("^`model` must be .* that can classify sequences; found '.*model'$", model="model")
+    refuse("^`model` must be .* that can be trained for classification; found '.*model'$", model="model")
 
 
 def test_a_model_without_a_tokenizer(refuse: Refuse, tiny: Path, tmp_path: Path) -> None:
@@ -193,7 +193,7 @@ def test_a_label_that_training_never_saw(refuse: Refuse, tmp_path: Path) -> None
 
 def test_steps_follow_from_epochs(write_spec: WriteSpec, tmp_path: Path) -> None:
     plan = planned(write_spec, tmp_path, training={"steps": None, "epochs": 1.5})
-    assert len(plan.splits.train.text) == 54  # 60 without a tenth for validation: 5 batches of 12 at most
+    assert len(plan.splits.train) == 54  # 60 without a tenth for validation: 5 batches of 12 at most
     assert plan.steps == 8
 
 
@@ -382,7 +382,7 @@ def test_data_and_model_are_hashed_once_for_all_runs(
     monkeypatch.setattr(planning, "_digest", lambda value: asked.append("digest") or digest(value))
     planned(write_spec, tmp_path, methods=["lora", "nnm", "sora"], seeds=[0, 1, 2])
     assert len([name for name in asked if name != "digest"]) == 1
-    assert asked.count("digest") == 2 + 9  # the data, what all runs share, and each run's own
+    assert asked.count("digest") == 2 + 3  # the data, what all runs share, and each method with its rate
 
 
 def test_a_key_changes_with_a_default(write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import statistics
 import xml.etree.ElementTree as ET
 from collections import Counter
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ UNEVEN = {f"encoder.layer.{layer}.{kind}": 1 + layer + len(kind) % 3 for layer i
 def made(label: str = "lora", seed: int = 0, ranks: dict[str, int] | None = None, **changes: Any) -> Result:
     ranks = ranks or dict.fromkeys(UNEVEN, 8)
     content = {
-        "format": 2,
+        "format": 3,
         "method": "lora",
         "label": label,
         "seed": seed,
@@ -37,6 +38,7 @@ def made(label: str = "lora", seed: int = 0, ranks: dict[str, int] | None = None
         "batch_size": 32,
         "fields": {"r": 8},
         "metric": "accuracy",
+        "lower_is_better": False,
         "score": 0.8125 + 0.01 * seed,
         "validation_score": 0.8,
         "extra_metrics": {"macro_f1": 0.7},
@@ -247,7 +249,7 @@ def test_rows_that_mean_nothing_are_named():
     rows = summarise(results)
     said = notes(rows)
     assert said == [
-        "sora is not above the floor, the head alone on the frozen model: its adapter has added nothing",
+        "sora is not better than the floor, the head alone on the frozen model: its adapter has added nothing",
         "nnm has not learnt anything at this rate (0.001): its loss did not fall",
         "one seed: a first impression, not a ranking",
     ]
@@ -264,7 +266,7 @@ def test_the_page_names_the_floor_and_draws_it(tmp_path):
     }
     nothing: dict[str, Any] = {"ranks": {}, "exported_ranks": {}, "singular_values": {}, "starting_scale": None}
     text = page(tmp_path, [made("head", score=0.5, **head | nothing), made("lora", score=0.5)])
-    assert "lora is not above the floor" in text
+    assert "lora is not better than the floor" in text
     assert text.count("The dashed line is the floor, 0.500: the head alone on the frozen model.") >= 2
     assert "head: it adapts no module" not in text
     assert "<dt>Learning rate of the task head</dt><dd>0.02</dd>" in text
@@ -277,3 +279,13 @@ def test_exported_ranks_have_a_figure_where_they_differ(tmp_path):
     assert "Exported ranks: lora<" not in text
     row = markdown(summarise([made("deep", exported_ranks=exported)]), "accuracy")
     assert "| 8.0 → 2.0 |" in row
+
+
+def test_the_search_of_rates_is_drawn_and_its_edge_told(tmp_path: Path) -> None:
+    scores = {1e-4: 0.7, 1e-3: 0.8, 1e-2: 0.9}
+    runs = [made("lora", learning_rate=rate, validation_score=score) for rate, score in scores.items()]
+    text = write_page(runs, tmp_path / "report.html", "A comparison").read_text()
+    assert "Score by learning rate" in text
+    assert "lora was best at 0.01, the edge of its list of learning rates" in text
+    alone = write_page(runs[:1], tmp_path / "alone.html", "A comparison").read_text()
+    assert "Score by learning rate" not in alone

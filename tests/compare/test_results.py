@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from rankwise.compare.results import Result, read_results, summarise, write_result
+from rankwise.compare.results import Result, best_rates, rate_curves, read_results, summarise, write_result
 from rankwise.errors import DataError
 
 
@@ -26,6 +26,7 @@ def made(label: str = "lora", seed: int = 0, **changes: Any) -> Result:
         batch_size=2,
         fields={"r": 4, "target_modules": None},
         metric="accuracy",
+        lower_is_better=False,
         score=0.8,
         validation_score=0.75,
         extra_metrics={"macro_f1": 0.7},
@@ -56,7 +57,7 @@ def test_a_result_reads_back_as_it_was_written(tmp_path):
     for place, result in enumerate(results):
         write_result(result, tmp_path / "new" / f"{place}.json")
     assert read_results(tmp_path / "new") == [results[2], results[0], results[1]]
-    assert json.loads((tmp_path / "new" / "0.json").read_text())["format"] == 2
+    assert json.loads((tmp_path / "new" / "0.json").read_text())["format"] == 3
     assert Result.from_dict(results[0].to_dict()) == results[0]
 
 
@@ -92,7 +93,7 @@ def without_score() -> str:
         ("", "truncated or not strict JSON"),
         (json.dumps(made(score=float("nan")).to_dict()), "NaN is not JSON"),
         ("[1, 2]", "holds no JSON object"),
-        ('{"peft_type": "LORA"}', "a result has format 2; found None"),
+        ('{"peft_type": "LORA"}', "a result has format 3; found None"),
         (without_score(), "a result needs score"),
         (json.dumps(made().to_dict() | {"score": "high"}), "`score` of a result must be a number; found 'high'"),
         (json.dumps(made().to_dict() | {"ranks": {"query": 1.5}}), "`ranks` of a result must be an object"),
@@ -242,3 +243,35 @@ def test_seeds_that_have_not_learnt_are_counted():
 def test_the_exported_rank_is_the_mean_over_modules():
     (row,) = summarise([made()])
     assert (row.mean_rank, row.exported_mean_rank) == (3.0, 1.5)
+
+
+def searched(scores: dict[float, float], **changes: object) -> list[Result]:
+    """One seed at several learning rates, with these validation scores."""
+    return [made("lora", 0, learning_rate=rate, validation_score=score, **changes) for rate, score in scores.items()]
+
+
+def test_a_comparison_is_about_the_rate_with_the_best_validation_score():
+    runs = searched({1e-2: 0.7, 1e-3: 0.9, 1e-4: 0.8}) + [made("lora", seed, learning_rate=1e-3) for seed in (1, 2)]
+    assert rate_curves(runs) == {"lora": {1e-4: 0.8, 1e-3: 0.9, 1e-2: 0.7}}
+    assert best_rates(runs) == {"lora": 1e-3}
+    (row,) = summarise(runs)
+    assert (row.learning_rate, row.seeds, row.rate_at_edge) == (1e-3, 3, False)
+
+
+def test_a_rate_at_the_edge_of_its_list_is_flagged():
+    for scores, at_edge in (({1e-2: 0.7, 1e-3: 0.9}, True), ({1e-2: 0.7, 1e-3: 0.9, 1e-4: 0.8}, False)):
+        (row,) = summarise(searched(scores))
+        assert row.rate_at_edge is at_edge
+    assert not summarise([made("lora")])[0].rate_at_edge, "a rate that was not searched has no list"
+
+
+def test_of_a_loss_the_lowest_is_the_best():
+    losses = {1e-2: 0.7, 1e-3: 0.9, 1e-4: 0.8}
+    assert best_rates(searched(losses, metric="loss", lower_is_better=True)) == {"lora": 1e-2}
+    floor = made("pretrained", method="pretrained", metric="loss", lower_is_better=True, score=1.0)
+    good, bad = (
+        made(label, metric="loss", lower_is_better=True, score=s) for label, s in (("sora", 0.5), ("nnm", 2.0))
+    )
+    rows = summarise([bad, floor, good])
+    assert [row.label for row in rows] == ["sora", "pretrained", "nnm"]
+    assert [row.above_floor for row in rows] == [True, None, False]

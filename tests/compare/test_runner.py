@@ -29,11 +29,12 @@ from rankwise.adapters.configs import CONFIGS
 from rankwise.base_models import open_tokenizer
 from rankwise.compare import runner, train
 from rankwise.compare.candidates.adapter import AdapterCandidate
-from rankwise.compare.models import open_classifier
+from rankwise.compare.models import open_for
 from rankwise.compare.plan import Plan, Run, make_plan
 from rankwise.compare.results import Result, read_results
 from rankwise.compare.runner import run_plan
 from rankwise.compare.spec import read_spec
+from rankwise.compare.tasks.classification import Classification
 
 pytest_plugins = ["tiny_comparison"]
 
@@ -74,7 +75,7 @@ def comparison(write_spec: WriteSpec, tmp_path_factory: pytest.TempPathFactory) 
 
     def predict(self: Trainer, data: Any, *rest: Any, **named: Any) -> Any:
         found = original(self, data, *rest, **named)
-        if len(data) == len(plan.splits.test.text):
+        if len(data) == len(plan.splits.test):
             predictions[Path(str(self.args.output_dir)).name] = np.asarray(found.predictions)
         return found
 
@@ -133,14 +134,14 @@ def held(plan: Plan, run: Run, age: float) -> Path:
 
 def outputs(model: torch.nn.Module, plan: Plan) -> np.ndarray:
     """What a model says to the test split."""
-    tokens = open_tokenizer(plan.spec.model)(plan.splits.test.text, padding=True, return_tensors="pt")
+    tokens = open_tokenizer(plan.spec.model)(plan.splits.test["text"], padding=True, return_tensors="pt")
     with torch.no_grad():
         return model.eval()(**tokens).logits.numpy()
 
 
 def adapted(plan: Plan, folder: Path) -> PeftModel:
     """A saved adapter on the base model, whose own head is a fresh one."""
-    return PeftModel.from_pretrained(open_classifier(plan.spec.model, plan.splits.labels), str(folder))
+    return PeftModel.from_pretrained(open_for(plan.spec.task, plan.spec.model, plan.splits), str(folder))
 
 
 # --- what a comparison leaves ----------------------------------------------------------------------------------------
@@ -291,7 +292,8 @@ def test_all_candidates_start_with_the_same_head_and_the_floor_leaves_the_model_
     first, *others = [starts[run.key] for run in runs]
     assert all(torch.equal(first, other) for other in others)
     (floor,) = [run for run in runs if run.label == "head"]
-    pretrained = open_classifier(comparison.plan.spec.model, comparison.plan.splits.labels).state_dict()
+    plan = comparison.plan
+    pretrained = open_for(plan.spec.task, plan.spec.model, plan.splits).state_dict()
     for name, value in ends[floor.key].items():
         assert torch.equal(value, pretrained[name]) or name.startswith("classifier")
 
@@ -312,7 +314,7 @@ def test_a_second_run_trains_nothing(comparison: Comparison, trained: Trained) -
 
 def test_what_an_edited_spec_left_is_not_shown(comparison: Comparison, write_spec: WriteSpec, trained: Trained) -> None:
     plan = make_plan(read_spec(write_spec(comparison.output.parent / "edited", methods=["lora", "sora"])))
-    plan = dataclasses.replace(plan, spec=dataclasses.replace(plan.spec, output=comparison.output))
+    plan = dataclasses.replace(plan, spec=plan.spec.with_output(comparison.output))
     try:
         assert [result.label for result in run_plan(plan, COMMAND)] == ["lora", "sora"]
         assert "adalora" not in (comparison.output / "table.md").read_text()
@@ -536,7 +538,7 @@ def kill_at(plan: Plan, step: int) -> None:
     """In a process of its own: run the plan, and die at a step of the first run or, at -1, once it has trained."""
     torch.set_num_threads(1)
     if step < 0:
-        train._score = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        Classification.score = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
     seen: list[int] = []
 
     def watch(run: Run, steps: int) -> None:
@@ -570,3 +572,27 @@ def test_a_killed_run_goes_on_from_its_checkpoint(step: int, write_spec: WriteSp
         assert result.steps == 12
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(ends[0][key], t) for key, t in ends[1].items())
+
+
+# --- learning rates --------------------------------------------------------------------------------------------------
+
+
+def test_a_list_of_rates_is_searched_with_the_first_seed(write_spec: WriteSpec, tmp_path: Path) -> None:
+    """The other seeds run at the best rate on validation data alone, and a second call finds everything done."""
+    spec = read_spec(
+        write_spec(
+            tmp_path,
+            methods=["lora"],
+            seeds=[0, 1],
+            training={"learning_rate": [1e-6, 2e-2]},
+        )
+    )
+    plan = make_plan(spec.with_floor())
+    watched: list[str] = []
+    results = run_plan(plan, COMMAND, lambda run, steps: watched.append(run.key))
+    told = sorted((result.label, result.seed, result.learning_rate) for result in results)
+    assert told == [("head", 0, 2e-2), ("head", 1, 2e-2), ("lora", 0, 1e-6), ("lora", 0, 2e-2), ("lora", 1, 2e-2)]
+    assert plan.count == len(results) == len(set(watched))
+    page = (spec.output / "report.html").read_text()
+    assert "Score by learning rate" in page
+    assert run_plan(plan, COMMAND) == results

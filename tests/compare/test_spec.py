@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.resources import files
 from pathlib import Path
 
+import jsonschema
 import pytest
 
-from rankwise.compare.spec import BudgetSpec, DataSpec, MethodEntry, TaskSpec, TrainingSpec, parse_spec, read_spec
+from rankwise.cli.spec import starting_spec
+from rankwise.compare.spec import Budget, Entry, Training, parse_spec, read_spec, schema, spec_class
+from rankwise.compare.tasks import TASKS
+from rankwise.compare.tasks.classification import Classification, ClassificationData
+from rankwise.compare.tasks.regression import Regression
+from rankwise.compare.tasks.sequence import TextData
 from rankwise.errors import ArgumentError
 
 FULL = """
@@ -25,7 +33,6 @@ validation = "../validation.jsonl.gz"
 text       = "text"
 pair       = "other_text"
 label      = "intent"
-per_label  = 10
 [task]
 type           = "regression"
 target_modules = ["query", "value"]
@@ -73,29 +80,32 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     (tmp_path / "spec.toml").write_text(FULL)
     spec = read_spec(tmp_path / "spec.toml")
     assert (spec.model, spec.output, spec.seeds) == ("tiny", tmp_path / "runs/clinc", (0, 1, 2))
-    assert spec.data == DataSpec(
+    assert spec.data == TextData(
         text="text",
         label="intent",
         train=tmp_path / "train.jsonl.gz",
         test=tmp_path / "test.jsonl.gz",
         validation=tmp_path / "../validation.jsonl.gz",
         pair="other_text",
-        per_label=10,
     )
-    assert spec.task == TaskSpec("regression", ("query", "value"), 64)
-    assert spec.training == TrainingSpec(300, None, 16, 1.0, 3e-2, 0.0)
-    assert spec.budget == BudgetSpec(4)
-    assert spec.methods == (MethodEntry("nnm", {"nuclear_weight": 1.0}, 5e-4), MethodEntry("lora", {}, None))
+    assert spec.task == Regression(target_modules=("query", "value"), max_length=64)
+    assert spec.training == Training(steps=300, batch_size=16, learning_rate=1.0, head_learning_rate=3e-2, warmup=0.0)
+    assert spec.budget == Budget(r=4)
+    first, second = spec.entries
+    assert (first.name, first.fields, first.learning_rate) == ("nnm", {"nuclear_weight": 1.0}, 5e-4)
+    assert (second.name, second.fields, second.learning_rate) == ("lora", {}, None)
 
 
 def test_defaults(tmp_path: Path) -> None:
     spec = parse_spec(SMALL, tmp_path)
     assert spec.seeds == (0,)
-    assert spec.methods == (MethodEntry("lora", {}, None),)
+    assert spec.entries == (Entry(name="lora"),)
+    assert isinstance(spec.data, ClassificationData)
     assert spec.data.validation is spec.data.pair is spec.data.per_label is spec.data.dataset is None
-    assert spec.task == TaskSpec("classification", "all-linear", 128)
-    assert spec.training == TrainingSpec(None, 2.0, 32, None, 1e-2, 0.1)
-    assert spec.budget == BudgetSpec(8)
+    assert spec.task == Classification(target_modules="all-linear", max_length=128)
+    assert (spec.training.steps, spec.training.epochs, spec.training.batch_size) == (None, 2.0, 32)
+    assert (spec.training.learning_rate, spec.training.head_learning_rate, spec.training.warmup) == (None, 1e-2, 0.1)
+    assert spec.budget == Budget(r=8)
 
 
 def test_a_hub_data_set_replaces_the_files(tmp_path: Path) -> None:
@@ -111,7 +121,7 @@ def test_a_model_folder_beside_the_spec_is_found(tmp_path: Path) -> None:
 
 def test_the_same_method_with_other_fields_is_another_entry(tmp_path: Path) -> None:
     table = changed("methods", DELETE) | {"method": [{"name": "nnm", "nuclear_weight": w} for w in (0.1, 1.0)]}
-    assert [entry.fields for entry in parse_spec(table, tmp_path).methods] == [
+    assert [entry.fields for entry in parse_spec(table, tmp_path).entries] == [
         {"nuclear_weight": 0.1},
         {"nuclear_weight": 1.0},
     ]
@@ -128,12 +138,12 @@ def test_to_dict_is_json_and_does_not_know_the_folder(tmp_path: Path) -> None:
     assert tables[0]["model"] == "tiny"
     assert tables[0]["data"]["validation"] == "../validation.jsonl.gz"
     assert tables[0]["task"]["target_modules"] == ["query", "value"]
-    assert tables[0]["methods"][0] == {"name": "nnm", "fields": {"nuclear_weight": 1.0}, "learning_rate": 5e-4}
+    assert tables[0]["methods"][0] == {"name": "nnm", "nuclear_weight": 1.0, "learning_rate": 5e-4}
 
 
 def test_to_dict_tells_different_specs_apart(tmp_path: Path) -> None:
     spec = parse_spec(SMALL, tmp_path)
-    assert spec.to_dict() != dataclasses.replace(spec, budget=BudgetSpec(9)).to_dict()
+    assert spec.to_dict() != spec.model_copy(update={"budget": Budget(r=9)}).to_dict()
     assert spec.to_dict() == parse_spec(changed("training.epochs", 2.0), tmp_path).to_dict()
 
 
@@ -170,7 +180,7 @@ def test_to_dict_tells_different_specs_apart(tmp_path: Path) -> None:
         ("methods", [], r"`methods` must be a non-empty list"),
         ("methods", ["lora", 3], r"`methods` must be a non-empty list"),
         ("methods", ["lora", "lora"], r"`methods` must be distinct; found 'lora'"),
-        ("task.type", "clasification", r"`task.type` must be 'classification' or 'regression'; found 'clasif"),
+        ("task.type", "clasification", r"`task.type` must be one of classification, regression.*; found 'clasif"),
         ("task.type", ["regression"], r"`task.type` must be"),
         ("task.target_modules", [], r"`task.target_modules` must be a non-empty string or list of strings"),
         ("task.target_modules", ["q", ""], r"`task.target_modules` must be"),
@@ -243,3 +253,32 @@ def test_reading_a_spec_imports_nothing_heavy() -> None:
     check = "import sys, rankwise.compare.spec; print([m for m in ('torch', 'datasets', 'peft') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_starting_spec_of_every_task_is_read(task: str, tmp_path: Path) -> None:
+    """It lists every key, and uncommenting nothing leaves every default as it is."""
+    text = starting_spec(task)
+    spec = parse_spec(tomllib.loads(text), tmp_path)
+    assert spec.task == TASKS[task]()
+    assert spec.training == Training(steps=300)
+    kind = spec_class(task)
+    for name in ("data", "task", "training", "budget"):
+        for key, field in kind.model_fields[name].annotation.model_fields.items():  # type: ignore[union-attr]
+            assert re.search(rf"^(# )?{key} =", text, re.MULTILINE), key
+            assert field.description or key == "type", f"{name}.{key} says what it means"
+    assert max(map(len, text.splitlines())) <= 110
+
+
+def test_the_schema_that_ships_is_the_present_one() -> None:
+    shipped = Path(str(files("rankwise"))) / "data" / "spec.schema.json"
+    assert json.loads(shipped.read_text()) == schema(), "rankwise spec --schema > src/rankwise/data/spec.schema.json"
+
+
+def test_the_schema_knows_the_specs_of_this_project() -> None:
+    validator = jsonschema.Draft202012Validator(schema())
+    root = Path(__file__).parents[2]
+    for file in (root / "src/rankwise/data/demo.toml", *sorted((root / "examples").glob("*.toml"))):
+        validator.validate(tomllib.loads(file.read_text()))
+    wrong = tomllib.loads((root / "examples/clinc150.toml").read_text()) | {"modle": "x"}
+    assert not validator.is_valid(wrong)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,7 @@ def compare(
     from rankwise.compare.spec import read_spec
 
     read = read_spec(spec)
-    read = read if out is None else dataclasses.replace(read, output=out.absolute())
+    read = read if out is None else read.with_output(out)
     run_and_show(read.with_floor(), f"rankwise compare {spec}", Watching)
 
 
@@ -47,15 +46,15 @@ def run_and_show(spec: Spec, command: str, watching: type[Watching]) -> None:
     if not is_first():
         run_plan(plan, command)
         return
-    with watching(len(plan.runs), plan.steps) as watch:
+    with watching(plan.count, plan.steps) as watch:
         results = run_plan(plan, command, watch)
     if results:
         rows = summarise(results)
         Console().print(table(rows, results[0].metric))
         for note in notes(rows):
             typer.echo(f"- {note}")
-    if len(results) < len(plan.runs):
-        typer.echo(f"under way elsewhere: {len(plan.runs) - len(results)}; the same command shows them once finished")
+    if len(results) < plan.count:
+        typer.echo(f"under way elsewhere: {plan.count - len(results)}; the same command shows them once finished")
     if results:
         typer.echo(f"page     {spec.output / 'report.html'}")
         typer.echo(f"adapters {spec.output / 'exports'} (plain LoRA), {spec.output / 'adapters'} (to train on)")

@@ -9,7 +9,7 @@ import typer
 from typer.exceptions import TyperException
 
 import rankwise
-from rankwise.cli import check_export, compare, complete, demo, export, inspect, merge, methods, shrink, train
+from rankwise.cli import check_export, compare, complete, demo, export, inspect, merge, methods, shrink, spec, train
 from rankwise.cli.output import stop
 from rankwise.errors import RankwiseError
 
@@ -28,6 +28,7 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("compare")(compare.compare)
+app.command("spec")(spec.spec)
 app.command("inspect")(inspect.inspect)
 app.command("export")(export.export)
 app.command("check-export")(check_export.check_export)

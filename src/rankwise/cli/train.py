@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -30,13 +29,13 @@ def train(
     from rankwise.errors import ArgumentError
 
     read = read_spec(spec)
-    for name, entries in (("methods", [entry.name for entry in read.methods]), ("seeds", list(read.seeds))):
+    for name, entries in (("methods", [entry.name for entry in read.entries]), ("seeds", list(read.seeds))):
         if len(entries) != 1:
             raise ArgumentError(name, "hold exactly one entry for `train` (`rankwise compare` takes several)", entries)
-    if read.methods[0].name == HEAD:
+    if read.entries[0].name == HEAD:
         rule = "be a method with an adapter for `train` (the head alone is what `rankwise compare` compares with)"
         raise ArgumentError("methods", rule, HEAD)
-    read = read if out is None else dataclasses.replace(read, output=out.absolute())
+    read = read if out is None else read.with_output(out)
     if processes > 1:
         _launch(spec, out, processes, read)
     run_and_show(read, f"rankwise train {spec}", Watching)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from importlib.resources import files
 from pathlib import Path
 
@@ -15,5 +14,5 @@ FEW = ("lora", "adalora")
 def demo_spec(output: Path, *, every: bool = False) -> Spec:
     """The SPEC of `rankwise demo`, writing to `output`; with all nine methods, or with FEW."""
     spec = read_spec(Path(str(files("rankwise"))) / "data" / "demo.toml")
-    methods = tuple(entry for entry in spec.methods if every or entry.name in FEW)
-    return dataclasses.replace(spec, output=output.absolute(), methods=methods)
+    methods = tuple(entry for entry in spec.entries if every or entry.name in FEW)
+    return spec.with_entries(methods).with_output(output)

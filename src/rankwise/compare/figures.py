@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from rankwise.compare.places import Grid, grid_of, printable
-from rankwise.compare.results import REFERENCE, Result, Row, by_label, summarise
+from rankwise.compare.results import REFERENCE, Result, Row, at_best_rates, by_label, rate_curves, summarise
+from rankwise.compare.spec import FLOORS
 
 # --- the methods as the figures show them ----------------------------------------------------------------------------
 
@@ -39,7 +40,7 @@ class _Method:
     @property
     def typical(self) -> Result:
         """The run with the median score, the lower of two."""
-        return sorted(self.runs, key=lambda run: (run.score, run.seed))[(len(self.runs) - 1) // 2]
+        return sorted(self.runs, key=lambda run: (run.quality, run.seed))[(len(self.runs) - 1) // 2]
 
     @property
     def colour(self) -> str:
@@ -56,7 +57,7 @@ class _Method:
 
 def _methods(results: Sequence[Result]) -> list[_Method]:
     """The methods, best first; the reference always has the first colour, the others theirs in the order of labels."""
-    groups = by_label(results)
+    groups = by_label(at_best_rates(results))
     places = {label: place for place, label in enumerate(sorted(groups, key=lambda label: (label != REFERENCE, label)))}
     return [_Method(row, groups[row.label], places[row.label]) for row in summarise(results)]
 
@@ -97,21 +98,24 @@ class Plot:
 def draw(results: Sequence[Result], metric: str) -> list[Plot]:
     """Every figure of the page, in order; to be called and saved within matplotlib's `STYLE`."""
     methods = _methods(results)
-    adapted = [method for method in methods if not method.row.is_floor]
-    floor = next((method.row.score for method in methods if method.row.is_floor), None)
+    # Only adapters with ranks have rank maps and spectra; everything but the floor has a size.
+    trained = [method for method in methods if not method.row.is_floor]
+    ranked = [method for method in trained if method.typical.ranks]
+    floor = next((method.row for method in methods if method.row.is_floor), None)
     plots = [
         _score_plot(methods, metric, floor),
-        *(_adapter_plots(adapted, metric, floor) if adapted else []),
+        _rate_plot(methods, rate_curves(results), metric),
+        _pareto_plot(trained, metric, floor) if trained else None,
+        *(_rank_plots(ranked) if ranked else []),
         _curve_plot(methods, "Training loss", "training loss", lambda run: run.train_loss),
         _curve_plot(methods, "Gradient norm", "gradient norm before clipping", lambda run: run.gradient_norm),
     ]
     return [plot for plot in plots if plot is not None]
 
 
-def _adapter_plots(methods: Sequence[_Method], metric: str, floor: float | None) -> list[Plot | None]:
-    """What there is to show of methods that have an adapter."""
+def _rank_plots(methods: Sequence[_Method]) -> list[Plot | None]:
+    """What there is to show of methods whose adapters have ranks."""
     return [
-        _pareto_plot(methods, metric, floor),
         _rank_plot(methods),
         _exported_rank_plot(methods),
         _spectra_plot(methods, relative=True),
@@ -119,15 +123,15 @@ def _adapter_plots(methods: Sequence[_Method], metric: str, floor: float | None)
     ]
 
 
-def _draw_floor(draw_line: Callable[..., Any], floor: float | None) -> str:
-    """Draw the score of the head alone as a line, and say so in a sentence."""
+def _draw_floor(draw_line: Callable[..., Any], floor: Row | None) -> str:
+    """Draw the score of the floor as a line, and say so in a sentence."""
     if floor is None:
         return ""
-    draw_line(floor, color="#8a8a8a", linestyle="dashed", linewidth=1.2, zorder=1)
-    return f" The dashed line is the floor, {floor:.3f}: the head alone on the frozen model."
+    draw_line(floor.score, color="#8a8a8a", linestyle="dashed", linewidth=1.2, zorder=1)
+    return f" The dashed line is the floor, {floor.score:.3f}: {FLOORS[floor.floor or '']}."
 
 
-def _score_plot(methods: Sequence[_Method], metric: str, floor: float | None) -> Plot:
+def _score_plot(methods: Sequence[_Method], metric: str, floor: Row | None) -> Plot:
     figure = Figure(figsize=(_WIDTH, 1.2 + 0.36 * len(methods)), layout="constrained")
     axes = figure.subplots()
     for height, method in enumerate(methods):
@@ -141,7 +145,30 @@ def _score_plot(methods: Sequence[_Method], metric: str, floor: float | None) ->
     return Plot("Score by method", caption + _draw_floor(axes.axvline, floor), figure)
 
 
-def _pareto_plot(methods: Sequence[_Method], metric: str, floor: float | None) -> Plot:
+def _rate_plot(methods: Sequence[_Method], curves: Mapping[str, Mapping[float, float]], metric: str) -> Plot | None:
+    """The search of the learning rates: a flat curve says that a method needs little tuning."""
+    searched = [method for method in methods if method.row.label in curves]
+    if not searched:
+        return None
+    figure = Figure(figsize=(_WIDTH, 4.6), layout="constrained")
+    axes = figure.subplots()
+    for method in searched:
+        curve = curves[method.row.label]
+        style = {"color": method.colour, "linestyle": method.dashes, "marker": method.marker}
+        axes.plot(list(curve), list(curve.values()), label=method.name, **style)
+        chosen = method.row.learning_rate
+        axes.plot(chosen, curve[chosen], "o", color="none", markeredgecolor="#1a1a1a", markersize=14)
+    axes.set_xscale("log")
+    axes.set(title=f"{metric.capitalize()} by learning rate", xlabel="peak learning rate (log scale)", ylabel=metric)
+    figure.legend(loc="outside right upper", frameon=False)
+    caption = (
+        f"{metric.capitalize()} on the validation split with the first seed, by the peak learning rate of the adapter. "
+        "A ring is drawn round the rate that was chosen."
+    )
+    return Plot("Score by learning rate", caption, figure)
+
+
+def _pareto_plot(methods: Sequence[_Method], metric: str, floor: Row | None) -> Plot:
     heading = "Score against size"
     sized = [method for method in methods if method.row.exported > 0]
     left_out = [f"{method.name} exports no parameters and is not drawn." for method in methods if method not in sized]
@@ -166,9 +193,10 @@ def _pareto_plot(methods: Sequence[_Method], metric: str, floor: float | None) -
     xlabel = "exported adapter parameters (log scale)"
     axes.set(title=f"{metric.capitalize()} against exported parameters", xlabel=xlabel, ylabel=metric)
     figure.legend(loc="outside right upper", frameon=False)
+    better = "Down" if sized[0].row.lower_is_better else "Up"
     caption = (
-        "Medians; a vertical line spans the seeds. Up and to the left is better: no method lies beyond the dotted line."
-        + _draw_floor(axes.axhline, floor)
+        f"Medians; a vertical line spans the seeds. {better} and to the left is better: no method lies beyond the "
+        f"dotted line.{_draw_floor(axes.axhline, floor)}"
     )
     return Plot(heading, " ".join([caption, *left_out]), figure)
 
@@ -176,8 +204,8 @@ def _pareto_plot(methods: Sequence[_Method], metric: str, floor: float | None) -
 def _front(rows: Sequence[Row]) -> list[Row]:
     """The rows that no smaller (or equally small) row beats, smallest first."""
     front: list[Row] = []
-    for row in sorted(rows, key=lambda row: (row.exported, -row.score)):
-        if not front or row.score > front[-1].score:
+    for row in sorted(rows, key=lambda row: (row.exported, -row.quality)):
+        if not front or row.quality > front[-1].quality:
             front.append(row)
     return front
 

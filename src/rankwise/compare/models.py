@@ -1,4 +1,4 @@
-"""The base model that a SPEC names, as a sequence classifier with the SPEC's labels."""
+"""The base model that a SPEC names, with the head that its task needs."""
 
 from __future__ import annotations
 
@@ -7,37 +7,37 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from rankwise.base_models import PLACES, locate, open_model, skeleton, weight_files
+from rankwise.compare.tasks import Splits, Task
 from rankwise.errors import ArgumentError
 
 _MODEL_FILES = (".json", ".safetensors", ".txt", ".model")
 """Files of a model folder that hold its config, weights, vocabulary and tokenizer."""
 
 
-def open_classifier(name: str, labels: list[str] | None, pad: int | None = None) -> PreTrainedModel:
-    """A sequence classifier with these labels, or with one output for regression, its head fresh.
+def open_for(task: Task, name: str, splits: Splits, pad: int | None = None) -> PreTrainedModel:
+    """The model that a task trains; a head that the pretrained model lacks is fresh.
 
     `pad` is the tokenizer's padding token, for models whose config names none.
     """
-    padding = {} if pad is None else {"pad_token_id": pad}
-    return open_model(name, "SEQ_CLS", argument="model", **_head(labels), **padding)
+    padding: dict[str, Any] = {} if pad is None else {"pad_token_id": pad}
+    return open_model(name, task.opens_as, argument="model", **task.config_changes(splits), **padding)
 
 
-def classifier_skeleton(name: str, labels: list[str] | None) -> nn.Module:
+def skeleton_for(task: Task, name: str, splits: Splits) -> Any:
     """The same model without weights, on the meta device: enough to check what a config targets.
 
     Raises:
-        ArgumentError: the model's config does not open, no sequence classifier exists for it, or a local folder holds
-            no whole weights.
+        ArgumentError: the model's config does not open, there is no model of its kind for the task, or a local folder
+            holds no whole weights.
     """
     place = locate(name, argument="model")
     try:
-        model = skeleton(place, "SEQ_CLS", argument="model", **_head(labels))
+        model = skeleton(place, task.opens_as, argument="model", **task.config_changes(splits))
     except ArgumentError as error:
-        raise ArgumentError("model", f"{PLACES} that can classify sequences", name) from error
+        raise ArgumentError("model", f"{PLACES} that can be trained for {task.type}", name) from error
     if Path(place).is_dir():
         _check_weights(Path(place), name)
     return model
@@ -66,10 +66,3 @@ def _check_weights(folder: Path, name: str) -> None:
                 pass
         except SafetensorError as error:
             raise ArgumentError("model", f"have whole weights ({file.name} is truncated)", name) from error
-
-
-def _head(labels: list[str] | None) -> dict[str, Any]:
-    if labels is None:
-        return {"num_labels": 1, "problem_type": "regression"}
-    names = dict(enumerate(labels))
-    return {"num_labels": len(labels), "id2label": names, "label2id": {label: i for i, label in names.items()}}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -14,12 +14,14 @@ from transformers import PreTrainedModel
 
 from rankwise.base_models import open_tokenizer
 from rankwise.compare.candidates import Candidate, candidate_of
-from rankwise.compare.data import Splits, load_splits
-from rankwise.compare.models import classifier_skeleton, identity
-from rankwise.compare.spec import MethodEntry, Spec
+from rankwise.compare.data import load_splits
+from rankwise.compare.models import identity, skeleton_for
+from rankwise.compare.results import Result, best_rates
+from rankwise.compare.spec import Entry, Spec
+from rankwise.compare.tasks import Splits
 from rankwise.errors import ArgumentError
 
-LIBRARIES = ("rankwise", "torch", "peft", "transformers", "accelerate", "tokenizers")
+LIBRARIES = ("rankwise", "torch", "peft", "transformers", "accelerate", "tokenizers", "trl")
 """What has a hand in a run's numbers: another version of one of them makes another run."""
 
 
@@ -29,11 +31,30 @@ class Run:
 
     label: str
     """Unique among the SPEC's methods: the method's name, and what sets it apart where a method comes twice."""
-    entry: MethodEntry
+    entry: Entry
     seed: int
     learning_rate: float
+    head_learning_rate: float
     key: str
     """The name of its files; changes with anything that could change its result."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One method with the learning rates that it may take."""
+
+    label: str
+    runs: tuple[Run, ...]
+    """Every seed at every rate."""
+
+    @property
+    def settled(self) -> bool:
+        """Whether there is only one rate."""
+        return len({run.learning_rate for run in self.runs}) == 1
+
+    def runs_with(self, seed: int) -> list[Run]:
+        """The runs of one seed, one for each rate."""
+        return [run for run in self.runs if run.seed == seed]
 
 
 @dataclass(frozen=True)
@@ -44,7 +65,39 @@ class Plan:
     splits: Splits
     steps: int
     """Optimiser steps of each run."""
-    runs: tuple[Run, ...]
+    choices: tuple[Choice, ...]
+    """The learning rates of every method."""
+
+    @property
+    def runs(self) -> tuple[Run, ...]:
+        """What can be trained at once: every seed of a method with one rate, and the search of every other."""
+        seeds = self.spec.seeds
+        first = [run for choice in self.choices for run in choice.runs_with(seeds[0])]
+        rest = [
+            run for seed in seeds[1:] for choice in self.choices if choice.settled for run in choice.runs_with(seed)
+        ]
+        return tuple(first + rest)
+
+    @property
+    def count(self) -> int:
+        """How many runs there are in all: the search with the first seed, and the other seeds at the chosen rate."""
+        return sum(len(choice.runs_with(self.spec.seeds[0])) + len(self.spec.seeds) - 1 for choice in self.choices)
+
+    def chosen_runs(self, results: Sequence[Result]) -> tuple[Run, ...]:
+        """The other seeds of the methods whose rate was searched, at the best rate of each.
+
+        Args:
+            results: the finished runs of the plan.
+        """
+        best = best_rates(results)
+        searched = [choice for choice in self.choices if not choice.settled and choice.label in best]
+        return tuple(
+            run
+            for seed in self.spec.seeds[1:]
+            for choice in searched
+            for run in choice.runs_with(seed)
+            if run.learning_rate == best[choice.label]
+        )
 
 
 def make_plan(spec: Spec) -> Plan:
@@ -56,22 +109,25 @@ def make_plan(spec: Spec) -> Plan:
     """
     if spec.output.exists() and not spec.output.is_dir():
         raise ArgumentError("output", "be a folder, or not exist yet", str(spec.output))
-    candidates = [candidate_of(spec, entry) for entry in spec.methods]
+    candidates = [candidate_of(spec, entry) for entry in spec.entries]
     tokenizer = open_tokenizer(spec.model, argument="model")
+    spec.task.check_tokenizer(tokenizer)
     splits = load_splits(spec.data, spec.task)
-    steps = _steps(spec, len(splits.train.text))
+    steps = _steps(spec, len(splits.train))
     for candidate in candidates:
-        model = classifier_skeleton(spec.model, splits.labels)
+        model = skeleton_for(spec.task, spec.model, splits)
         _check_length(spec, model, tokenizer)
         candidate.check(model, steps)
     # What all runs share is hashed once: the data, the model and the library versions.
     shared = _shared_digest(spec, splits)
-    runs = [
-        _run(spec, entry, candidate, seed, shared)
-        for seed in spec.seeds
-        for entry, candidate in zip(spec.methods, candidates, strict=True)
+    choices = [
+        _choice(spec, entry, candidate, shared) for entry, candidate in zip(spec.entries, candidates, strict=True)
     ]
-    return Plan(spec, splits, steps, tuple(runs))
+    labels = [choice.label for choice in choices]
+    for place, label in enumerate(labels):
+        if label in labels[:place]:
+            raise ArgumentError("method.label", "be different for every method", label)
+    return Plan(spec, splits, steps, tuple(choices))
 
 
 def library_versions() -> dict[str, str]:
@@ -91,24 +147,33 @@ def _steps(spec: Spec, examples: int) -> int:
     return math.ceil(spec.training.epochs * math.ceil(examples / spec.training.batch_size))  # type: ignore[operator]
 
 
-def _run(spec: Spec, entry: MethodEntry, candidate: Candidate, seed: int, shared: str) -> Run:
-    label = _label(entry, spec.methods)
-    rate = entry.learning_rate or spec.training.learning_rate or candidate.suggested_rate
+def _choice(spec: Spec, entry: Entry, candidate: Candidate, shared: str) -> Choice:
+    """Every run of one method."""
+    label = _label(entry, spec.entries)
+    head_rate = entry.head_learning_rate or spec.training.head_learning_rate
+    asked = entry.learning_rate or spec.training.learning_rate or candidate.suggested_rate
+    rates = asked if isinstance(asked, tuple) else (asked,)
     if not candidate.has_own_rate:
-        rate = spec.training.head_learning_rate
+        rates = (head_rate,)
     stem = "".join(c if c.isalnum() or c in "-_." else "-" for c in entry.name)
-    # Resolved fields, so that a changed default makes another run; and the rate once, whichever key gave it.
-    told = {"method": entry.name, "given": entry.fields, "resolved": candidate.fields, "rate": rate}
-    digest = _digest([shared, told, candidate.starting_scale])
-    return Run(label, entry, seed, rate, f"{stem}--{digest}--seed{seed}")
+    runs = []
+    for rate in rates:
+        # Resolved fields, so that a changed default makes another run; and the rate once, whichever key gave it.
+        told = {"method": entry.name, "given": entry.fields, "resolved": candidate.fields, "rate": rate}
+        digest = _digest([shared, told, candidate.starting_scale, head_rate])
+        runs += [Run(label, entry, seed, rate, head_rate, f"{stem}--{digest}--seed{seed}") for seed in spec.seeds]
+    return Choice(label, tuple(runs))
 
 
-def _label(entry: MethodEntry, entries: tuple[MethodEntry, ...]) -> str:
-    """The name alone; for a name that comes more than once, what was set for it."""
-    if sum(other.name == entry.name for other in entries) == 1:
+def _label(entry: Entry, entries: tuple[Entry, ...]) -> str:
+    """The label that was given, or the name; for a name that comes more than once, what was set for it too."""
+    if entry.label is not None:
+        return entry.label
+    if sum(other.name == entry.name and other.label is None for other in entries) == 1:
         return entry.name
-    rate = {"lr": entry.learning_rate} if entry.learning_rate else {}
-    return " ".join([entry.name, *(f"{name}={value}" for name, value in (rate | entry.fields).items())])
+    rates = {"lr": entry.learning_rate, "head lr": entry.head_learning_rate}
+    given = {name: rate for name, rate in rates.items() if rate is not None and not isinstance(rate, tuple)}
+    return " ".join([entry.name, *(f"{name}={value}" for name, value in (given | entry.fields).items())])
 
 
 def _shared_digest(spec: Spec, splits: Splits) -> str:
@@ -119,9 +184,11 @@ def _shared_digest(spec: Spec, splits: Splits) -> str:
     """
     settings = spec.to_dict()
     told = {name: settings[name] for name in ("task", "training", "budget")}
-    # The adapter's rate is in each run's own digest.
-    told["training"] = {name: value for name, value in settings["training"].items() if name != "learning_rate"}  # type: ignore[attr-defined]
-    told["data"] = _digest(dataclasses.asdict(splits))
+    # The rates are in each run's own digest.
+    rates = ("learning_rate", "head_learning_rate")
+    told["training"] = {name: value for name, value in settings["training"].items() if name not in rates}
+    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    told["data"] = _digest([splits.labels, {name: examples.columns for name, examples in parts.items()}])
     told["model"] = identity(spec.model)
     told["libraries"] = library_versions()
     return _digest(told)

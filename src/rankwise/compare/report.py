@@ -22,6 +22,7 @@ from rich.text import Text
 from rankwise.compare.figures import STYLE, Plot, draw
 from rankwise.compare.places import printable
 from rankwise.compare.results import REFERENCE, Result, Row, summarise
+from rankwise.compare.spec import FLOORS
 from rankwise.errors import DataError
 from rankwise.files import write_whole
 
@@ -36,9 +37,12 @@ class _Column:
 
 
 def _columns(rows: Sequence[Row], metric: str) -> list[_Column]:
+    better = "lower" if rows[0].lower_is_better else "higher"
     columns = [
         _Column("method", "the method, and what was set for it where that tells two entries apart", _name),
-        _Column(metric, "on the test split, median over the seeds, higher is better", lambda row: f"{row.score:.3f}"),
+        _Column(
+            metric, f"on the test split, median over the seeds, {better} is better", lambda row: f"{row.score:.3f}"
+        ),
         _Column("spread", "lowest and highest score over the seeds", lambda row: f"{row.lowest:.3f}–{row.highest:.3f}"),
         _Column(
             "initial", "adapter parameters at the start, without the task head", lambda row: _count(row, "initial")
@@ -241,6 +245,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     """
     found = [_floor_note(row) for row in rows if row.above_floor is False]
     found += [_unlearnt_note(row) for row in rows if row.unlearnt]
+    found += [_edge_note(row) for row in rows if row.rate_at_edge]
     if any(row.seeds == 1 for row in rows):
         found.append("one seed: a first impression, not a ranking")
     found += [_paired_note(row) for row in rows if row.versus_lora]
@@ -249,12 +254,18 @@ def notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _floor_note(row: Row) -> str:
-    return f"{row.label} is not above the floor, the head alone on the frozen model: its adapter has added nothing"
+    floor = FLOORS[row.floor or ""]
+    return f"{row.label} is not better than the floor, {floor}: its adapter has added nothing"
 
 
 def _unlearnt_note(row: Row) -> str:
     seeds = "" if row.seeds == 1 else f" in {row.unlearnt} of {row.seeds} seeds"
     return f"{row.label} has not learnt anything at this rate ({row.learning_rate:g}): its loss did not fall{seeds}"
+
+
+def _edge_note(row: Row) -> str:
+    rate = f"{row.learning_rate:g}"
+    return f"{row.label} was best at {rate}, the edge of its list of learning rates: a wider list may find a better one"
 
 
 def _html_notes(rows: Sequence[Row]) -> str:

@@ -17,11 +17,11 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from scipy.stats import wilcoxon
 
-from rankwise.compare.spec import HEAD
+from rankwise.compare.spec import FLOORS
 from rankwise.errors import DataError
 from rankwise.files import write_whole
 
-FORMAT = 2
+FORMAT = 3
 REFERENCE = "lora"
 _SEEDS_TO_PAIR = 3
 _SEEDS_TO_TEST = 5
@@ -31,12 +31,12 @@ _SEEDS_TO_TEST = 5
 class Result:
     """One finished run: what was run, how well it did, and what it cost.
 
-    `score` is the `metric` on the test split, higher is better. `parameters` counts the adapter without the task head
-    and has the keys initial, final and exported. `ranks` (what the method kept), `exported_ranks` (what the plain LoRA
-    holds) and `singular_values` are by module name, and empty for a candidate without an adapter. `export` is the
-    folder of the plain LoRA, relative to the output folder. `train_loss` and `gradient_norm` are (step, value) as the
-    Trainer logged them, where they are finite; `diverged` says that a loss was not. The norm is taken over everything
-    that trains, before clipping.
+    `score` is the `metric` on the test split; `lower_is_better` says which way it goes. `parameters` counts the adapter
+    without the task head and has the keys initial, final and exported. `ranks` (what the method kept), `exported_ranks`
+    (what the plain LoRA holds) and `singular_values` are by module name, and empty for a candidate without an adapter.
+    `export` is the folder of the plain LoRA, relative to the output folder. `train_loss` and `gradient_norm` are
+    (step, value) as the Trainer logged them, where they are finite; `diverged` says that a loss was not. The norm is
+    taken over everything that trains, before clipping.
     """
 
     method: str
@@ -50,6 +50,7 @@ class Result:
     batch_size: int
     fields: dict[str, Any]
     metric: str
+    lower_is_better: bool
     score: float
     validation_score: float
     extra_metrics: dict[str, float]
@@ -99,6 +100,16 @@ class Result:
             name: [(step, value) for step, value in content[name]] for name in ("train_loss", "gradient_norm")
         }
         return cls(**{name: content[name] for name in names} | curves)
+
+    @property
+    def quality(self) -> float:
+        """The score, turned so that higher is better."""
+        return -self.score if self.lower_is_better else self.score
+
+    @property
+    def validation_quality(self) -> float:
+        """The validation score, turned so that higher is better: what rates are chosen by."""
+        return -self.validation_score if self.lower_is_better else self.validation_score
 
     @property
     def has_learnt(self) -> bool:
@@ -201,9 +212,10 @@ class Paired:
 class Row:
     """What a comparison says about one label: medians over its seeds, and `steps_skipped` summed over them.
 
-    `mean_rank`, `exported_mean_rank` and `starting_scale` are None for a candidate without an adapter. `above_floor`
-    tells whether the median score is above that of the head alone; None where that was not run. `unlearnt` counts the
-    seeds whose training loss did not fall.
+    `mean_rank`, `exported_mean_rank` and `starting_scale` are None for a candidate without an adapter. `floor` is the
+    method that is the floor of the comparison, if it was run, and `above_floor` tells whether the median score is
+    better than the floor's; None where no floor was run. `unlearnt` counts the seeds whose training loss did not fall.
+    `rate_at_edge` says that the best learning rate of the search was the least or the largest that was tried.
     """
 
     label: str
@@ -223,17 +235,71 @@ class Row:
     learning_rate: float
     steps_skipped: int
     is_floor: bool
+    floor: str | None
     above_floor: bool | None
     unlearnt: int
+    lower_is_better: bool
+    rate_at_edge: bool
+
+    @property
+    def quality(self) -> float:
+        """The median score, turned so that higher is better."""
+        return -self.score if self.lower_is_better else self.score
+
+
+def rate_curves(results: Iterable[Result]) -> dict[str, dict[float, float]]:
+    """Validation scores by learning rate, of every label whose rate was searched; rates rise.
+
+    The search is what one seed ran at several rates.
+    """
+    found: dict[str, dict[float, float]] = {}
+    for label, runs in _grouped(results).items():
+        rates_of_seed: dict[int, dict[float, float]] = defaultdict(dict)
+        for run in runs:
+            rates_of_seed[run.seed][run.learning_rate] = run.validation_score
+        widest = max(rates_of_seed.values(), key=len)
+        if len(widest) > 1:
+            found[label] = dict(sorted(widest.items()))
+    return found
+
+
+def best_rates(results: Iterable[Result]) -> dict[str, float]:
+    """The learning rate of every label: the one it ran at, or the one with the best validation score of its search."""
+    results = list(results)
+    curves = rate_curves(results)
+    found: dict[str, float] = {}
+    for label, runs in _grouped(results).items():
+        sign = -1 if runs[0].lower_is_better else 1
+        curve = curves.get(label, {runs[0].learning_rate: 0.0})
+        found[label] = max(curve, key=lambda rate: sign * curve[rate])
+    return found
+
+
+def at_best_rates(results: Iterable[Result]) -> list[Result]:
+    """The runs that a comparison is about: those at the rate that was chosen for their label."""
+    results = list(results)
+    best = best_rates(results)
+    return [result for result in results if result.learning_rate == best[result.label]]
+
+
+def _grouped(results: Iterable[Result]) -> dict[str, list[Result]]:
+    groups: dict[str, list[Result]] = defaultdict(list)
+    for result in sorted(results, key=lambda result: (result.label, result.seed)):
+        groups[result.label].append(result)
+    return dict(groups)
 
 
 def summarise(results: Sequence[Result]) -> list[Row]:
-    """One row per label, best median score first; two runs of one label with one seed raise `DataError`."""
-    groups = by_label(results)
+    """One row per label, best median score first, at the rate that was chosen for it.
+
+    Two runs of one label with one seed and one rate raise `DataError`.
+    """
+    curves = rate_curves(results)
+    groups = by_label(at_best_rates(results))
     reference = groups.get(REFERENCE, [])
-    floor = groups.get(HEAD, [])
-    rows = [_row(runs, reference, floor) for runs in groups.values()]
-    return sorted(rows, key=lambda row: (-row.score, row.label))
+    floor = next((groups[name] for name in FLOORS if name in groups), [])
+    rows = [_row(runs, reference, floor, curves.get(label, {})) for label, runs in groups.items()]
+    return sorted(rows, key=lambda row: (-row.quality, row.label))
 
 
 def by_label(results: Iterable[Result]) -> dict[str, list[Result]]:
@@ -243,17 +309,15 @@ def by_label(results: Iterable[Result]) -> dict[str, list[Result]]:
     for (label, seed), count in label_and_seed.items():
         if count > 1:
             raise DataError(f"there must be one run of {label!r} with seed {seed}; found {count}")
-    groups: dict[str, list[Result]] = defaultdict(list)
-    for result in sorted(results, key=lambda result: (result.label, result.seed)):
-        groups[result.label].append(result)
-    return dict(groups)
+    return _grouped(results)
 
 
-def _row(runs: list[Result], reference: list[Result], floor: list[Result]) -> Row:
+def _row(runs: list[Result], reference: list[Result], floor: list[Result], curve: dict[float, float]) -> Row:
     scores = [run.score for run in runs]
     score = statistics.median(scores)
-    is_floor = runs[0].method == HEAD
-    floor_score = statistics.median(run.score for run in floor) if floor and not is_floor else None
+    is_floor = runs[0].method in FLOORS
+    quality = statistics.median(run.quality for run in runs)
+    floor_quality = statistics.median(run.quality for run in floor) if floor and not is_floor else None
     seconds, lora_seconds = _median_seconds(runs), _median_seconds(reference)
     return Row(
         label=runs[0].label,
@@ -273,8 +337,11 @@ def _row(runs: list[Result], reference: list[Result], floor: list[Result]) -> Ro
         learning_rate=runs[0].learning_rate,
         steps_skipped=sum(run.steps_skipped for run in runs),
         is_floor=is_floor,
-        above_floor=None if floor_score is None else score > floor_score,
+        floor=floor[0].method if floor else None,
+        above_floor=None if floor_quality is None else quality > floor_quality,
         unlearnt=sum(not run.has_learnt for run in runs),
+        lower_is_better=runs[0].lower_is_better,
+        rate_at_edge=bool(curve) and runs[0].learning_rate in (min(curve), max(curve)),
     )
 
 
@@ -296,7 +363,7 @@ def _median_seconds(runs: list[Result]) -> float:
 
 
 def _paired(runs: list[Result], reference: list[Result]) -> Paired | None:
-    if runs[0].label in (REFERENCE, HEAD):
+    if runs[0].label == REFERENCE or runs[0].method in FLOORS:
         return None
     lora = {run.seed: run.score for run in reference}
     # Rounded, since the test ranks the differences and 0.82 - 0.81 must tie with 0.92 - 0.91.

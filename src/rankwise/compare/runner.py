@@ -34,31 +34,41 @@ def run_plan(plan: Plan, command: str, watch: Watch = lambda run, steps: None) -
     Returns:
         The results of this plan that exist by now.
     """
-    output = plan.spec.output
     for run in plan.runs:
-        file = _file(output, run)
-        if as_first(file.exists()):
-            watch(run, plan.steps)
-            continue
-        with _claimed(file.with_suffix(".claim")) if is_first() else contextlib.nullcontext(False) as mine:
-            if as_first(mine and not file.exists()):
-                result = train_run(plan, run, output, command, lambda steps, run=run: watch(run, steps))
-                if is_first():
-                    write_result(result, file)
-                    shutil.rmtree(checkpoints_of(output, run), ignore_errors=True)
-            else:
-                watch(run, plan.steps)
+        _settle(plan, run, command, watch)
+    # A method whose rate is searched goes on with its other seeds once the rate is known.
+    for run in plan.chosen_runs(finished(plan)):
+        _settle(plan, run, command, watch)
     results = finished(plan)
     if results and is_first():
+        output = plan.spec.output
         write_whole(output / "table.md", markdown(summarise(results), results[0].metric))
-        write_page(results, output / "report.html", title=f"rankwise: {plan.spec.output.name}")
+        write_page(results, output / "report.html", title=f"rankwise: {output.name}")
     return results
+
+
+def _settle(plan: Plan, run: Run, command: str, watch: Watch) -> None:
+    """Train a run, unless it is finished or another process works on it."""
+    output = plan.spec.output
+    file = _file(output, run)
+    if as_first(file.exists()):
+        watch(run, plan.steps)
+        return
+    with _claimed(file.with_suffix(".claim")) if is_first() else contextlib.nullcontext(False) as mine:
+        if not as_first(mine and not file.exists()):
+            watch(run, plan.steps)
+            return
+        result = train_run(plan, run, output, command, lambda steps: watch(run, steps))
+        if is_first():
+            write_result(result, file)
+            shutil.rmtree(checkpoints_of(output, run), ignore_errors=True)
 
 
 def finished(plan: Plan) -> list[Result]:
     """The results of the plan's own runs; what an edited SPEC left in the folder is not among them."""
     folder = plan.spec.output / "results"
-    keys = [run.key for run in plan.runs if _file(plan.spec.output, run).exists()]
+    every = [run for choice in plan.choices for run in choice.runs]
+    keys = [run.key for run in every if _file(plan.spec.output, run).exists()]
     return read_results(folder, keys) if keys else []
 
 

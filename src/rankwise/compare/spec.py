@@ -6,107 +6,236 @@ Reading it costs no time: nothing heavy is imported, and every mistake is one se
 
 from __future__ import annotations
 
-import dataclasses
-import sys
+import functools
+import operator
 import tomllib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, Self, TypeVar
 
-from rankwise.errors import ArgumentError, nearest
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 
-_MAX_SEED = 2**32 - 1  # what numpy's generator, which trainers seed too, accepts
+from rankwise.compare.sections import Count, File, Rate, Section, Text, Texts, as_tuple, broken_rule, rule, told
+from rankwise.compare.tasks import TASKS, Data, Task
+from rankwise.errors import ArgumentError
+
 HEAD = "head"
-"""The method that trains the task head alone, on the frozen model: the floor of a comparison."""
-
-T = TypeVar("T")
-D = TypeVar("D")
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """Where the examples are: files of one layout, or a hub data set in their place."""
-
-    text: str
-    label: str
-    train: Path | None = None
-    test: Path | None = None
-    validation: Path | None = None
-    dataset: str | None = None
-    pair: str | None = None
-    per_label: int | None = None
+"""The method that trains the task head alone, on the frozen model: the floor of a task with a head."""
+PRETRAINED = "pretrained"
+"""The method that trains nothing: the floor of a task without a head."""
+FLOORS = {
+    HEAD: "the head alone on the frozen model",
+    PRETRAINED: "the pretrained model as it is",
+}
+"""What every other method has to beat, and how a sentence calls it."""
+DEFAULT_TASK = "classification"
+AnyTask = TypeVar("AnyTask", bound=Task)
+AnyData = TypeVar("AnyData", bound=Data)
+_MAX_SEED = 2**32 - 1  # what numpy's generator, which trainers seed too, accepts
 
 
-@dataclass(frozen=True)
-class TaskSpec:
-    """What the model learns, and which of its modules are adapted."""
-
-    type: str = "classification"
-    target_modules: str | tuple[str, ...] = "all-linear"
-    max_length: int = 128
+AtLeastZero = Annotated[float, Field(ge=0, allow_inf_nan=False), rule("be a finite number of at least 0")]
 
 
-@dataclass(frozen=True)
-class TrainingSpec:
-    """How long and how fast to train; exactly one of `steps` and `epochs` is set."""
+def _distinct(values: Any) -> Any:
+    """Values that differ from each other.
 
-    steps: int | None = None
-    epochs: float | None = None
-    batch_size: int = 32
-    learning_rate: float | None = None
-    """Of the adapter; None: each method's suggested one."""
-    head_learning_rate: float = 1e-2
-    """Of what is trained in full beside the adapter: the task head. The same for every method, since a method that
-    also set the head's rate would be ranked by it."""
-    warmup: float = 0.1
+    Raises:
+        ValueError: one comes twice.
+    """
+    if isinstance(values, tuple) and len(set(values)) < len(values):
+        raise ValueError(values)
+    return values
 
 
-@dataclass(frozen=True)
-class BudgetSpec:
+Rates = Annotated[
+    Rate | Annotated[tuple[Rate, ...], Field(min_length=1)],
+    BeforeValidator(as_tuple),
+    AfterValidator(_distinct),
+    rule("be a finite number above 0, or a list of different ones"),
+]
+"""A learning rate, or several to choose from."""
+
+
+class Training(Section):
+    """The [training] section: how long and how fast to train; exactly one of `steps` and `epochs` is set."""
+
+    steps: Count | None = None
+    """Optimiser steps."""
+    epochs: Rate | None = None
+    """Passes over the training data, instead of steps."""
+    batch_size: Count = 32
+    """Examples of one optimiser step."""
+    learning_rate: Rates | None = None
+    """Peak rate of the adapter; left out, each method takes its suggested one. Of a list, each method takes the rate
+    with the best validation score at the first seed."""
+    head_learning_rate: Rate = 1e-2
+    """Peak rate of what is trained in full beside the adapter: the task head. The same for every method, since a
+    method that also set the head's rate would be ranked by it."""
+    warmup: Annotated[float, Field(ge=0, lt=1), rule("be a number from 0 up to, but not including, 1")] = 0.1
+    """Share of the steps in which the rate rises to its peak."""
+    scheduler: Annotated[Literal["linear", "cosine", "constant"], rule("be one of linear, cosine, constant")] = "linear"
+    """How the rate goes on from its peak: to 0 in a line or along a cosine, or not at all."""
+    weight_decay: AtLeastZero = 0.0
+    """AdamW's, of the adapter and the head alike."""
+    clip: AtLeastZero = 1.0
+    """The largest norm of the gradient over everything that trains; more is scaled down to it. 0: no limit."""
+    accumulation: Count = 1
+    """Backward passes of one optimiser step, each on batch_size / accumulation examples."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
+    precision: Annotated[Literal["float32", "bfloat16"], rule("be float32 or bfloat16")] = "float32"
+    """What the model computes in; bfloat16 by autocast, the trained weights staying float32."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_length(cls, table: Any) -> Any:
+        if isinstance(table, dict):
+            given = {key: table[key] for key in ("steps", "epochs") if key in table}
+            if len(given) != 1:
+                words = "be given, or `training.epochs` in its place, but not both"
+                broken_rule(words, key="steps", seen=given)
+        return table
+
+    @model_validator(mode="after")
+    def _even_parts(self) -> Self:
+        if self.batch_size % self.accumulation:
+            broken_rule(f"divide batch_size, {self.batch_size}", key="accumulation", seen=self.accumulation)
+        return self
+
+
+class Budget(Section):
+    """The [budget] section."""
+
+    r: Count = 8
     """The rank that every method starts from or aims at."""
 
-    r: int = 8
 
-
-@dataclass(frozen=True)
-class MethodEntry:
+class Entry(Section):
     """One method to run: its own fields, and a learning rate where it differs from the training section's."""
 
-    name: str
-    fields: dict[str, object] = dataclasses.field(default_factory=dict)
-    learning_rate: float | None = None
+    model_config = ConfigDict(extra="allow")
+
+    name: Text
+    """A method of rankwise; a config class of PEFT, as "peft.LoraConfig"; "full", "partial", "head" or "pretrained"."""
+    label: Text | None = None
+    """What tables and figures call it; left out, its name and what is set for it."""
+    learning_rate: Rates | None = None
+    """Peak rate of this method alone, or a list to search."""
+    head_learning_rate: Rate | None = None
+    """Peak rate of the head in this run alone: for a study of that rate, since it ranks methods if it differs."""
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The method's own fields, as they were given."""
+        return dict(self.model_extra or {})
 
 
-@dataclass(frozen=True)
-class Spec:
-    """A whole SPEC, checked, with defaults filled in and paths joined to its `folder`."""
+def _tables(value: Any) -> Any:
+    """The [[method]] tables; what is wrong inside one of them is for the table to say."""
+    if not isinstance(value, list) or not value or not all(isinstance(table, dict) for table in value):
+        broken_rule("be written as [[method]] tables")
+    return tuple(value)
 
-    model: str
-    output: Path
-    methods: tuple[MethodEntry, ...]
-    seeds: tuple[int, ...]
-    data: DataSpec
-    task: TaskSpec
-    training: TrainingSpec
-    budget: BudgetSpec
-    folder: Path = Path()
 
-    def with_floor(self) -> Spec:
-        """The same SPEC with the head alone among its methods, which shows what every other method has to beat."""
-        if any(entry.name == HEAD for entry in self.methods):
+Methods = Annotated[tuple[Entry, ...], BeforeValidator(_tables)]
+Seed = Annotated[int, Field(ge=0, le=_MAX_SEED)]
+Seeds = Annotated[
+    tuple[Seed, ...],
+    Field(min_length=1),
+    BeforeValidator(as_tuple),
+    AfterValidator(_distinct),
+    rule(f"be a non-empty list of distinct integers from 0 to {_MAX_SEED}"),
+]
+
+
+class Spec(Section, Generic[AnyTask, AnyData]):
+    """A whole SPEC, checked, with defaults filled in and paths joined to its folder."""
+
+    model: Text
+    """The pretrained model: a folder, a hub id, or the name of an embedded one."""
+    output: File
+    """The folder for results, adapters, exports, table and page."""
+    methods: Annotated[Texts, rule("be a non-empty list of method names")] | None = None
+    """Methods to run with their defaults; or [[method]] tables in its place."""
+    method: Methods | None = None
+    """Methods to run, each a table with its name and what is set for it."""
+    seeds: Seeds = (0,)
+    """Every method runs once with each."""
+    data: AnyData
+    task: AnyTask
+    training: Training
+    budget: Budget = Budget()
+
+    _folder: Path = PrivateAttr(Path())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_list(cls, table: Any) -> Any:
+        if isinstance(table, dict):
+            given = [key for key in ("methods", "method") if key in table]
+            if len(given) != 1:
+                words = "be given, or [[method]] tables in its place, but not both"
+                broken_rule(words, key="methods", seen=given)
+        return table
+
+    @model_validator(mode="after")
+    def _distinct_methods(self) -> Self:
+        for place, entry in enumerate(self.entries):
+            if entry in self.entries[:place]:
+                broken_rule("be distinct", key="methods", seen=entry.name)
+        return self
+
+    @property
+    def entries(self) -> tuple[Entry, ...]:
+        """The methods to run."""
+        return self.method or tuple(Entry(name=name) for name in self.methods or ())
+
+    def with_entries(self, entries: tuple[Entry, ...]) -> Self:
+        """The same SPEC with other methods."""
+        return self.model_copy(update={"methods": None, "method": entries})
+
+    def with_floor(self) -> Self:
+        """The same SPEC with its floor among the methods, which shows what every other method has to beat.
+
+        The floor is the head alone on the frozen model, or, for a task without a head, the model as it is.
+        """
+        floor = HEAD if self.task.head_modules else PRETRAINED
+        if any(entry.name == floor for entry in self.entries):
             return self
-        return dataclasses.replace(self, methods=(*self.methods, MethodEntry(HEAD)))
+        return self.with_entries((*self.entries, Entry(name=floor)))
 
-    def to_dict(self) -> dict[str, object]:
+    def with_output(self, output: Path) -> Self:
+        """The same SPEC, writing to another folder."""
+        return self.model_copy(update={"output": output.absolute()})
+
+    def to_dict(self) -> dict[str, Any]:
         """The SPEC as JSON values, paths as they were written, so that moving the folder changes no digest."""
-        names = [field.name for field in dataclasses.fields(self) if field.name != "folder"]
-        table = {name: _plain(getattr(self, name), self.folder) for name in names}
-        return table | {"model": _as_written(Path(self.model), self.folder)}
+        table = self.model_dump(mode="json", exclude={"methods", "method"}, context={"folder": self._folder})
+        entries = [entry.model_dump(mode="json", exclude_none=True) for entry in self.entries]
+        model = Path(self.model)
+        beside = model.is_relative_to(self._folder)
+        return table | {
+            "methods": entries,
+            "model": model.relative_to(self._folder).as_posix() if beside else self.model,
+        }
 
 
 def read_spec(path: str | Path) -> Spec:
-    """Read and check the SPEC file at `path`."""
+    """Read and check the SPEC file at `path`.
+
+    Raises:
+        ArgumentError: the file cannot be read, or a key is missing, unknown or breaks its rule.
+    """
     path = Path(path)
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -117,202 +246,51 @@ def read_spec(path: str | Path) -> Spec:
     return parse_spec(table, path.parent)
 
 
-def parse_spec(table: dict[str, object], folder: Path) -> Spec:
-    """Check a SPEC's parsed TOML; its relative paths are taken from `folder`."""
+def parse_spec(table: dict[str, Any], folder: Path) -> Spec:
+    """Check a SPEC's parsed TOML; its relative paths are taken from `folder`.
+
+    Raises:
+        ArgumentError: a key is missing, unknown or breaks its rule.
+    """
     folder = Path(folder).absolute()
-    top = _Section(table, "", ["model", "output", "methods", "method", "seeds", "data", "task", "training", "budget"])
-    return Spec(
-        model=_model(top.required("model", _TEXT), folder),
-        output=folder / top.required("output", _TEXT),
-        methods=_methods(top),
-        seeds=top.optional("seeds", _SEEDS, (0,)),
-        data=_data(top.section("data", DataSpec), folder),
-        task=_task(top.section("task", TaskSpec)),
-        training=_training(top.section("training", TrainingSpec)),
-        budget=BudgetSpec(r=top.section("budget", BudgetSpec).optional("r", _integer(1), BudgetSpec.r)),
-        folder=folder,
-    )
+    kind = spec_class(_task_type(table))
+    # Sections that are left out are read as empty, so that the error names the first key that they lack.
+    whole = {"data": {}, "task": {}, "training": {}, **table}
+    try:
+        spec = kind.model_validate(whole, context={"folder": folder})
+    except ValidationError as error:
+        raise told(error, kind) from error
+    # A folder beside the SPEC is the model if there is one of that name; else it is a hub id or an embedded model.
+    beside = folder / spec.model
+    spec = spec.model_copy(update={"model": str(beside)}) if beside.is_dir() else spec
+    spec._folder = folder
+    return spec
 
 
-def _model(name: str, folder: Path) -> str:
-    """A folder beside the SPEC if there is one of that name; else the name, of a hub or an embedded model."""
-    beside = folder / name
-    return str(beside) if beside.is_dir() else name
+def spec_class(task_type: str) -> type[Spec]:
+    """The SPEC of one kind of task, whose [task] and [data] sections have that task's keys."""
+    task = TASKS[task_type]
+    return Spec[task, task.data_section]
 
 
-def _methods(top: _Section) -> tuple[MethodEntry, ...]:
-    if ("methods" in top.table) == ("method" in top.table):
-        given = [key for key in ("methods", "method") if key in top.table]
-        raise ArgumentError("methods", "be given, or [[method]] tables in its place, but not both", given)
-    if "methods" in top.table:
-        entries = tuple(MethodEntry(name) for name in top.required("methods", _NAMES))
-    else:
-        tables = enumerate(top.required("method", _TABLES))
-        entries = tuple(_method(_Section(table, f"method[{i}]", None)) for i, table in tables)
-    for i, entry in enumerate(entries):
-        if entry in entries[:i]:
-            raise ArgumentError("methods", "be distinct", entry.name)
-    return entries
+def schema() -> dict[str, Any]:
+    """The JSON schema of a SPEC, which editors check and complete SPEC files by."""
+    kinds = tuple(spec_class(name) for name in TASKS)
+    any_kind: Any = functools.reduce(operator.or_, kinds)  # a union, whose members are only known here
+    whole = TypeAdapter(any_kind).json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A SPEC of rankwise", **whole}
 
 
-def _method(section: _Section) -> MethodEntry:
-    own = ("name", "learning_rate")
-    return MethodEntry(
-        name=section.required("name", _TEXT),
-        fields={key: value for key, value in section.table.items() if key not in own},
-        learning_rate=section.optional("learning_rate", _POSITIVE, None),
-    )
+def _task_type(table: Mapping[str, Any]) -> str:
+    """The kind of task that a SPEC asks for.
 
-
-def _data(section: _Section, folder: Path) -> DataSpec:
-    dataset = section.optional("dataset", _TEXT, None)
-    files = {key: section.optional(key, _TEXT, None) for key in ("train", "test", "validation")}
-    if dataset is not None and any(files.values()):
-        raise ArgumentError("data.dataset", "stand alone, without train, test or validation files", dataset)
-    if dataset is None:
-        section.need("train", ", or `data.dataset` in its place")
-        section.need("test")
-    return DataSpec(
-        text=section.required("text", _TEXT),
-        label=section.required("label", _TEXT),
-        dataset=dataset,
-        pair=section.optional("pair", _TEXT, None),
-        per_label=section.optional("per_label", _integer(1), None),
-        **{key: folder / name for key, name in files.items() if name is not None},
-    )
-
-
-def _task(section: _Section) -> TaskSpec:
-    return TaskSpec(
-        type=section.optional("type", _TASK, TaskSpec.type),
-        target_modules=section.optional("target_modules", _TARGETS, TaskSpec.target_modules),
-        max_length=section.optional("max_length", _integer(2), TaskSpec.max_length),
-    )
-
-
-def _training(section: _Section) -> TrainingSpec:
-    given = {key: section.table[key] for key in ("steps", "epochs") if key in section.table}
-    if len(given) != 1:
-        raise ArgumentError("training.steps", "be given, or `training.epochs` in its place, but not both", given)
-    return TrainingSpec(
-        steps=section.optional("steps", _integer(1), None),
-        epochs=section.optional("epochs", _POSITIVE, None),
-        batch_size=section.optional("batch_size", _integer(1), TrainingSpec.batch_size),
-        learning_rate=section.optional("learning_rate", _POSITIVE, None),
-        head_learning_rate=section.optional("head_learning_rate", _POSITIVE, TrainingSpec.head_learning_rate),
-        warmup=section.optional("warmup", _WARMUP, TrainingSpec.warmup),
-    )
-
-
-@dataclass(frozen=True)
-class _Rule(Generic[T]):
-    """What a value must be: in words, and as a reader that answers None where they do not hold (TOML has no null)."""
-
-    words: str
-    read: Callable[[Any], T | None]
-
-
-class _Section:
-    """One table of the SPEC, read key by key; `known=None` lets any key be."""
-
-    def __init__(self, table: object, name: str, known: Sequence[str] | None) -> None:
-        if not isinstance(table, dict):
-            raise ArgumentError(name or "spec", "be a table", table)
-        self.table: dict[str, object] = table
-        self.name = name
-        for key in table:
-            if known is not None and key not in known:
-                raise ArgumentError(self.dotted(key), f"be a known key ({nearest(key, known)})", table[key])
-
-    def dotted(self, key: str) -> str:
-        return f"{self.name}.{key}" if self.name else key
-
-    def section(self, key: str, fields_of: type) -> _Section:
-        """The table under `key`, empty if there is none, whose keys are the fields of a dataclass."""
-        return _Section(self.table.get(key, {}), self.dotted(key), [f.name for f in dataclasses.fields(fields_of)])
-
-    def need(self, key: str, instead: str = "") -> None:
-        if key not in self.table:
-            where = f"[{self.name}]" if self.name else "the SPEC"
-            raise ArgumentError(self.dotted(key), f"be among the keys of {where}{instead}", sorted(self.table))
-
-    def required(self, key: str, rule: _Rule[T]) -> T:
-        self.need(key)
-        return self._read(key, rule)
-
-    def optional(self, key: str, rule: _Rule[T], default: D) -> T | D:
-        return self._read(key, rule) if key in self.table else default
-
-    def _read(self, key: str, rule: _Rule[T]) -> T:
-        value = rule.read(self.table[key])
-        if value is None:
-            raise ArgumentError(self.dotted(key), rule.words, self.table[key])
-        return value
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value.strip() else None
-
-
-def _texts(value: Any) -> tuple[str, ...] | None:
-    whole = isinstance(value, list) and value and all(_text(item) for item in value)
-    return tuple(value) if whole else None
-
-
-def _tables(value: Any) -> list[dict[str, object]] | None:
-    whole = isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
-    return value if whole else None
-
-
-def _seeds(value: Any) -> tuple[int, ...] | None:
-    if not isinstance(value, list) or not value:
-        return None
-    seeds = tuple(value)
-    whole = all(type(seed) is int and 0 <= seed <= _MAX_SEED for seed in seeds)  # a bool is not a seed
-    return seeds if whole and len(set(seeds)) == len(seeds) else None
-
-
-def _integer(low: int) -> _Rule[int]:
-    def read(value: Any) -> int | None:
-        return value if type(value) is int and value >= low else None  # a bool is not a count
-
-    return _Rule(f"be an integer of at least {low}", read)
-
-
-def _number(words: str, holds: Callable[[float], bool]) -> _Rule[float]:
-    def read(value: Any) -> float | None:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        # the comparison turns away NaN, infinities, and integers too large for a float
-        return float(value) if is_number and abs(value) <= sys.float_info.max and holds(value) else None
-
-    return _Rule(words, read)
-
-
-_TEXT = _Rule("be a non-empty string", _text)
-_TARGETS = _Rule("be a non-empty string or list of strings", lambda value: _text(value) or _texts(value))
-_NAMES = _Rule("be a non-empty list of method names", _texts)
-_TABLES = _Rule("be written as [[method]] tables", _tables)
-_SEEDS = _Rule(f"be a non-empty list of distinct integers from 0 to {_MAX_SEED}", _seeds)
-_POSITIVE = _number("be a finite number above 0", lambda value: value > 0)
-_WARMUP = _number("be a number from 0 up to, but not including, 1", lambda value: 0 <= value < 1)
-_TASK = _Rule(
-    "be 'classification' or 'regression'",
-    lambda value: value if isinstance(value, str) and value in ("classification", "regression") else None,
-)
-
-
-def _as_written(path: Path, folder: Path) -> str:
-    return (path.relative_to(folder) if path.is_relative_to(folder) else path).as_posix()
-
-
-def _plain(value: object, folder: Path) -> object:
-    """`value` in JSON's types; paths below `folder` are told from there."""
-    if isinstance(value, Path):
-        return _as_written(value, folder)
-    if dataclasses.is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name), folder) for field in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {key: _plain(item, folder) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, folder) for item in value]
-    return value
+    Raises:
+        ArgumentError: there is no such kind.
+    """
+    section = table.get("task", {})
+    if not isinstance(section, dict):
+        raise ArgumentError("task", "be a table", section)
+    kind = section.get("type", DEFAULT_TASK)
+    if not isinstance(kind, str) or kind not in TASKS:
+        raise ArgumentError("task.type", f"be one of {', '.join(TASKS)}", kind)
+    return kind

@@ -11,14 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score
 from torch import nn
 from transformers import (
-    DataCollatorWithPadding,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -28,14 +23,15 @@ from transformers import (
 from rankwise.base_models import open_tokenizer
 from rankwise.compare.candidates import Candidate, candidate_of
 from rankwise.compare.checkpoints import newest_complete
-from rankwise.compare.data import Table
-from rankwise.compare.models import open_classifier
+from rankwise.compare.models import open_for
 from rankwise.compare.plan import Plan, Run, library_versions
 from rankwise.compare.results import Result
 from rankwise.compare.together import as_first, is_first, on_cpus, processes
 
 CHECKPOINTS = 5
 """Checkpoints a run writes on its way."""
+SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+"""What transformers calls the schedules of a SPEC."""
 WARMUP_STEPS = 3
 """First steps left out of the time per step: allocations and caches settle in them."""
 
@@ -59,17 +55,19 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
     set_seed(run.seed)
     candidate = candidate_of(plan.spec, run.entry)
     tokenizer = open_tokenizer(plan.spec.model, argument="model")
-    base = open_classifier(plan.spec.model, plan.splits.labels, tokenizer.pad_token_id)
-    model = candidate.attach(base)
+    base = open_for(plan.spec.task, plan.spec.model, plan.splits, tokenizer.pad_token_id)
+    model = candidate.attach(base, plan.steps)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     initial_ranks = candidate.ranks(model)
 
     clock = _Clock(on_step)
     trainer = _trainer(plan, run, candidate, model, tokenizer, output, clock)
     resumed = as_first(newest_complete(checkpoints_of(output, run), processes()))
-    trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+    if candidate.trains:
+        trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
 
-    scores = {name: _score(trainer, getattr(plan.splits, name), plan) for name in ("validation", "test")}
+    splits = {"validation": plan.splits.validation, "test": plan.splits.test}
+    scores = {name: plan.spec.task.score(trainer, split, plan.splits) for name, split in splits.items()}
     export = candidate.save(model, output, run.key, command) if is_first() else None
     measured = candidate.measure(model)
     metric, *extra = scores["test"]
@@ -80,11 +78,12 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
         model=plan.spec.model,
         task=plan.spec.task.type,
         learning_rate=run.learning_rate,
-        head_learning_rate=plan.spec.training.head_learning_rate,
+        head_learning_rate=run.head_learning_rate,
         steps=plan.steps,
         batch_size=plan.spec.training.batch_size,
         fields=candidate.fields,
         metric=metric,
+        lower_is_better=plan.spec.task.lower_is_better,
         score=scores["test"][metric],
         validation_score=scores["validation"][metric],
         extra_metrics={name: scores["test"][name] for name in extra},
@@ -99,7 +98,7 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
         ranks=measured.ranks,
         exported_ranks=measured.exported_ranks,
         singular_values=measured.singular_values,
-        seconds_per_step=statistics.median(clock.seconds[WARMUP_STEPS:] or clock.seconds),
+        seconds_per_step=statistics.median(clock.seconds[WARMUP_STEPS:] or clock.seconds or [0.0]),
         seconds=time.perf_counter() - began,
         steps_skipped=measured.steps_skipped,
         export=export,
@@ -140,35 +139,38 @@ class _Clock(TrainerCallback):
 def _trainer(
     plan: Plan, run: Run, candidate: Candidate, model: nn.Module, tokenizer: Any, output: Path, clock: _Clock
 ) -> Trainer:
-    spec = plan.spec
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints_of(output, run)),
-        max_steps=plan.steps,
-        per_device_train_batch_size=spec.training.batch_size // processes(),
-        average_tokens_across_devices=False,  # it multiplies a mean by the number of processes
-        use_cpu=bool(on_cpus()),
-        per_device_eval_batch_size=2 * spec.training.batch_size,
-        learning_rate=run.learning_rate,
-        warmup_steps=round(spec.training.warmup * plan.steps),
-        logging_steps=max(1, plan.steps // 50),
-        logging_nan_inf_filter=False,  # a loss that is not finite must not pass for a good one
-        save_strategy="steps" if candidate.keeps_checkpoints else "no",
-        save_steps=max(1, plan.steps // CHECKPOINTS),
-        save_total_limit=2,
-        report_to="none",
-        disable_tqdm=True,
-        seed=run.seed,
-        dataloader_pin_memory=torch.cuda.is_available(),
+    """The task's own trainer, with what every task's trainer is told."""
+    training = plan.spec.training
+    arguments = plan.spec.task.arguments(
+        {
+            "output_dir": str(checkpoints_of(output, run)),
+            "max_steps": plan.steps,
+            "per_device_train_batch_size": training.batch_size // processes() // training.accumulation,
+            "gradient_accumulation_steps": training.accumulation,
+            "gradient_checkpointing": training.gradient_checkpointing,
+            "bf16": training.precision == "bfloat16",
+            "average_tokens_across_devices": False,  # it multiplies a mean by the number of processes
+            "use_cpu": bool(on_cpus()) or not torch.accelerator.is_available(),
+            "per_device_eval_batch_size": 2 * training.batch_size // training.accumulation,
+            "learning_rate": run.learning_rate,
+            "warmup_steps": round(training.warmup * plan.steps),
+            "lr_scheduler_type": SCHEDULERS[training.scheduler],
+            "weight_decay": training.weight_decay,
+            "max_grad_norm": training.clip,
+            "logging_steps": max(1, plan.steps // 50),
+            "logging_nan_inf_filter": False,  # a loss that is not finite must not pass for a good one
+            "save_strategy": "steps" if candidate.keeps_checkpoints else "no",
+            "save_steps": max(1, plan.steps // CHECKPOINTS),
+            "save_total_limit": 2,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "seed": run.seed,
+            "dataloader_pin_memory": torch.cuda.is_available(),
+        }
     )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        optimizers=(_optimizer(plan, run, candidate, model, arguments), None),
-        train_dataset=_tokenized(plan.splits.train, plan, tokenizer),
-        eval_dataset=_tokenized(plan.splits.validation, plan, tokenizer),  # development data, for rules that need some
-        data_collator=DataCollatorWithPadding(tokenizer),
-        processing_class=tokenizer,
-        callbacks=[clock],
+    optimizer = _optimizer(plan, run, candidate, model, arguments) if candidate.trains else None
+    trainer = plan.spec.task.trainer(
+        model, arguments, plan.splits, tokenizer, optimizer, [clock, *candidate.callbacks()]
     )
     _silence(trainer)
     return trainer
@@ -187,7 +189,7 @@ def _optimizer(
     decay = arguments.weight_decay
     groups = [
         {"params": own, "lr": run.learning_rate, "weight_decay": decay},
-        {"params": head, "lr": plan.spec.training.head_learning_rate, "weight_decay": decay},
+        {"params": head, "lr": run.head_learning_rate, "weight_decay": decay},
     ]
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     return kind([group for group in groups if group["params"]], **options)
@@ -214,31 +216,6 @@ def _silence(trainer: Trainer) -> None:
     from transformers.trainer_callback import PrinterCallback  # noqa: PLC0415  named only to be removed
 
     trainer.remove_callback(PrinterCallback)
-
-
-def _tokenized(table: Table, plan: Plan, tokenizer: Any) -> Dataset:
-    texts = (table.text,) if table.pair is None else (table.text, table.pair)
-    tokens = tokenizer(*texts, truncation=True, max_length=plan.spec.task.max_length)
-    return Dataset.from_dict({**tokens, "labels": table.target})
-
-
-def _score(trainer: Trainer, table: Table, plan: Plan) -> dict[str, float]:
-    """The metrics of a split, the one that ranks methods first; higher is better."""
-    predicted = trainer.predict(_tokenized(table, plan, trainer.processing_class)).predictions  # type: ignore[arg-type]
-    predicted = np.asarray(predicted[0] if isinstance(predicted, tuple) else predicted)
-    if plan.splits.labels is None:
-        truth, guess = np.asarray(table.target), predicted.squeeze(-1)
-        return {"spearman": _defined(spearmanr(truth, guess)[0]), "pearson": _defined(pearsonr(truth, guess)[0])}
-    guess = predicted.argmax(-1)
-    return {
-        "accuracy": float(accuracy_score(table.target, guess)),
-        "macro_f1": float(f1_score(table.target, guess, average="macro", zero_division=0)),  # type: ignore[arg-type]  numbers are what it documents
-    }
-
-
-def _defined(correlation: Any) -> float:
-    """A correlation; 0 where it is undefined because the model predicts one value for all."""
-    return float(correlation) if math.isfinite(correlation) else 0.0
 
 
 def _machine() -> str:

@@ -6,21 +6,32 @@ from rankwise.adapters.configs import CONFIGS
 from rankwise.compare.candidates.adapter import AdapterCandidate
 from rankwise.compare.candidates.base import Candidate, Measured
 from rankwise.compare.candidates.head import HeadCandidate
-from rankwise.compare.spec import HEAD, MethodEntry, Spec
+from rankwise.compare.candidates.pretrained import PretrainedCandidate
+from rankwise.compare.candidates.stock import FULL, PARTIAL, PREFIX, FineTuningCandidate, StockCandidate
+from rankwise.compare.spec import HEAD, PRETRAINED, Entry, Spec
 from rankwise.errors import ArgumentError, nearest
 
 __all__ = ["Candidate", "Measured", "candidate_of"]
 
+_BY_NAME = {
+    **dict.fromkeys(CONFIGS, AdapterCandidate),
+    FULL: FineTuningCandidate,
+    PARTIAL: FineTuningCandidate,
+    HEAD: HeadCandidate,
+    PRETRAINED: PretrainedCandidate,
+}
 
-def candidate_of(spec: Spec, entry: MethodEntry) -> Candidate:
+
+def candidate_of(spec: Spec, entry: Entry) -> Candidate:
     """What one method entry of a SPEC stands for.
 
     Raises:
         ArgumentError: there is no such method, or it has no such field, or a value breaks its rule.
     """
-    if entry.name == HEAD:
-        return HeadCandidate.of(spec, entry)
-    if entry.name in CONFIGS:
-        return AdapterCandidate.of(spec, entry)
-    known = [*CONFIGS, HEAD]
-    raise ArgumentError("methods", f"be methods of rankwise or {HEAD!r} ({nearest(entry.name, known)})", entry.name)
+    if entry.name.startswith(PREFIX):
+        return StockCandidate.of(spec, entry)
+    if entry.name not in _BY_NAME:
+        others = f"{FULL}, {PARTIAL}, {HEAD}, {PRETRAINED} or a config class as {PREFIX}LoraConfig"
+        rule = f"be methods of rankwise, {others} ({nearest(entry.name, _BY_NAME)})"
+        raise ArgumentError("methods", rule, entry.name)
+    return _BY_NAME[entry.name].of(spec, entry)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from rankwise.adapters.configs import CONFIGS, AdapterConfig
 from rankwise.adapters.lookup import adapted_layers, factors, ranks
 from rankwise.compare.candidates.base import Candidate, Measured
-from rankwise.compare.spec import MethodEntry, Spec
+from rankwise.compare.spec import Entry, Spec
 from rankwise.errors import ArgumentError, nearest
 from rankwise.export.adapter import check_config
 from rankwise.export.lora import export_lora
@@ -39,7 +39,7 @@ class AdapterCandidate(Candidate):
         self.fields = {field.name: getattr(config, field.name) for field in own_fields}
 
     @classmethod
-    def of(cls, spec: Spec, entry: MethodEntry) -> AdapterCandidate:
+    def of(cls, spec: Spec, entry: Entry) -> AdapterCandidate:
         """The candidate of a SPEC's entry, whose fields are checked.
 
         Raises:
@@ -54,7 +54,7 @@ class AdapterCandidate(Candidate):
         targets = spec.task.target_modules
         shared = {"r": spec.budget.r, "target_modules": targets if isinstance(targets, str) else list(targets)}
         given: dict[str, Any] = shared | entry.fields
-        config = CONFIGS[entry.name](**given, task_type="SEQ_CLS")  # type: ignore[arg-type]
+        config = CONFIGS[entry.name](**given, task_type=spec.task.peft_type)  # type: ignore[arg-type]
         check_config(vars(config), "the adapter")
         return cls(config)
 
@@ -79,7 +79,7 @@ class AdapterCandidate(Candidate):
             rule = "match modules together with exclude_modules and layers"
             raise ArgumentError("target_modules", rule, asked) from error
 
-    def attach(self, model: PreTrainedModel) -> nn.Module:
+    def attach(self, model: PreTrainedModel, steps: int) -> nn.Module:
         """The model with the adapter in it."""
         return get_peft_model(model, self.config)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,8 @@ class Candidate(ABC):
     """Peak learning rate where the SPEC gives none."""
     has_own_rate: bool = True
     """Whether the SPEC's `learning_rate` is for this candidate; the head alone has the head's rate only."""
+    trains: bool = True
+    """Whether there is anything to train; the pretrained model as it is has nothing."""
     keeps_checkpoints: bool = True
     """Whether a run writes checkpoints to go on from: small ones, of what trains alone."""
     starting_scale: float | None
@@ -56,8 +58,12 @@ class Candidate(ABC):
         """
 
     @abstractmethod
-    def attach(self, model: PreTrainedModel) -> nn.Module:
+    def attach(self, model: PreTrainedModel, steps: int) -> nn.Module:
         """The model with everything that this candidate trains set to require gradients, and nothing else."""
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """What the trainer has to call for this candidate."""
+        return []
 
     @abstractmethod
     def own_parameters(self, model: nn.Module) -> list[nn.Parameter]:

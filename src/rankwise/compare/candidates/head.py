@@ -11,11 +11,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rankwise.compare.candidates.base import Candidate, Measured
-from rankwise.compare.spec import HEAD, MethodEntry, Spec
+from rankwise.compare.spec import HEAD, Entry, Spec
 from rankwise.errors import ArgumentError
-
-HEAD_MODULES = ("classifier", "score")
-"""What PEFT trains in full beside an adapter for sequence classification, by module name."""
 
 
 class HeadCandidate(Candidate):
@@ -23,19 +20,21 @@ class HeadCandidate(Candidate):
 
     Args:
         rate: the head's learning rate, which is the only one there is.
+        modules: the names of the modules that make the head.
     """
 
     has_own_rate = False
     keeps_checkpoints = False  # the Trainer would write the whole frozen model each time
 
-    def __init__(self, rate: float) -> None:
+    def __init__(self, rate: float, modules: tuple[str, ...]) -> None:
         self.name = HEAD
         self.suggested_rate = rate
+        self.modules = modules
         self.starting_scale = None
         self.fields = {}
 
     @classmethod
-    def of(cls, spec: Spec, entry: MethodEntry) -> HeadCandidate:
+    def of(cls, spec: Spec, entry: Entry) -> HeadCandidate:
         """The candidate of a SPEC's entry.
 
         Raises:
@@ -46,7 +45,9 @@ class HeadCandidate(Candidate):
         if entry.learning_rate is not None:
             rule = "be left out: the head's rate is training.head_learning_rate, the same for all methods"
             raise ArgumentError(f"{HEAD}.learning_rate", rule, entry.learning_rate)
-        return cls(spec.training.head_learning_rate)
+        if not spec.task.head_modules:
+            raise ArgumentError("methods", f"be methods for a task without a head, as {spec.task.type} is", HEAD)
+        return cls(spec.training.head_learning_rate, spec.task.head_modules)
 
     def check(self, model: PreTrainedModel, steps: int) -> None:
         """Refuse a model without a head.
@@ -54,14 +55,14 @@ class HeadCandidate(Candidate):
         Raises:
             ArgumentError: the model has no module that is trained in full.
         """
-        if not _head(model):
+        if not self._head(model):
             modules = [name for name, _ in model.named_children()]
-            raise ArgumentError("model", f"have a head among {', '.join(HEAD_MODULES)}", modules)
+            raise ArgumentError("model", f"have a head among {', '.join(self.modules)}", modules)
 
-    def attach(self, model: PreTrainedModel) -> nn.Module:
+    def attach(self, model: PreTrainedModel, steps: int) -> nn.Module:
         """The model with its head alone set to train."""
         model.requires_grad_(False)
-        for parameter in _head(model):
+        for parameter in self._head(model):
             parameter.requires_grad_(True)
         return model
 
@@ -80,8 +81,7 @@ class HeadCandidate(Candidate):
     def save(self, model: nn.Module, output: Path, key: str, command: str) -> None:
         """Nothing: the floor is there to compare with."""
 
-
-def _head(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters of the modules that are trained in full."""
-    modules = [module for name, module in model.named_modules() if name.rpartition(".")[2] in HEAD_MODULES]
-    return [parameter for module in modules for parameter in module.parameters()]
+    def _head(self, model: nn.Module) -> list[nn.Parameter]:
+        """The parameters of the modules that are trained in full."""
+        modules = [module for name, module in model.named_modules() if name.rpartition(".")[2] in self.modules]
+        return [parameter for module in modules for parameter in module.parameters()]

@@ -1,0 +1,254 @@
+"""Baselines through stock code: any config class of PEFT by its name, and fine-tuning of the weights themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft import NoMatchingPeftModuleError, PeftConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel, TrainerCallback
+
+from rankwise.compare.candidates.base import Candidate, Measured
+from rankwise.compare.spec import Entry, Spec
+from rankwise.errors import ArgumentError, nearest
+from rankwise.files import whole_folder
+from rankwise.methods import METHODS
+from rankwise.update import Factors
+
+PREFIX = "peft."
+"""What the names of PEFT's config classes begin with in a SPEC, as `peft.LoraConfig`."""
+CONFIGS: dict[str, type[PeftConfig]] = {
+    name: kind
+    for name, kind in vars(peft).items()
+    if inspect.isclass(kind) and issubclass(kind, PeftConfig) and name.endswith("Config") and kind is not PeftConfig
+}
+"""Every config class of the installed PEFT."""
+FULL = "full"
+PARTIAL = "partial"
+FINE_TUNING_RATE = 5e-5
+"""The Trainer's own default, for fine-tuning of the weights themselves."""
+
+
+class StockCandidate(Candidate):
+    """A config of stock PEFT with its fields, trained as PEFT's own examples train it.
+
+    Args:
+        name: the class's name as in the SPEC.
+        kind: the class.
+        given: every field that is set, by the SPEC's entry or because all candidates share it.
+        fields: those that the entry sets.
+    """
+
+    def __init__(self, name: str, kind: type[PeftConfig], given: dict[str, Any], fields: dict[str, Any]) -> None:
+        self.name = name
+        self.kind = kind
+        self.given = given
+        self.fields = fields
+        self.suggested_rate = METHODS["lora"].suggested_rate
+        self.starting_scale = None
+        alpha, r = given.get("lora_alpha"), given.get("r")
+        if alpha is not None and r:
+            self.starting_scale = alpha / (r**0.5 if given.get("use_rslora") else r)
+
+    @classmethod
+    def of(cls, spec: Spec, entry: Entry) -> StockCandidate:
+        """The candidate of a SPEC's entry.
+
+        Where the class has the fields, r is the budget's and lora_alpha is r, so that the scale is that of our methods.
+
+        Raises:
+            ArgumentError: PEFT has no such class, or it has no such field.
+        """
+        class_name = entry.name.removeprefix(PREFIX)
+        if class_name not in CONFIGS:
+            raise ArgumentError("methods", f"name a config class of PEFT ({nearest(class_name, CONFIGS)})", entry.name)
+        kind = CONFIGS[class_name]
+        known = {field.name for field in dataclasses.fields(kind)}
+        for name, value in entry.fields.items():
+            if name not in known:
+                rule = f"be a field of PEFT's class ({nearest(name, known)})"
+                raise ArgumentError(f"{entry.name}.{name}", rule, value)
+        targets = spec.task.target_modules
+        shared = {
+            "r": spec.budget.r,
+            "lora_alpha": entry.fields.get("r", spec.budget.r),
+            "target_modules": targets if isinstance(targets, str) else list(targets),
+            "task_type": spec.task.peft_type,
+        }
+        given = {name: value for name, value in shared.items() if name in known} | entry.fields
+        return cls(entry.name, kind, given, entry.fields)
+
+    def check(self, model: PreTrainedModel, steps: int) -> None:
+        """Refuse values that PEFT does not accept, module names that match nothing, and a schedule of another length.
+
+        Raises:
+            ArgumentError: naming the field, its rule and the value.
+        """
+        told = self.given.get("total_step")
+        if told not in (None, steps):
+            raise ArgumentError(f"{self.name}.total_step", f"be left out, or be the steps of the run, {steps}", told)
+        try:
+            get_peft_model(model, self.config(steps), low_cpu_mem_usage=True)
+        except (NoMatchingPeftModuleError, ValueError, TypeError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise ArgumentError(self.name, f"be a config that fits the model ({reason})", self.fields) from error
+
+    def config(self, steps: int) -> PeftConfig:
+        """The config; PEFT's AdaLoRA is told the length of the run, without which it refuses to be made."""
+        needs_length = "total_step" in {field.name for field in dataclasses.fields(self.kind)}
+        length: dict[str, Any] = {"total_step": steps} if needs_length else {}
+        return self.kind(**(length | self.given))
+
+    def attach(self, model: PreTrainedModel, steps: int) -> nn.Module:
+        """The model with the adapter in it."""
+        return get_peft_model(model, self.config(steps))
+
+    def callbacks(self) -> list[TrainerCallback]:
+        """The call that PEFT's AdaLoRA asks its users to make after every optimiser step."""
+        return [_Allocation()] if issubclass(self.kind, peft.AdaLoraConfig) else []
+
+    def own_parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """Everything that trains but the modules that PEFT trains in full beside the adapter."""
+        return [p for name, p in model.named_parameters() if p.requires_grad and ".modules_to_save." not in name]
+
+    def ranks(self, model: nn.Module) -> dict[str, int]:
+        """The rank of each module under plain LoRA; PEFT's other kinds have no common name for ranks."""
+        return {name: update.r for name, update in self._updates(model).items()}
+
+    def measure(self, model: nn.Module) -> Measured:
+        """How many numbers the adapter trains, which is also what it saves; of plain LoRA, ranks and spectra."""
+        count = sum(p.numel() for p in self.own_parameters(model))
+        updates = self._updates(model)
+        return Measured(
+            parameters={"initial": count, "final": count, "exported": count},
+            ranks={name: update.r for name, update in updates.items()},
+            exported_ranks={name: update.r for name, update in updates.items()},
+            singular_values={name: update.singular_values().tolist() for name, update in updates.items()},
+        )
+
+    def _updates(self, model: nn.Module) -> dict[str, Factors]:
+        """ΔW = scaling · B·A of every linear module under plain LoRA, by module name in the base model."""
+        if self.kind is not peft.LoraConfig or self.given.get("use_dora"):
+            return {}
+        found: dict[str, Factors] = {}
+        modules: Any = model.named_modules()
+        for name, module in modules:
+            if isinstance(module, LoraLayer) and "default" in module.lora_A:
+                factors: Any = (module.lora_A["default"], module.lora_B["default"])
+                A, B = (factor.weight.detach() for factor in factors)
+                scaling = torch.full((A.shape[0],), float(module.scaling["default"]))
+                # A convolution's factors are matrices once its kernel is laid out in a row.
+                found[name.removeprefix("base_model.model.")] = Factors(B.flatten(1), scaling.to(A), A.flatten(1))
+        return found
+
+    def save(self, model: Any, output: Path, key: str, command: str) -> str | None:
+        """Write the adapter as PEFT saves it; a plain LoRA is its own export."""
+        with whole_folder(output / "adapters" / key) as folder:
+            model.save_pretrained(str(folder))
+        return str(Path("adapters") / key) if self.kind is peft.LoraConfig else None
+
+
+class _Allocation(TrainerCallback):
+    """`update_and_allocate` after every optimiser step, while the gradients are still there."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        model.base_model.update_and_allocate(state.global_step + 1)
+
+
+class FineTuningCandidate(Candidate):
+    """The weights themselves: all of them, or those of the modules that are named.
+
+    Args:
+        name: `full` or `partial`.
+        modules: the ends of module names; None for every module.
+        head_modules: the modules that make the head, which trains at its own rate.
+    """
+
+    keeps_checkpoints = False  # the Trainer would write the whole model each time
+
+    def __init__(self, name: str, modules: tuple[str, ...] | None, head_modules: tuple[str, ...]) -> None:
+        self.name = name
+        self.modules = modules
+        self.head_modules = head_modules
+        self.suggested_rate = FINE_TUNING_RATE
+        self.starting_scale = None
+        self.fields = {} if modules is None else {"modules": list(modules)}
+
+    @classmethod
+    def of(cls, spec: Spec, entry: Entry) -> FineTuningCandidate:
+        """The candidate of a SPEC's entry.
+
+        Raises:
+            ArgumentError: `partial` names no modules, or there is another field.
+        """
+        known = ["modules"] if entry.name == PARTIAL else []
+        for name, value in entry.fields.items():
+            if name not in known:
+                raise ArgumentError(f"{entry.name}.{name}", f"be a field of it ({nearest(name, known)})", value)
+        if entry.name == FULL:
+            return cls(FULL, None, spec.task.head_modules)
+        modules = entry.fields.get("modules")
+        if not isinstance(modules, list) or not modules or not all(isinstance(name, str) for name in modules):
+            raise ArgumentError(f"{PARTIAL}.modules", "be a list of module names", modules)
+        return cls(PARTIAL, tuple(modules), spec.task.head_modules)
+
+    def check(self, model: PreTrainedModel, steps: int) -> None:
+        """Refuse module names that match nothing.
+
+        Raises:
+            ArgumentError: a name is the end of no module's name.
+        """
+        names = [name for name, _ in model.named_modules()]
+        for wanted in self.modules or ():
+            if not any(_ends(name, wanted) for name in names):
+                own = {name.rpartition(".")[2] for name in names}
+                raise ArgumentError(f"{PARTIAL}.modules", f"match modules ({nearest(wanted, own)})", wanted)
+
+    def attach(self, model: PreTrainedModel, steps: int) -> nn.Module:
+        """The model with the chosen weights set to train."""
+        for module_name, module in model.named_modules():
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(self._trains(module_name) or self._in_head(module_name))
+        return model
+
+    def _trains(self, name: str) -> bool:
+        return self.modules is None or any(_within(name, wanted) for wanted in self.modules)
+
+    def _in_head(self, name: str) -> bool:
+        return any(_within(name, wanted) for wanted in self.head_modules)
+
+    def own_parameters(self, model: nn.Module) -> list[nn.Parameter]:
+        """What trains outside the head."""
+        found: dict[int, nn.Parameter] = {}
+        for module_name, module in model.named_modules():
+            if not self._in_head(module_name):
+                found |= {id(p): p for p in module.parameters(recurse=False) if p.requires_grad}
+        return list(found.values())
+
+    def ranks(self, model: nn.Module) -> dict[str, int]:
+        """None: no module is adapted."""
+        return {}
+
+    def measure(self, model: nn.Module) -> Measured:
+        """How many weights were trained, all of which a checkpoint holds."""
+        count = sum(p.numel() for p in self.own_parameters(model))
+        return Measured(parameters={"initial": count, "final": count, "exported": count})
+
+    def save(self, model: Any, output: Path, key: str, command: str) -> None:
+        """Nothing: it is there to compare with, and a whole model for every seed would fill the disk."""
+
+
+def _ends(name: str, wanted: str) -> bool:
+    """Whether a module's name is `wanted`, or ends in it after a dot."""
+    return name == wanted or name.endswith(f".{wanted}")
+
+
+def _within(name: str, wanted: str) -> bool:
+    """Whether a module is one that `wanted` names, or lies in one."""
+    return f".{wanted}." in f".{name}."

@@ -1,0 +1,17 @@
+"""The kinds of task that can be trained and compared: one file each, all behind `Task`."""
+
+from __future__ import annotations
+
+from rankwise.compare.tasks.base import Data, Examples, Splits, Task
+from rankwise.compare.tasks.causal_lm import CausalLm
+from rankwise.compare.tasks.classification import Classification
+from rankwise.compare.tasks.regression import Regression
+
+__all__ = ["TASKS", "Data", "Examples", "Splits", "Task"]
+
+TASKS: dict[str, type[Task]] = {
+    "classification": Classification,
+    "regression": Regression,
+    "causal_lm": CausalLm,
+}
+"""Every kind of task, by its name in a SPEC."""

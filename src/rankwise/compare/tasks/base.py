@@ -1,0 +1,192 @@
+"""What a comparison asks of a kind of task: its keys in the SPEC, its data, its model, its trainer and its scores.
+
+A task is one file here and one line in the registry of this package. Task files import torch, transformers and trl
+inside their methods, since a SPEC must be readable, and its mistakes told, before anything heavy is loaded.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from rankwise.compare.sections import File, Section, Text, Texts, broken_rule, rule
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from rankwise.compare.tables import Table
+
+Targets = Annotated[Text | Texts, rule("be a non-empty string or list of strings")]
+Length = Annotated[int, Field(ge=2), rule("be an integer of at least 2")]
+
+
+class Data(Section):
+    """Where the examples are: files of one layout, or a hub data set in their place. Each task adds its columns."""
+
+    train: File | None = None
+    """Examples to train on: .jsonl, .csv or .parquet, also .gz."""
+    test: File | None = None
+    """Examples that are scored once, when a run has finished."""
+    validation: File | None = None
+    """Examples that choices are made on; left out, a tenth of train is set aside."""
+    dataset: Text | None = None
+    """A data set of the hub with the splits train and test, instead of files."""
+
+    column_keys: ClassVar[tuple[str, ...]]
+    """The keys whose values name columns."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_source(cls, table: Any) -> Any:
+        """Files or a data set of the hub, not both and not neither."""
+        if not isinstance(table, dict):
+            return table
+        if "dataset" in table:
+            if any(key in table for key in ("train", "test", "validation")):
+                broken_rule(
+                    "stand alone, without train, test or validation files", key="dataset", seen=table["dataset"]
+                )
+            return table
+        if "train" not in table:
+            broken_rule("be among the keys of [data], or `data.dataset` in its place", key="train", seen=sorted(table))
+        if "test" not in table:
+            broken_rule("be among the keys of [data]", key="test", seen=sorted(table))
+        return table
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns that are read, by the key that names them."""
+        named = {key: getattr(self, key) for key in self.column_keys}
+        return {key: name for key, name in named.items() if name is not None}
+
+
+DataSection = type[Data]
+"""A name for use in tasks, where `type` is a key of the SPEC."""
+
+
+@dataclass(frozen=True)
+class Examples:
+    """One split: for each key of the SPEC that names a column, its values, row by row."""
+
+    source: str
+    """What errors call it."""
+    columns: dict[str, list[Any]]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, key: str) -> list[Any]:
+        return self.columns[key]
+
+    def take(self, rows: Iterable[int]) -> Examples:
+        """The given rows, in the order of the file."""
+        kept = sorted(rows)
+        return Examples(self.source, {key: [values[row] for row in kept] for key, values in self.columns.items()})
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The three splits, and the names of the labels; None for a task without labels."""
+
+    train: Examples
+    validation: Examples
+    test: Examples
+    labels: list[str] | None = None
+
+
+class Task(Section, ABC):
+    """The [task] section: what the model learns, and which of its modules are adapted."""
+
+    type: Any
+    """The kind of task; each kind allows its own name alone."""
+    target_modules: Targets = "all-linear"
+    """Names of the modules to adapt, or "all-linear"."""
+    max_length: Length = 128
+    """Tokens of an example; what is longer is cut."""
+
+    data_section: ClassVar[DataSection]
+    """The [data] section of this task."""
+    opens_as: ClassVar[str]
+    """The kind of model, by the names of `base_models.MODEL_OF_TASK`."""
+    peft_type: ClassVar[str | None]
+    """What PEFT calls the task; None where it has no name for it."""
+    head_modules: ClassVar[tuple[str, ...]] = ()
+    """What PEFT trains in full beside an adapter for this task, by module name; without a head, nothing."""
+
+    @property
+    @abstractmethod
+    def metrics(self) -> tuple[str, ...]:
+        """What `score` gives. The first one ranks."""
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether the first metric is a loss."""
+        return False
+
+    # --- data ---------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def read(self, table: Table, data: Data) -> Examples:
+        """The columns of one split, every value checked.
+
+        Raises:
+            DataError: a column is missing, or a value is not what the task needs.
+        """
+
+    def check(self, examples: Mapping[str, Examples]) -> None:
+        """Compare the splits with each other.
+
+        Raises:
+            DataError: they do not go together.
+        """
+
+    def labels(self, train: Examples) -> list[str] | None:
+        """The names of the labels, in their order; None for a task without labels."""
+        return None
+
+    def groups(self, train: Examples) -> list[list[int]]:
+        """Rows that are alike: the same share of each group is set aside for validation."""
+        return [list(range(len(train)))]
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse a tokenizer that the task cannot work with.
+
+        Raises:
+            ArgumentError: naming the key, its rule and the value.
+        """
+
+    # --- model --------------------------------------------------------------------------------------------------------
+
+    def config_changes(self, splits: Splits) -> dict[str, Any]:
+        """Changes to the model's config that the data asks for, such as the number of labels."""
+        return {}
+
+    # --- training and scoring -----------------------------------------------------------------------------------------
+
+    def arguments(self, common: dict[str, Any]) -> TrainingArguments:
+        """The trainer's arguments, from those that are the same for every task."""
+        from transformers import TrainingArguments
+
+        return TrainingArguments(**common)
+
+    @abstractmethod
+    def trainer(
+        self,
+        model: nn.Module,
+        arguments: TrainingArguments,
+        splits: Splits,
+        tokenizer: Any,
+        optimizer: torch.optim.Optimizer | None,
+        callbacks: list[TrainerCallback],
+    ) -> Trainer:
+        """The trainer of one run, with the validation split as development data for the rules that need some."""
+
+    @abstractmethod
+    def score(self, trainer: Trainer, examples: Examples, splits: Splits) -> dict[str, float]:
+        """The metrics of a split."""

@@ -1,0 +1,86 @@
+"""Texts into classes: intents, topics, sentiments, entailment."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from rankwise.compare.sections import Count
+from rankwise.compare.tasks.base import DataSection, Examples, Splits
+from rankwise.compare.tasks.sequence import SequenceTask, TextData
+from rankwise.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import Trainer
+
+
+class ClassificationData(TextData):
+    """A text, or two, and its label: a name or a whole number."""
+
+    per_label: Count | None = None
+    """How many training examples of each label to keep, for studies with few; left out, all."""
+
+
+class Classification(SequenceTask):
+    """One label for each text. Scores: accuracy and the mean F1 over the labels."""
+
+    type: Literal["classification"] = "classification"
+
+    data_section: ClassVar[DataSection] = ClassificationData
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What is scored."""
+        return ("accuracy", "macro_f1")
+
+    def target(self, value: Any, source: str, row: int) -> str:
+        """The label's name."""
+        if not isinstance(value, str | int) or value == "":
+            raise DataError(f"{source} has a label in row {row} that is neither an integer nor a name: {value!r}")
+        return str(value)
+
+    def check(self, examples: Mapping[str, Examples]) -> None:
+        """Training has two labels or more, and the other splits have no label that it lacks."""
+        train = examples["train"]
+        known = set(train["label"])
+        if len(known) < 2:
+            raise DataError(f"{train.source} has the single label {known.pop()!r}: classification needs two")
+        for split in examples.values():
+            for label in split["label"]:
+                if label not in known:
+                    raise DataError(f"{split.source} has the label {label!r}, which {train.source} never shows")
+
+    def labels(self, train: Examples) -> list[str]:
+        """The distinct names in order, which is that of the numbers where all of them are integers."""
+        names = sorted(set(train["label"]))
+        return sorted(names, key=int) if all(re.fullmatch("-?[0-9]+", name) for name in names) else names
+
+    def groups(self, train: Examples) -> list[list[int]]:
+        """The rows of each label."""
+        rows: dict[str, list[int]] = defaultdict(list)
+        for row, label in enumerate(train["label"]):
+            rows[label].append(row)
+        return list(rows.values())
+
+    def config_changes(self, splits: Splits) -> dict[str, Any]:
+        """The number of labels, and their names."""
+        names = dict(enumerate(splits.labels or ()))
+        return {"num_labels": len(names), "id2label": names, "label2id": {label: i for i, label in names.items()}}
+
+    def targets(self, examples: Examples, splits: Splits) -> list[int]:
+        """Each label's place among the names."""
+        index = {name: i for i, name in enumerate(splits.labels or ())}
+        return [index[label] for label in examples["label"]]
+
+    def score(self, trainer: Trainer, examples: Examples, splits: Splits) -> dict[str, float]:
+        """The share of right labels, and F1 averaged over the labels."""
+        from sklearn.metrics import accuracy_score, f1_score
+
+        truth = self.targets(examples, splits)
+        guess = self.predictions(trainer, examples, splits).argmax(-1)
+        return {
+            "accuracy": float(accuracy_score(truth, guess)),
+            "macro_f1": float(f1_score(truth, guess, average="macro", zero_division=0)),  # type: ignore[arg-type]  numbers are what it documents
+        }

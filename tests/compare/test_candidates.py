@@ -1,0 +1,199 @@
+"""Baselines through stock code: each gives what a plain script gives, and says in one sentence what it cannot do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from rankwise.compare.plan import Plan, make_plan
+from rankwise.compare.results import Result
+from rankwise.compare.runner import run_plan
+from rankwise.compare.spec import read_spec
+from rankwise.compare.tasks.classification import Classification
+from rankwise.errors import ArgumentError
+from tiny_comparison import WriteSpec
+
+pytest_plugins = ["tiny_comparison"]
+
+TARGETS = ["query", "value"]
+STOCK: list[dict[str, Any]] = [
+    {"name": "peft.LoraConfig"},
+    {"name": "peft.LoraConfig", "use_rslora": True, "label": "rsLoRA"},
+    {"name": "peft.LoraConfig", "use_dora": True, "label": "DoRA"},
+    {"name": "peft.LoraConfig", "init_lora_weights": "pissa", "label": "PiSSA"},
+    {"name": "peft.LoraConfig", "init_lora_weights": "olora", "label": "OLoRA"},
+    {
+        "name": "peft.AdaLoraConfig",
+        "init_r": 6,
+        "target_r": 4,
+        "tinit": 2,
+        "tfinal": 4,
+        "deltaT": 1,
+        "label": "AdaLoRA",
+    },
+    {"name": "peft.IA3Config", "feedforward_modules": [], "label": "IA3"},
+    {"name": "peft.OFTConfig", "r": 0, "oft_block_size": 8, "label": "OFT"},
+    {"name": "full", "learning_rate": 1e-3},
+    {"name": "partial", "modules": ["query", "intermediate.dense"], "learning_rate": 1e-3},
+]
+NAMES = [entry.get("label", entry["name"]) for entry in STOCK]
+
+
+@pytest.fixture(scope="module")
+def stock(write_spec: WriteSpec, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, list[Result]]:
+    """One run of every baseline."""
+    folder = tmp_path_factory.mktemp("stock")
+    plan = make_plan(read_spec(write_spec(folder, method=STOCK, task={"target_modules": TARGETS})))
+    return plan, run_plan(plan, "a test")
+
+
+def plain_config(entry: dict[str, Any]) -> Any:
+    """The config that a script would write."""
+    kind = getattr(peft, entry["name"].removeprefix("peft."))
+    given = {key: value for key, value in entry.items() if key not in ("name", "label", "learning_rate")}
+    known = kind.__dataclass_fields__
+    shared = {"r": 4, "lora_alpha": 4, "total_step": 12}
+    return kind(
+        **({name: value for name, value in shared.items() if name in known} | given),
+        target_modules=TARGETS,
+        task_type="SEQ_CLS",
+    )
+
+
+class Allocate(TrainerCallback):
+    """What PEFT's documentation of AdaLoRA asks for."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
+        model.base_model.update_and_allocate(state.global_step + 1)
+
+
+def plain_losses(plan: Plan, entry: dict[str, Any], folder: Path) -> list[float]:
+    """The losses of a script in stock PEFT, transformers and torch, which knows nothing of this package."""
+    task = plan.spec.task
+    assert isinstance(task, Classification)
+    set_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(plan.spec.model)
+    model: Any = AutoModelForSequenceClassification.from_pretrained(plan.spec.model, num_labels=3)
+    if entry["name"] == "partial":
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(part in name for part in ("query", "intermediate.dense", "classifier")))
+    elif entry["name"] != "full":
+        model = peft.get_peft_model(model, plain_config(entry))
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    head = [p for name, p in named if "classifier" in name]
+    own = [p for name, p in named if "classifier" not in name]
+    groups = [{"params": own, "lr": entry.get("learning_rate", 2e-2)}, {"params": head, "lr": 2e-2}]
+    arguments = TrainingArguments(
+        str(folder),
+        max_steps=12,
+        per_device_train_batch_size=12,
+        logging_steps=1,
+        seed=0,
+        report_to="none",
+        disable_tqdm=True,
+        save_strategy="no",
+        use_cpu=True,
+    )
+    tokens = tokenizer(plan.splits.train["text"], truncation=True, max_length=16)
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=Dataset.from_dict({**tokens, "labels": task.targets(plan.splits.train, plan.splits)}),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),  # type: ignore[arg-type]
+        callbacks=[Allocate()] if "AdaLora" in entry["name"] else [],
+    )
+    trainer.train()
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.mark.parametrize("entry", STOCK, ids=NAMES)
+def test_the_loss_curve_is_that_of_a_plain_script(
+    entry: dict[str, Any], stock: tuple[Plan, list[Result]], tmp_path: Path
+) -> None:
+    plan, results = stock
+    label = entry.get("label", entry["name"])
+    ours = [loss for _, loss in next(result for result in results if result.label == label).train_loss]
+    assert len(ours) == 12
+    assert ours == pytest.approx(plain_losses(plan, entry, tmp_path), abs=1e-5)
+
+
+def test_sizes_are_counted_the_same_way(stock: tuple[Plan, list[Result]]) -> None:
+    """Two layers, width 32: the adapter's numbers without the head's 32 · 3 + 3."""
+    _, results = stock
+    by_label = {result.label: result for result in results}
+    assert {result.head_parameters for result in results} == {99}
+    assert by_label["peft.LoraConfig"].parameters["initial"] == 4 * 4 * 64
+    assert by_label["DoRA"].parameters["initial"] == 4 * (4 * 64 + 32)
+    assert by_label["partial"].parameters["initial"] == 2 * (32 * 32 + 32) + 2 * (32 * 64 + 64)
+    assert by_label["full"].parameters["initial"] > by_label["partial"].parameters["initial"]
+    assert by_label["full"].parameters == dict.fromkeys(
+        ("initial", "final", "exported"), by_label["full"].parameters["final"]
+    )
+
+
+def test_plain_lora_has_ranks_and_spectra(stock: tuple[Plan, list[Result]]) -> None:
+    plan, results = stock
+    lora = next(result for result in results if result.label == "peft.LoraConfig")
+    assert set(lora.ranks.values()) == {4}
+    name = next(iter(lora.ranks))
+    assert lora.export is not None
+    model = peft.PeftModel.from_pretrained(
+        AutoModelForSequenceClassification.from_pretrained(plan.spec.model, num_labels=3),
+        str(plan.spec.output / lora.export),
+    )
+    layer = model.get_submodule(f"base_model.model.{name}")
+    dense = torch.linalg.svdvals(layer.get_delta_weight("default").double())[:4]
+    assert lora.singular_values[name] == pytest.approx(dense.tolist(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (
+            {"name": "peft.LoRAConfig"},
+            r"`methods` must name a config class of PEFT \(the nearest .*LoraConfig",
+        ),
+        (
+            {"name": "peft.LoraConfig", "use_dorra": True},
+            r"`peft.LoraConfig.use_dorra` must be a field of PEFT's",
+        ),
+        (
+            {"name": "peft.LoraConfig", "target_modules": ["no"]},
+            r"`peft.LoraConfig` must be a config that fits .*no",
+        ),
+        ({"name": "peft.LoraConfig", "init_lora_weights": "nonsense"}, r"`peft.LoraConfig` must "),
+        (
+            {"name": "peft.AdaLoraConfig", "total_step": 3},
+            r"`peft.AdaLoraConfig.total_step` must be left out, or",
+        ),
+        ({"name": "full", "modules": ["query"]}, r"`full.modules` must be a field of it"),
+        ({"name": "partial"}, r"`partial.modules` must be a list of module names; found None"),
+        ({"name": "partial", "modules": ["qeury"]}, r"`partial.modules` must match modules .*query.*; found 'qeury'"),
+        (
+            {"name": "pretrained"},
+            r"`methods` must be a method that trains the head, since classification",
+        ),
+        ({"name": "dora"}, r"`methods` must be methods of rankwise, full, partial, head, pretrained or a config class"),
+    ],
+)
+def test_mistakes_are_told_before_training(
+    entry: dict[str, Any], message: str, write_spec: WriteSpec, tmp_path: Path
+) -> None:
+    with pytest.raises(ArgumentError, match=message) as raised:
+        make_plan(read_spec(write_spec(tmp_path, method=[entry], task={"target_modules": TARGETS})))
+    assert "\n" not in str(raised.value)
