@@ -133,7 +133,8 @@ def test_the_config_is_mended_with_the_names(base: Path, tmp_path: Path) -> None
         f"took the base model's class out of {CONFIG}",
     ]
     fresh: Any = torch.compile(tf.AutoModelForCausalLM.from_pretrained(base))
-    wanted = answers(PeftModel.from_pretrained(fresh, str(adapter)).base_model.model._orig_mod, TOKENS)
+    adapted: Any = PeftModel.from_pretrained(fresh, str(adapter))
+    wanted = answers(adapted.base_model.model._orig_mod, TOKENS)
     torch.testing.assert_close(logits(base, tmp_path / "out"), wanted)
     assert (wanted - answers(tf.AutoModelForCausalLM.from_pretrained(base), TOKENS)).abs().max() > 0.1
 
@@ -208,6 +209,7 @@ def test_float8_in_float32_computes_the_same(base: Path, whole: Path, tmp_path: 
     assert torch.equal(logits(base, tmp_path / "out"), logits(base, adapter))
     rounded = rankwise.fix_adapter(whole, tmp_path / "rounded", base=base, dtype="float16")
     found, wanted = logits(base, tmp_path / "rounded"), logits(base, whole)
+    assert rounded.logits_error is not None
     assert 0 < rounded.logits_error < 1e-2
     assert 0 < (found - wanted).abs().max() / wanted.abs().max() < 1e-2
 
@@ -230,7 +232,8 @@ def test_every_kind_of_lora_keeps_all_its_tensors(kind: str, tmp_path: Path) -> 
     make, cls, inputs, fields = OTHER_KINDS[kind]
     base = saved_base(tmp_path / "base", make)
     targets = ["query", "value"] if make is bert else ["q_proj", "v_proj"]
-    whole = saved_adapter(tmp_path / "whole", cls.from_pretrained(base), **{"target_modules": targets} | fields)
+    fields = {"target_modules": targets} | fields
+    whole = saved_adapter(tmp_path / "whole", cls.from_pretrained(base), **fields)
     adapter = broken(whole, tmp_path / "in", keys(within("_orig_mod")))
     rankwise.fix_adapter(adapter, tmp_path / "out", base=base)
     wanted, found = load_file(whole / TENSORS), load_file(tmp_path / "out" / TENSORS)
