@@ -294,7 +294,7 @@ def read_clean_tensors(folder: Path) -> dict[str, Tensor]:
         AdapterFileError: the file is missing or broken, or one tensor has two names.
     """
     files = AdapterFiles(folder, {}, read_tensors(folder / TENSORS))
-    _check_names(files)
+    check_names(files, folder / TENSORS)
     _say_what_was_left_out(files, folder / TENSORS)
     return {clean_key(key): widened(tensor) for key, tensor in files.tensors.items()}
 
@@ -302,7 +302,7 @@ def read_clean_tensors(folder: Path) -> dict[str, Tensor]:
 def _check_keys(files: AdapterFiles) -> None:
     """Raise `AdapterFileError` for keys and tensors that a plain LoRA does not have; warn of odd ones."""
     file = files.folder / TENSORS
-    _check_names(files)
+    check_names(files, file)
     for name in files.others:
         if FOREIGN.search(name):
             raise AdapterFileError(f"{file} holds {name!r}, which a plain LoRA does not have")
@@ -316,9 +316,8 @@ def _check_keys(files: AdapterFiles) -> None:
     _say_what_was_left_out(files, file)
 
 
-def _check_names(files: AdapterFiles) -> None:
-    """Raise `AdapterFileError` for two names of one tensor, and for wrappers that are not known."""
-    file = files.folder / TENSORS
+def check_names(files: AdapterFiles, file: Path) -> None:
+    """Raise `AdapterFileError` for two names of one tensor in `file`, and for wrappers that are not known."""
     if files.twice:
         first, second = files.twice[0]
         raise AdapterFileError(f"{file} holds one tensor under two names, {first!r} and {second!r}")
@@ -374,8 +373,8 @@ def read_tensors(file: Path, *, only_header: bool = False) -> dict[str, Tensor]:
         AdapterFileError: it is missing or truncated.
     """
     if not file.is_file():
-        pickled = sorted(path.name for path in file.parent.glob("*.bin")) if file.parent.is_dir() else []
-        also = f"; {pickled[0]} is a pickle, which is never opened" if pickled else ""
+        pickle = file.with_suffix(".bin")
+        also = f"; {pickle.name} is a pickle, which `rankwise fix` turns into safetensors" if pickle.is_file() else ""
         raise AdapterFileError(f"{file} is missing{also}")
     try:
         with safe_open(file, "pt") as opened:
