@@ -14,13 +14,10 @@ from torch import Tensor, nn
 from rankwise.errors import AdapterFileError, ArgumentError, RankwiseError
 from rankwise.export.adapter import FROZEN, Adapter, check_adapter
 from rankwise.export.layouts import TOLERANCE
-from rankwise.export.lora_config import OURS, saved_config
+from rankwise.export.lora_config import CHOOSING_MODULES, OURS, saved_config
 from rankwise.export.lora_format import LoraFormat
 from rankwise.export.reader import read_lora
 from rankwise.update import Factors
-
-CHOOSING_MODULES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-"""Config fields that choose the modules."""
 
 
 def given_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import save_file
 
 from rankwise.errors import RankwiseError
-from rankwise.export.adapter import FROZEN, Adapter
-from rankwise.export.lora_config import CONFIG
+from rankwise.export.adapter import FROZEN, Adapter, is_finite
+from rankwise.export.lora_config import CONFIG, scale_of
 from rankwise.export.reader import PEFT_PREFIX, TENSORS
 from rankwise.update import Factors
 
@@ -63,6 +63,9 @@ def compact(
     r = max(f.r for f in alive.values())
     scaled = {name: Factors(f.B, f.s * (f.r / r), f.A) for name, f in alive.items()}
     ranks = {_alone(name, source.names): f.r for name, f in alive.items() if f.r != r}
+    if source.is_plain and alive.keys() == source.updates.keys():
+        # Its own choice of modules stands: it may be an expression, or names that a loader maps to newer ones.
+        return _same_modules(source.config, r) | {"rank_pattern": ranks}, scaled
     return _config(source, r, sorted(alive), ranks, _also_matched(source, alive)), scaled
 
 
@@ -85,20 +88,26 @@ def _config(
 ) -> dict[str, Any]:
     """The config of a plain LoRA with these modules; what is not in it is as PEFT has it by default."""
     in_full = source.config.get("modules_to_save")
-    return {
-        "peft_type": "LORA",
-        "task_type": source.config.get("task_type"),
-        "base_model_name_or_path": source.config.get("base_model_name_or_path"),
-        "revision": source.config.get("revision"),
-        "auto_mapping": source.config.get("auto_mapping"),
-        "inference_mode": True,
-        "target_modules": targets,
-        "exclude_modules": list(excluded) or None,
-        "rank_pattern": ranks,
-        "modules_to_save": sorted(in_full) if in_full else None,
-        "fan_in_fan_out": any(source.formats[name].transposed for name in source.updates),
-        "bias": "none",
-    } | _plain_scales(r)
+    kept = dict(source.config) if source.is_plain else {"bias": "none"}
+    return (
+        kept
+        | {
+            "peft_type": "LORA",
+            "task_type": source.config.get("task_type"),
+            "base_model_name_or_path": source.config.get("base_model_name_or_path"),
+            "revision": source.config.get("revision"),
+            "auto_mapping": source.config.get("auto_mapping"),
+            "inference_mode": True,
+            "target_modules": targets,
+            "exclude_modules": list(excluded) or None,
+            "rank_pattern": ranks,
+            "modules_to_save": sorted(in_full) if in_full else None,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+            "fan_in_fan_out": any(source.formats[name].transposed for name in source.updates),
+        }
+        | _plain_scales(r)
+    )
 
 
 def _same_modules(own: Mapping[str, Any], r: int) -> dict[str, Any]:
@@ -132,17 +141,48 @@ def _is_within(name: str, tensors: list[str]) -> bool:
     return any(tensor.startswith(f"{name}.") for tensor in tensors)
 
 
-def write(folder: Path, source: Adapter, config: Mapping[str, Any], factors: Mapping[str, Factors]) -> None:
-    """The adapter's files: tensors under PEFT's names, and the config."""
-    tensors = source.others | {
-        f"{PEFT_PREFIX}{name}.{key}": tensor
-        for name, f in factors.items()
-        for key, tensor in source.formats[name].written(f).items()
-    }
+def write(
+    folder: Path,
+    source: Adapter,
+    config: Mapping[str, Any],
+    factors: Mapping[str, Factors],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """The adapter's files: tensors under PEFT's names, A and B in `dtype`, and the config."""
+    tensors = dict(source.others)
+    for name, f in factors.items():
+        for key, tensor in source.formats[name].written(f, dtype).items():
+            if not is_finite(tensor):
+                raise RankwiseError(f"{dtype} cannot hold the update of module {name!r}: choose another dtype")
+            tensors[f"{PEFT_PREFIX}{name}.{key}"] = tensor
     # cloned: safetensors refuses tensors that share memory, as tied ones do
     plain = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
     save_file(plain, folder / TENSORS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def check_read_back(
+    wanted: Mapping[str, Factors],
+    config: Mapping[str, Any],
+    factors: Mapping[str, Factors],
+    dtype: torch.dtype,
+    read: Mapping[str, Factors],
+) -> None:
+    """Raise `RankwiseError` unless a layout means the wanted updates, and a file holds it as rounded to `dtype`."""
+    laid_out = relative_error(wanted, _as_written(config, factors, torch.float32))
+    held = relative_error(_as_written(config, factors, dtype), read)
+    if max(laid_out, held) > TOLERANCE:
+        raise RankwiseError(f"what was written differs by {max(laid_out, held):.1e} from what should have been")
+
+
+def _as_written(config: Mapping[str, Any], factors: Mapping[str, Factors], dtype: torch.dtype) -> dict[str, Factors]:
+    """The updates that a loader should read from a layout in `dtype`."""
+    found = {}
+    for name, f in factors.items():
+        scale = torch.full((f.r,), scale_of(config, name) or 0.0, dtype=torch.float64)
+        A, B = f.A.float().to(dtype), (f.B * f.s).float().to(dtype)
+        found[name] = Factors(B.double(), scale, A.double())
+    return found
 
 
 def leading(f: Factors, rank: int) -> Factors:

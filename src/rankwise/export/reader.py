@@ -6,6 +6,7 @@ and refuses, in one sentence, whatever is not exactly updates of modules. Neithe
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
 from collections.abc import Iterator
@@ -287,7 +288,20 @@ def read_lora(folder: Path) -> Adapter:
     }
     updates = {name: _update(files, name) for name in files.modules}
     others = {PEFT_PREFIX + name: tensor for name, tensor in files.others.items()}
-    return Adapter(config=config, updates=updates, others=others, formats=formats, names=tuple(updates))
+    return Adapter(
+        config=config,
+        updates=updates,
+        others=others,
+        formats=formats,
+        names=tuple(updates),
+        dtype=_common_dtype(files),
+    )
+
+
+def _common_dtype(files: AdapterFiles) -> torch.dtype:
+    """The narrowest dtype that holds every A and B; bfloat16 for float8, which would lose new factors' digits."""
+    found = {tensor.dtype for parts in files.modules.values() for tensor in parts.values()}
+    return functools.reduce(torch.promote_types, (torch.bfloat16 if t.itemsize == 1 else t for t in found))
 
 
 def read_clean_tensors(folder: Path) -> dict[str, Tensor]:
