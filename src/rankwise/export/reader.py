@@ -6,9 +6,10 @@ and refuses, in one sentence, whatever is not exactly updates of modules. Neithe
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -284,7 +285,25 @@ def read_lora(folder: Path) -> Adapter:
     }
     updates = {name: _update(files, name) for name in files.modules}
     others = {PEFT_PREFIX + name: tensor for name, tensor in files.others.items()}
-    return Adapter(config=config, updates=updates, others=others, formats=formats, names=tuple(updates))
+    return Adapter(
+        config=config,
+        updates=updates,
+        others=others,
+        formats=formats,
+        names=tuple(updates),
+        dtype=common_dtype(files.modules),
+    )
+
+
+def common_dtype(modules: Mapping[str, Mapping[str, Tensor]]) -> torch.dtype:
+    """The dtype to write new factors of these modules in: the narrowest that holds every A and B of theirs.
+
+    Float8 would leave new factors a digit or two, so that it becomes bfloat16; float64 becomes float32.
+    """
+    found = {tensor.dtype for parts in modules.values() for tensor in parts.values()}
+    wide_enough = (torch.bfloat16 if dtype.itemsize == 1 else dtype for dtype in found)
+    common = functools.reduce(torch.promote_types, wide_enough)
+    return torch.float32 if common == torch.float64 else common
 
 
 def read_clean_tensors(folder: Path) -> dict[str, Tensor]:
