@@ -229,10 +229,10 @@ OTHER_KINDS: dict[str, tuple[Callable[[], Any], Any, Any, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("kind", list(OTHER_KINDS))
 def test_every_kind_of_lora_keeps_all_its_tensors(kind: str, tmp_path: Path) -> None:
-    make, cls, inputs, fields = OTHER_KINDS[kind]
+    make, cls, inputs, given = OTHER_KINDS[kind]
     base = saved_base(tmp_path / "base", make)
     targets = ["query", "value"] if make is bert else ["q_proj", "v_proj"]
-    fields = {"target_modules": targets} | fields
+    fields: dict[str, Any] = {"target_modules": targets} | given
     whole = saved_adapter(tmp_path / "whole", cls.from_pretrained(base), **fields)
     adapter = broken(whole, tmp_path / "in", keys(within("_orig_mod")))
     rankwise.fix_adapter(adapter, tmp_path / "out", base=base)
