@@ -43,4 +43,4 @@ def test_the_picture_is_restored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("spec", sorted(path.name for path in EXAMPLES.glob("*.toml")))
 def test_spec(spec: str) -> None:
-    assert read_spec(EXAMPLES / spec).methods
+    assert read_spec(EXAMPLES / spec).entries

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rankwise.adapters.configs import *  # noqa: F403  every config class, without naming them here
     from rankwise.adapters.lookup import factors, ranks
     from rankwise.export.check import check_export
+    from rankwise.export.fix import fix_adapter
     from rankwise.export.importing import import_lora
     from rankwise.export.lora import export_lora
     from rankwise.export.merge import merge_adapters
@@ -43,6 +44,7 @@ _HOMES = {
     "export_lora": "rankwise.export.lora",
     "factors": "rankwise.adapters.lookup",
     "finalize": "rankwise.training.status",
+    "fix_adapter": "rankwise.export.fix",
     "import_lora": "rankwise.export.importing",
     "loraplus_groups": "rankwise.training.loraplus",
     "merge_adapters": "rankwise.export.merge",
@@ -57,6 +59,7 @@ __all__ = [
     "export_lora",
     "factors",
     "finalize",
+    "fix_adapter",
     "import_lora",
     "loraplus_groups",
     "merge_adapters",

@@ -77,7 +77,15 @@ def test_type_strings_are_namespaced_and_look_like_an_enum() -> None:
 
 def test_public_names() -> None:
     names = {"Factors", "Status", "factors", "finalize", "ranks", "status"}
-    names |= {"check_export", "export_lora", "import_lora", "merge_adapters", "shrink_adapter", "loraplus_groups"}
+    names |= {
+        "check_export",
+        "export_lora",
+        "fix_adapter",
+        "import_lora",
+        "merge_adapters",
+        "shrink_adapter",
+        "loraplus_groups",
+    }
     assert set(rankwise.__all__) == names
     configs = {config.__name__ for config in CONFIGS.values()}
     assert set(dir(rankwise)) == names | configs | set(MODULES) | {"__version__"}

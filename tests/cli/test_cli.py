@@ -34,9 +34,11 @@ OPTIONS = {
     "train": {"spec", "--out", "--processes"} | HELP,
     "compare": {"spec", "--out"} | HELP,
     "methods": {"--json"} | HELP,
+    "spec": {"--task", "--schema"} | HELP,
     "inspect": {"adapter", "--energy", "--base", "--all"} | HELP,
     "export": {"adapter", "--out", "--for", "--layout", "--rank", "--base", "--check", "--force"} | HELP,
     "check-export": {"folder", "--for", "--base"} | HELP,
+    "fix": {"folder", "--out", "--base", "--dtype", "--force"} | HELP,
     "shrink": {"adapter", "--out", "--energy", "--budget", "--rank", "--layout", "--base", "--calibration"}
     | {"--force", "--all"}
     | HELP,
@@ -249,7 +251,7 @@ def test_a_missing_spec(tmp_path: Path, refused: Callable[..., str]) -> None:
     [
         (
             {"methods": ["adalor"]},
-            "rankwise: `methods` must be methods of rankwise or 'head' (the nearest names are adalora, ",
+            "rankwise: `methods` must be methods of rankwise, full, partial, head, pretrained or a config class",
         ),
         ({"budget": {"r": 0}}, "rankwise: `budget.r` must be an integer of at least 1; found 0"),
         ({"model": "./no-such-model"}, "rankwise: `model` must be a folder, hub id or embedded model "),

@@ -14,10 +14,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+from transformers import LlamaForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
 from rankwise.base_models import open_tokenizer
@@ -29,51 +26,11 @@ from rankwise.compare.spec import parse_spec
 from rankwise.compare.tasks.causal_lm import CausalLm, CausalLmData
 from rankwise.errors import ArgumentError, DataError
 
-WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
-SPECIAL = ["<pad>", "<unk>", "<end>", "<user>", "<assistant>"]
-CHAT = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }} {% if m['role'] == 'assistant' %}<end>{% endif %}"
-CHAT += "{% endfor %}{% if add_generation_prompt %}<assistant> {% endif %}"
+pytest_plugins = ["tiny_llama"]
+
 TRAINING = {"steps": 50, "batch_size": 10, "learning_rate": 3e-2, "warmup": 0.0}
 
 Run = Callable[..., tuple[Plan, list[Result]]]
-
-
-def successor(count: int) -> list[dict[str, Any]]:
-    """Questions for the next number, whose answers end in #### and a word."""
-    return [
-        {"question": f"after {WORDS[i % 9]}", "answer": f"it is #### {WORDS[i % 9 + 1]}", "depth": "next"}
-        for i in range(count)
-    ]
-
-
-@pytest.fixture(scope="module")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a Llama of two layers and a chat template (model), and the questions (train and test .jsonl)."""
-    folder = tmp_path_factory.mktemp("llama")
-    words = [*SPECIAL, "after", "it", "is", "####", "next", *WORDS]
-    tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", eos_token="<end>", chat_template=CHAT
-    )
-    fast.save_pretrained(folder / "model")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=len(words),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=256,
-            initializer_range=0.2,
-            pad_token_id=0,
-            eos_token_id=2,
-        )
-        LlamaForCausalLM(config).save_pretrained(folder / "model")
-    for name in ("train", "test"):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in successor(45)))
-    return folder
 
 
 def table(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -206,13 +163,6 @@ def test_packing_accumulation_and_checkpointing_reach_the_trainer(run: Run, monk
     assert (trainer.args.gradient_checkpointing, trainer.args.bf16) == (True, True)
     assert len(trainer.train_dataset) < 41, "several examples share a sequence"
     assert next(r for r in results if r.method == "lora").score < 1
-
-
-def test_prompts_are_filled_from_columns() -> None:
-    data = CausalLmData(train="a", test="b", prompt="{depth}: {question}?", response="answer")
-    assert data.prompt_columns == ("depth", "question")
-    assert data.prompt_of({"depth": "next", "question": "after one"}) == "next: after one?"
-    assert CausalLmData(train="a", test="b", prompt="question", response="answer").prompt_columns == ("question",)
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from tiny_models import PIXELS, TOKENS, answers, bert, gpt2, llama, llava, mixtr
 
 Tensors, Config = dict[str, Tensor], dict[str, Any]
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-HEADING = ["kind of file", "`inspect`", "`shrink`", "`merge`", "`merge --into-base`", "`check-export`"]
+HEADING = ["kind of file", "`inspect`", "`shrink`", "`merge`", "`merge --into-base`", "`check-export`", "`fix`"]
 
 
 @dataclass
@@ -232,6 +232,7 @@ def row(name: str, folder: Path) -> list[str]:
         merged(kind, base, adapter),
         merged_into_base(kind, base, adapter),
         checked(kind, base, adapter),
+        mended(kind, base, adapter),
     ]
     return [name, *cells]
 
@@ -307,6 +308,21 @@ def checked(kind: Kind, base: Path, adapter: Path) -> str:
         return why
     problems = [line.strip() for line in printed.splitlines()[1:]]
     return f"finds: {shortened(problems[0])}" if problems else "yes"
+
+
+def mended(kind: Kind, base: Path, adapter: Path) -> str:
+    out = adapter.parent / "mended"
+    printed, why = ran("fix", adapter, "--base", base, "--out", out)
+    if why is not None:
+        return why
+    if printed.startswith("nothing to mend"):
+        before, after = load_file(adapter / TENSORS), load_file(out / TENSORS)
+        assert before.keys() == after.keys()
+        assert all(torch.equal(after[key].float(), t.float()) for key, t in before.items())
+        return "nothing to mend"
+    meant = kind.answer(base, adapter.parent / "meant")
+    assert torch.equal(kind.answer(base, out), meant)
+    return "yes"
 
 
 def norm_of(changes: Tensors) -> float:

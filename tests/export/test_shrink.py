@@ -330,7 +330,9 @@ def test_the_command_tells_what_is_wrong(bert: Path) -> None:
     (bert / "bad.jsonl").write_text('{"label": 1}\n')
     rest = (bert / "lora", "--rank", 2, "--out", bert / "small")
     cases: list[tuple[tuple[object, ...], type[Exception], str]] = [
-        (("--base", bert / "base"), ArgumentError, "`--base` must come together with --calibration"),
+        (("--calibration", bert / "vocab.txt"), ArgumentError, "`--calibration` must come together with --base"),
+        (("--base", bert / "none"), AdapterFileError, "does not open"),
+        (("--dtype", "int8"), ArgumentError, "`dtype` must be"),
         (("--base", bert / "base", "--calibration", bert / "none.txt"), DataError, "must hold texts"),
         (("--base", bert / "base", "--calibration", bert / "bad.jsonl"), DataError, 'a line lacks "text"'),
         (("--base", bert / "base", "--calibration", bert / "no.txt"), DataError, "No such file"),

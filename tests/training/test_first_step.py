@@ -321,6 +321,23 @@ def test_the_out_proj_of_torchs_attention_is_told(method: str) -> None:
     ]
 
 
+def test_an_adapter_whose_every_layer_is_passed_by_is_told() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+            self.head = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.attention(x, x, x)[0])
+
+    model = get_peft_model(Net(), rankwise.LoraConfig(r=2, target_modules=["out_proj"], modules_to_save=["head"]))  # type: ignore[arg-type]
+    x = torch.randn(2, 3, 8)
+    (told,) = steps(model, sgd(model), 2, lambda: model(x).square().mean())
+    assert told.startswith("the model reads the weights of 1 adapted layers and does not run them")
+    assert "out_proj" in told
+
+
 def test_the_time_steps_of_mamba_are_told() -> None:
     config = MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)
     model = adapted("lora", MambaForCausalLM(config), target_modules=["in_proj", "x_proj", "dt_proj"], task_type=None)

@@ -228,8 +228,11 @@ def test_scoring_leaves_nothing_behind(broken: bool) -> None:
 
 
 def test_dropout_is_off_while_scoring() -> None:
+    """A model with dropout scores as its twin without any, which no random mask could do."""
     model = adapted(tiny_bert(), "SEQ_CLS", lora_dropout=0.5).train()
+    twin = adapted(tiny_bert(), "SEQ_CLS", lora_dropout=0.0).eval()
+    twin.load_state_dict(model.state_dict())
     batch = batch_for("SEQ_CLS")
-    one, other = scores_of(model, batch), scores_of(model, batch)
+    one, other = scores_of(model, batch), scores_of(twin, batch)
     assert one.whole == other.whole
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(one.without, other.without, strict=True))

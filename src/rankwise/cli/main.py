@@ -9,7 +9,20 @@ import typer
 from typer.exceptions import TyperException
 
 import rankwise
-from rankwise.cli import check_export, compare, complete, demo, export, inspect, merge, methods, shrink, spec, train
+from rankwise.cli import (
+    check_export,
+    compare,
+    complete,
+    demo,
+    export,
+    fix,
+    inspect,
+    merge,
+    methods,
+    shrink,
+    spec,
+    train,
+)
 from rankwise.cli.output import stop
 from rankwise.errors import RankwiseError
 
@@ -32,6 +45,7 @@ app.command("spec")(spec.spec)
 app.command("inspect")(inspect.inspect)
 app.command("export")(export.export)
 app.command("check-export")(check_export.check_export)
+app.command("fix")(fix.fix)
 app.command("shrink")(shrink.shrink)
 app.command("merge")(merge.merge)
 app.command("complete")(complete.complete)

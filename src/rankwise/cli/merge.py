@@ -26,7 +26,7 @@ def merge(
     layout: str = typer.Option("uniform", "--layout", help='"uniform" or "compact", as in exports.'),
     into_base: bool = typer.Option(False, "--into-base", help="Write the whole base model with the merge in it."),
     dtype: str | None = typer.Option(
-        None, "--dtype", help="With --into-base: float32, bfloat16 or float16; by default what each weight has."
+        None, "--dtype", help="float32, bfloat16 or float16; by default what was given has."
     ),
     force: bool = typer.Option(False, "--force", help="Replace an existing folder."),
 ) -> None:
@@ -44,8 +44,6 @@ def merge(
         made = merge_into_base(adapters, base, out, weights=given, dtype=dtype, overwrite=force)
         typer.echo(f"model    {made}")
         return
-    if dtype is not None:
-        raise ArgumentError("--dtype", "come with --into-base", dtype)
     from rankwise.export.merge import merge_adapters
 
     _show(
@@ -58,6 +56,7 @@ def merge(
             clip=clip,
             base=base,
             layout=layout,
+            dtype=dtype,
             overwrite=force,
         )
     )

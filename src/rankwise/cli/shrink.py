@@ -30,9 +30,12 @@ def shrink(
     budget: float | None = typer.Option(None, "--budget", help="Numbers in all modules together; below 1, a share."),
     rank: int | None = typer.Option(None, "--rank", help="One rank for all modules."),
     layout: str = typer.Option("compact", "--layout", help="compact: own ranks; uniform: one rank, padded."),
-    base: str | None = typer.Option(None, "--base", help="The base model, for --calibration: a folder or hub id."),
+    base: str | None = typer.Option(None, "--base", help="The base model, if not where the adapter says."),
     calibration: Path | None = typer.Option(
         None, "--calibration", help='Texts to be best on: a line each, or JSONL with "text".'
+    ),
+    dtype: str | None = typer.Option(
+        None, "--dtype", help="float32, bfloat16 or float16; by default what the adapter has."
     ),
     force: bool = typer.Option(False, "--force", help="Replace an existing folder."),
     every: bool = typer.Option(False, "--all", help="A row for every module."),
@@ -49,12 +52,21 @@ def shrink(
     from rankwise.export.shrink import shrink_adapter
 
     moments = None
-    if base is not None and calibration is not None:
+    if calibration is not None:
+        if base is None:
+            raise ArgumentError("--calibration", "come together with --base", str(calibration))
         moments = _moments(adapter, base, calibration)
-    elif base is not None or calibration is not None:
-        raise ArgumentError("--base", "come together with --calibration", {"base": base, "calibration": calibration})
     report = shrink_adapter(
-        adapter, out, energy=energy, budget=budget, rank=rank, second_moments=moments, layout=layout, overwrite=force
+        adapter,
+        out,
+        energy=energy,
+        budget=budget,
+        rank=rank,
+        second_moments=moments,
+        layout=layout,
+        base=base,
+        dtype=dtype,
+        overwrite=force,
     )
     Console().print(_table(report, every))
     typer.echo(f"error    {report.relative_error:.2%} of ‖ΔW‖_F, read back from the file")
@@ -87,6 +99,7 @@ def _moments(adapter: Path, base: str, calibration: Path) -> dict[str, Any]:
     from rankwise.errors import AdapterFileError
     from rankwise.export.base import told_base, trained_as
     from rankwise.export.moments import WIDEST, second_moments_of
+    from rankwise.export.names_today import with_names_of
     from rankwise.export.reader import read_lora
 
     quiet_libraries()
@@ -96,6 +109,7 @@ def _moments(adapter: Path, base: str, calibration: Path) -> dict[str, Any]:
     task, made_for = plain.config.get("task_type"), trained_as(plain.config)
     model: Any = open_model(name, task, revision=revision, trained_as=made_for, argument="--base", dtype="auto")
     model = model.to(device).eval()
+    plain = with_names_of(model, plain, adapter)
     unknown = sorted(plain.updates.keys() - dict(model.named_modules()).keys())
     if unknown:
         raise AdapterFileError(f"the base model {base!r} has no module {unknown[0]!r}: is it the right base?")

@@ -22,15 +22,19 @@ EXAMPLES = {
     "label": "label",
     "prompt": "question",
     "response": "answer",
+    "choices": "choices",
+    "answer": "answer",
     "steps": 300,
 }
 """What a starting SPEC gives for keys without a default."""
-MODELS = {"causal_lm": "path/to/a/language/model"}
+MODELS = dict.fromkeys(("causal_lm", "multiple_choice"), "path/to/a/language/model")
 """A model for the tasks that the embedded one cannot do."""
 
 
 def spec(
-    task: str = typer.Option("classification", "--task", help="classification, regression or causal_lm."),
+    task: str = typer.Option(
+        "classification", "--task", help="classification, regression, causal_lm or multiple_choice."
+    ),
     schema: bool = typer.Option(False, "--schema", help="Print the JSON schema that editors complete SPEC files by."),
 ) -> None:
     """Print a commented SPEC to start from: every key, what it means and its default.

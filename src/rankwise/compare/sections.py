@@ -34,6 +34,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True)
 
 
+def has_unknown_key(section: type[BaseModel], table: dict[str, Any]) -> bool:
+    """Whether a table has a key that its section does not know: the first thing to tell, since it is often a slip.
+
+    A validator that runs before the keys are checked keeps quiet then.
+    """
+    return not table.keys() <= section.model_fields.keys()
+
+
 def broken_rule(words: str, *, key: str | None = None, seen: Any = None) -> NoReturn:
     """Complain, from inside a validator, that a key breaks its rule.
 

@@ -24,7 +24,19 @@ from pydantic import (
     model_validator,
 )
 
-from rankwise.compare.sections import Count, File, Rate, Section, Text, Texts, as_tuple, broken_rule, rule, told
+from rankwise.compare.sections import (
+    Count,
+    File,
+    Rate,
+    Section,
+    Text,
+    Texts,
+    as_tuple,
+    broken_rule,
+    has_unknown_key,
+    rule,
+    told,
+)
 from rankwise.compare.tasks import TASKS, Data, Task
 from rankwise.errors import ArgumentError
 
@@ -99,7 +111,7 @@ class Training(Section):
     @model_validator(mode="before")
     @classmethod
     def _one_length(cls, table: Any) -> Any:
-        if isinstance(table, dict):
+        if isinstance(table, dict) and not has_unknown_key(cls, table):
             given = {key: table[key] for key in ("steps", "epochs") if key in table}
             if len(given) != 1:
                 words = "be given, or `training.epochs` in its place, but not both"
@@ -181,7 +193,7 @@ class Spec(Section, Generic[AnyTask, AnyData]):
     @model_validator(mode="before")
     @classmethod
     def _one_list(cls, table: Any) -> Any:
-        if isinstance(table, dict):
+        if isinstance(table, dict) and not has_unknown_key(cls, table):
             given = [key for key in ("methods", "method") if key in table]
             if len(given) != 1:
                 words = "be given, or [[method]] tables in its place, but not both"

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from rankwise.errors import RankwiseError
@@ -34,6 +35,8 @@ class Adapter:
     """Of every module that is known and can be adapted: at least those that are."""
     names: tuple[str, ...]
     """Every module name that is known and could match a target: at least those of the adapted modules."""
+    dtype: torch.dtype = torch.float32
+    """What its A and B are written in."""
 
     @property
     def is_plain(self) -> bool:

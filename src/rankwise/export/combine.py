@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,13 +15,11 @@ from torch import Tensor, nn
 from rankwise.errors import AdapterFileError, ArgumentError, RankwiseError
 from rankwise.export.adapter import FROZEN, Adapter, check_adapter
 from rankwise.export.layouts import TOLERANCE
-from rankwise.export.lora_config import OURS, saved_config
+from rankwise.export.lora_config import CHOOSING_MODULES, OURS, saved_config
 from rankwise.export.lora_format import LoraFormat
-from rankwise.export.pipeline_lora import read_any_lora
+from rankwise.export.names_today import base_at_hand, with_names_of
+from rankwise.export.pipeline_lora import PipelineLora, read_any_lora
 from rankwise.update import Factors
-
-CHOOSING_MODULES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-"""Config fields that choose the modules."""
 
 
 def given_weights(weights: Sequence[float] | None, count: int) -> tuple[float, ...]:
@@ -42,7 +41,7 @@ def read_adapters(folders: Sequence[str | Path], base: str | Path | nn.Module | 
     """
     paths = [Path(folder) for folder in folders]
     ours = [str(saved_config(path).get("peft_type")).startswith(OURS) for path in paths]
-    model = None
+    model: nn.Module | None = None
     found: list[Adapter] = []
     for path, of_ours in zip(paths, ours, strict=True):
         if of_ours:
@@ -54,6 +53,10 @@ def read_adapters(folders: Sequence[str | Path], base: str | Path | nn.Module | 
             adapter = from_folder_reduced(path, model)
         else:
             adapter = read_any_lora(path)
+            if not isinstance(adapter, PipelineLora):
+                # Adapters from before and after a change of names must agree on what they call a module.
+                model = model or base_at_hand(base, adapter.config, path)
+                adapter = adapter if model is None else with_names_of(model, adapter, path)
         check_adapter(adapter, str(path))
         found.append(adapter)
     _warn_of_different_bases(found)
@@ -99,6 +102,7 @@ def combined(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
         others=_averaged(adapters, weights),
         formats=formats,
         names=names,
+        dtype=functools.reduce(torch.promote_types, (adapter.dtype for adapter in adapters)),
     )
 
 

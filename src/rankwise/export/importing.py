@@ -13,6 +13,7 @@ from rankwise.adapters.configs import AdapterConfig
 from rankwise.adapters.lookup import adapted_layers
 from rankwise.errors import AdapterFileError, ArgumentError
 from rankwise.export.adapter import Adapter
+from rankwise.export.names_today import with_names_of
 from rankwise.export.reader import read_lora
 
 
@@ -46,6 +47,7 @@ def import_lora(model: nn.Module, folder: str | Path, config: AdapterConfig, ada
         {'0': 4}
     """
     plain = read_lora(Path(folder))
+    plain = with_names_of(model.get_base_model() if isinstance(model, PeftModel) else model, plain, Path(folder))
     config = _completed(config, plain)
     if isinstance(model, PeftModel):
         model.add_adapter(adapter, config)

@@ -64,6 +64,9 @@ def compact(
     r = max(f.r for f in alive.values())
     scaled = {name: Factors(f.B, f.s * (f.r / r), f.A) for name, f in alive.items()}
     ranks = {_alone(name, source.names): f.r for name, f in alive.items() if f.r != r}
+    if source.is_plain and alive.keys() == source.updates.keys():
+        # Its own choice of modules stands: it may be an expression, or names that a loader maps to newer ones.
+        return _same_modules(source.config, r) | {"rank_pattern": ranks}, scaled
     return _config(source, r, sorted(alive), ranks, _also_matched(source, alive)), scaled
 
 
@@ -86,20 +89,26 @@ def _config(
 ) -> dict[str, Any]:
     """The config of a plain LoRA with these modules; what is not in it is as PEFT has it by default."""
     in_full = source.config.get("modules_to_save")
-    return {
-        "peft_type": "LORA",
-        "task_type": source.config.get("task_type"),
-        "base_model_name_or_path": source.config.get("base_model_name_or_path"),
-        "revision": source.config.get("revision"),
-        "auto_mapping": source.config.get("auto_mapping"),
-        "inference_mode": True,
-        "target_modules": targets,
-        "exclude_modules": list(excluded) or None,
-        "rank_pattern": ranks,
-        "modules_to_save": sorted(in_full) if in_full else None,
-        "fan_in_fan_out": any(source.formats[name].transposed for name in source.updates),
-        "bias": "none",
-    } | _plain_scales(r)
+    kept = dict(source.config) if source.is_plain else {"bias": "none"}
+    return (
+        kept
+        | {
+            "peft_type": "LORA",
+            "task_type": source.config.get("task_type"),
+            "base_model_name_or_path": source.config.get("base_model_name_or_path"),
+            "revision": source.config.get("revision"),
+            "auto_mapping": source.config.get("auto_mapping"),
+            "inference_mode": True,
+            "target_modules": targets,
+            "exclude_modules": list(excluded) or None,
+            "rank_pattern": ranks,
+            "modules_to_save": sorted(in_full) if in_full else None,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+            "fan_in_fan_out": any(source.formats[name].transposed for name in source.updates),
+        }
+        | _plain_scales(r)
+    )
 
 
 def _same_modules(own: Mapping[str, Any], r: int) -> dict[str, Any]:
@@ -133,20 +142,55 @@ def _is_within(name: str, tensors: list[str]) -> bool:
     return any(tensor.startswith(f"{name}.") for tensor in tensors)
 
 
-def write(folder: Path, source: Adapter, config: Mapping[str, Any], factors: Mapping[str, Factors]) -> None:
-    """The adapter's files: tensors under PEFT's names, and the config; a pipeline's LoRA in a file of its own form."""
+def write(
+    folder: Path,
+    source: Adapter,
+    config: Mapping[str, Any],
+    factors: Mapping[str, Factors],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """The adapter's files: A and B in `dtype` under PEFT's names, and the config; a pipeline's LoRA in its own form.
+
+    Raises:
+        RankwiseError: an update is too large for `dtype`.
+    """
+    _check_range(factors, dtype)
     if isinstance(source, PipelineLora):
-        source.write(folder, config, factors)
+        source.write(folder, config, factors, dtype)
         return
-    tensors = source.others | {
-        f"{PEFT_PREFIX}{name}.{key}": tensor
-        for name, f in factors.items()
-        for key, tensor in source.formats[name].written(f).items()
-    }
+    tensors = dict(source.others)
+    for name, f in factors.items():
+        for key, tensor in source.formats[name].written(f, dtype).items():
+            tensors[f"{PEFT_PREFIX}{name}.{key}"] = tensor
     # cloned: safetensors refuses tensors that share memory, as tied ones do
     plain = {key: t.detach().cpu().clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
     save_file(plain, folder / TENSORS, {"format": "pt"})
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _check_range(factors: Mapping[str, Factors], dtype: torch.dtype) -> None:
+    """Raise `RankwiseError` for an update that is too large for `dtype`."""
+    largest = torch.finfo(dtype).max
+    for name, f in factors.items():
+        if f.r and max(float((f.B * f.s).abs().max()), float(f.A.abs().max())) > largest:
+            raise RankwiseError(f"{dtype} cannot hold the update of module {name!r}: choose another dtype")
+
+
+def check_read_back(wanted: Mapping[str, Factors], read: Mapping[str, Factors], dtype: torch.dtype) -> None:
+    """Raise `RankwiseError` unless what was read from a file is what it should hold, rounded to `dtype`.
+
+    Factors whose columns and rows are orthogonal lose no more than half of the dtype's eps by rounding A, and as much
+    by rounding B.
+    """
+    error = relative_error(wanted, read)
+    if error > TOLERANCE + torch.finfo(dtype).eps:
+        raise RankwiseError(f"what was written in {dtype} differs by {error:.1e} from what should have been")
+
+
+def balanced(f: Factors) -> Factors:
+    """The same update, its scales shared between B and A, so that neither nears the end of a narrow dtype's range."""
+    root = f.s.sqrt()
+    return Factors(f.B * root, torch.ones_like(f.s), root[:, None] * f.A)
 
 
 def leading(f: Factors, rank: int) -> Factors:

@@ -76,6 +76,9 @@ ONLY_UPDATES = (
 """Fields that leave an adapter B·A added to the weights of modules: they choose modules, give scales, or had a part in
 training alone."""
 
+CHOOSING_MODULES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+"""Fields that choose the modules."""
+
 STARTS = (True, False, "gaussian", "eva", "orthogonal")
 """Starts of PEFT's that leave the base weight as it is; after others (PiSSA), B·A is no update of the base model."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from rankwise.update import Factors
@@ -36,9 +37,9 @@ class LoraFormat(NamedTuple):
             return "lora_embedding_A", "lora_embedding_B"
         return "lora_A.weight", "lora_B.weight"
 
-    def written(self, f: Factors) -> dict[str, Tensor]:
+    def written(self, f: Factors, dtype: torch.dtype) -> dict[str, Tensor]:
         """An update as PEFT's tensors, every scale in B."""
-        A, B = f.A.float(), (f.B * f.s).float()
+        A, B = f.A.float().to(dtype), (f.B * f.s).float().to(dtype)
         if self.kernel:
             # PEFT has a convolution with the module's kernel for A, and one with a kernel of size 1 for B.
             size_one = (1,) * (len(self.kernel) - 1)

@@ -147,11 +147,11 @@ def _name_today(module: str, link: str) -> str:
 def pipeline_file(folder: Path) -> Path | None:
     """The file of a pipeline's LoRA: `folder` itself, or the file in it that has diffusers' name or is the only one.
 
-    None where there is none, or where the folder holds PEFT's adapter.
+    None where there is none, or where the folder holds PEFT's adapter or a whole model.
     """
     if folder.is_file() and folder.suffix == ".safetensors":
         return folder
-    if (folder / CONFIG).exists() or (folder / TENSORS).exists():
+    if any((folder / name).exists() for name in (CONFIG, TENSORS, "config.json")):
         return None
     if (folder / DIFFUSERS).is_file():
         return folder / DIFFUSERS

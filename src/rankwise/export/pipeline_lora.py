@@ -28,7 +28,15 @@ from rankwise.export.pipeline_files import (
     read_pipeline_files,
     spelling_of,
 )
-from rankwise.export.reader import PEFT_PREFIX, TENSORS, check_module, read_lora, read_tensors
+from rankwise.export.reader import (
+    PEFT_PREFIX,
+    TENSORS,
+    check_module,
+    common_dtype,
+    read_lora,
+    read_tensors,
+    widened,
+)
 from rankwise.update import Factors
 
 
@@ -50,13 +58,16 @@ class PipelineLora(Adapter):
         """Whose names the keys are."""
         return spelling_of(key for keys in self.keys.values() for key in keys)
 
-    def write(self, folder: Path, config: Mapping[str, Any], factors: Mapping[str, Factors]) -> None:
+    def write(
+        self, folder: Path, config: Mapping[str, Any], factors: Mapping[str, Factors], dtype: torch.dtype
+    ) -> None:
         """Write updates under the names, and with the scales told in the way, of the file that was read.
 
         Args:
             folder: where to write the file.
             config: of all components together; each update is to be scaled by its lora_alpha over the update's rank.
             factors: the updates.
+            dtype: of A and B.
         """
         alpha = config["lora_alpha"]
         tensors: dict[str, Tensor] = {}
@@ -65,7 +76,7 @@ class PipelineLora(Adapter):
             if not self.headers and not self.has_alphas:
                 # Nothing tells a scale, so that every reader takes 1.
                 f = Factors(f.B, f.s * (alpha / f.r), f.A)
-            tensors |= dict(zip(keys, self.formats[name].written(f).values(), strict=True))
+            tensors |= dict(zip(keys, self.formats[name].written(f, dtype).values(), strict=True))
             if self.has_alphas:
                 tensors[keys.alpha] = torch.tensor(float(alpha))
         header = {"format": "pt"}
@@ -131,6 +142,7 @@ def read_pipeline_lora(file: Path) -> PipelineLora:
             for name, parts in files.modules.items()
         },
         names=tuple(updates),
+        dtype=common_dtype(files.modules),
         file_name=file.name,
         keys={name: Keys(**keys) for name, keys in files.keys.items()},
         headers=files.headers,
@@ -140,7 +152,7 @@ def read_pipeline_lora(file: Path) -> PipelineLora:
 
 def _update(files: PipelineFiles, name: str) -> Factors:
     """The update of a module, its scale in s."""
-    A, B = (files.modules[name][part].flatten(1) for part in ("A", "B"))
+    A, B = (widened(files.modules[name][part]).flatten(1) for part in ("A", "B"))
     rank = files.rank(name)
     if A.shape[0] != rank or B.shape[1] != rank:
         raise AdapterFileError(f"{name!r} should have rank {rank} in {files.file}; found {A.shape[0]} and {B.shape[1]}")
@@ -196,6 +208,7 @@ def merged_like(adapters: Sequence[Adapter], merged: Adapter, folders: Sequence[
         updates=merged.updates,
         formats=merged.formats,
         names=merged.names,
+        dtype=merged.dtype,
         keys=keys,
         headers=headers,
         has_alphas=any(adapter.has_alphas for adapter in of_pipelines) and not headers,

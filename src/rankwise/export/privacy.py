@@ -31,7 +31,7 @@ from rankwise.checks import require_number
 from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.adapter import FROZEN, Adapter, TrainedAdapter
 from rankwise.export.base import formats_of
-from rankwise.export.combine import CHOOSING_MODULES
+from rankwise.export.lora_config import CHOOSING_MODULES
 from rankwise.export.lora_format import LoraFormat
 from rankwise.linalg.svd import leading_triplets, leading_triplets_full
 from rankwise.methods import METHODS

@@ -6,9 +6,10 @@ and refuses, in one sentence, whatever is not exactly updates of modules. Neithe
 
 from __future__ import annotations
 
+import functools
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -284,7 +285,25 @@ def read_lora(folder: Path) -> Adapter:
     }
     updates = {name: _update(files, name) for name in files.modules}
     others = {PEFT_PREFIX + name: tensor for name, tensor in files.others.items()}
-    return Adapter(config=config, updates=updates, others=others, formats=formats, names=tuple(updates))
+    return Adapter(
+        config=config,
+        updates=updates,
+        others=others,
+        formats=formats,
+        names=tuple(updates),
+        dtype=common_dtype(files.modules),
+    )
+
+
+def common_dtype(modules: Mapping[str, Mapping[str, Tensor]]) -> torch.dtype:
+    """The dtype to write new factors of these modules in: the narrowest that holds every A and B of theirs.
+
+    Float8 would leave new factors a digit or two, so that it becomes bfloat16; float64 becomes float32.
+    """
+    found = {tensor.dtype for parts in modules.values() for tensor in parts.values()}
+    wide_enough = (torch.bfloat16 if dtype.itemsize == 1 else dtype for dtype in found)
+    common = functools.reduce(torch.promote_types, wide_enough)
+    return torch.float32 if common == torch.float64 else common
 
 
 def read_clean_tensors(folder: Path) -> dict[str, Tensor]:
@@ -294,7 +313,7 @@ def read_clean_tensors(folder: Path) -> dict[str, Tensor]:
         AdapterFileError: the file is missing or broken, or one tensor has two names.
     """
     files = AdapterFiles(folder, {}, read_tensors(folder / TENSORS))
-    _check_names(files)
+    check_names(files, folder / TENSORS)
     _say_what_was_left_out(files, folder / TENSORS)
     return {clean_key(key): widened(tensor) for key, tensor in files.tensors.items()}
 
@@ -302,7 +321,7 @@ def read_clean_tensors(folder: Path) -> dict[str, Tensor]:
 def _check_keys(files: AdapterFiles) -> None:
     """Raise `AdapterFileError` for keys and tensors that a plain LoRA does not have; warn of odd ones."""
     file = files.folder / TENSORS
-    _check_names(files)
+    check_names(files, file)
     for name in files.others:
         if FOREIGN.search(name):
             raise AdapterFileError(f"{file} holds {name!r}, which a plain LoRA does not have")
@@ -316,9 +335,8 @@ def _check_keys(files: AdapterFiles) -> None:
     _say_what_was_left_out(files, file)
 
 
-def _check_names(files: AdapterFiles) -> None:
-    """Raise `AdapterFileError` for two names of one tensor, and for wrappers that are not known."""
-    file = files.folder / TENSORS
+def check_names(files: AdapterFiles, file: Path) -> None:
+    """Raise `AdapterFileError` for two names of one tensor in `file`, and for wrappers that are not known."""
     if files.twice:
         first, second = files.twice[0]
         raise AdapterFileError(f"{file} holds one tensor under two names, {first!r} and {second!r}")
@@ -374,8 +392,8 @@ def read_tensors(file: Path, *, only_header: bool = False) -> dict[str, Tensor]:
         AdapterFileError: it is missing or truncated.
     """
     if not file.is_file():
-        pickled = sorted(path.name for path in file.parent.glob("*.bin")) if file.parent.is_dir() else []
-        also = f"; {pickled[0]} is a pickle, which is never opened" if pickled else ""
+        pickle = file.with_suffix(".bin")
+        also = f"; {pickle.name} is a pickle, which `rankwise fix` turns into safetensors" if pickle.is_file() else ""
         raise AdapterFileError(f"{file} is missing{also}")
     try:
         with safe_open(file, "pt") as opened:

@@ -50,11 +50,12 @@ def _before_step(optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _has_run(roster: Roster) -> bool:
-    """Whether the adapter is active, and a layer of it has run forward in training."""
+    """Whether the adapter is active and a training pass has met it: a layer has run, or all have been passed by."""
     layers = roster.layers
     if not layers or layers[0].disable_adapters or roster.adapter not in layers[0].active_adapters:
         return False
-    return any(layer.passed_by is False for layer in layers)
+    met = [layer.passed_by for layer in layers]
+    return any(passed_by is False for passed_by in met) or all(met)
 
 
 def _look_at(roster: Roster, optimizer: Optimizer) -> None:

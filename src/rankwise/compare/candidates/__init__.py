@@ -31,7 +31,7 @@ def candidate_of(spec: Spec, entry: Entry) -> Candidate:
     if entry.name.startswith(PREFIX):
         return StockCandidate.of(spec, entry)
     if entry.name not in _BY_NAME:
-        others = f"{FULL}, {PARTIAL}, {HEAD}, {PRETRAINED} or a config class as {PREFIX}LoraConfig"
+        others = f"{FULL}, {PARTIAL}, {HEAD}, {PRETRAINED} or a config class as {PREFIX}NAME"
         rule = f"be methods of rankwise, {others} ({nearest(entry.name, _BY_NAME)})"
         raise ArgumentError("methods", rule, entry.name)
     return _BY_NAME[entry.name].of(spec, entry)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rankwise.compare.tasks.base import Data, Examples, Splits, Task
 from rankwise.compare.tasks.causal_lm import CausalLm
 from rankwise.compare.tasks.classification import Classification
+from rankwise.compare.tasks.multiple_choice import MultipleChoice
 from rankwise.compare.tasks.regression import Regression
 
 __all__ = ["TASKS", "Data", "Examples", "Splits", "Task"]
@@ -13,5 +14,6 @@ TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "regression": Regression,
     "causal_lm": CausalLm,
+    "multiple_choice": MultipleChoice,
 }
 """Every kind of task, by its name in a SPEC."""

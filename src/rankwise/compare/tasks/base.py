@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from rankwise.compare.sections import File, Section, Text, Texts, broken_rule, rule
+from rankwise.compare.sections import File, Section, Text, Texts, broken_rule, has_unknown_key, rule
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +45,7 @@ class Data(Section):
     @classmethod
     def _one_source(cls, table: Any) -> Any:
         """Files or a data set of the hub, not both and not neither."""
-        if not isinstance(table, dict):
+        if not isinstance(table, dict) or has_unknown_key(cls, table):
             return table
         if "dataset" in table:
             if any(key in table for key in ("train", "test", "validation")):

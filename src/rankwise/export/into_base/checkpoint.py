@@ -118,7 +118,7 @@ def _opened(folder: Path) -> Checkpoint:
         if not (folder / name).is_file():
             raise RankwiseError(f"{folder} holds no {name}, which its index names")
         if name.endswith(".bin"):
-            found = _mapped_pickle(folder / name)
+            found = pickled_tensors(folder / name)
             mapped |= found
             names_of_dtypes = {dtype: own for own, dtype in DTYPES.items()}
             stored |= {key: Stored(name, tuple(t.shape), names_of_dtypes[t.dtype]) for key, t in found.items()}
@@ -141,18 +141,27 @@ def _read_header(path: Path) -> dict[str, Stored]:
     return found
 
 
-def _mapped_pickle(path: Path) -> dict[str, Tensor]:
+def pickled_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a pickled file, without running what it may hold beside them.
 
     Files in the form that torch wrote before version 1.6 cannot be mapped; they are read as a whole.
+
+    Raises:
+        RankwiseError: it is broken, or holds anything but tensors under their names.
     """
     try:
         try:
-            return dict(torch.load(path, map_location="cpu", weights_only=True, mmap=True))
+            found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError:
-            return dict(torch.load(path, map_location="cpu", weights_only=True))
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError, OSError) as error:
         raise RankwiseError(f"{path} holds no tensors that torch reads with weights_only=True") from error
+    if not isinstance(found, Mapping):
+        raise RankwiseError(f"{path} must hold tensors under their names; found a {type(found).__name__}")
+    for key, value in found.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise RankwiseError(f"{path} must hold tensors under their names; found {key!r}, a {type(value).__name__}")
+    return dict(found)
 
 
 class Shards:

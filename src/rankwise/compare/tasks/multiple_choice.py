@@ -1,0 +1,119 @@
+"""Choosing between answers: a language model takes the one that it finds most likely.
+
+It is trained on the right answer as a response to the question, with the loss on the answer alone, and scored by the
+likelihood of every answer: Σ log p(token | question, tokens before it), as it is or divided by the answer's length. The
+end of an answer counts as a token of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from rankwise.compare.sections import Text, rule
+from rankwise.compare.tasks.base import Data, DataSection, Examples, Splits
+from rankwise.compare.tasks.responses import ResponseTask, prompt_columns, prompts_of, response_loss, response_losses
+from rankwise.errors import DataError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import Trainer
+
+    from rankwise.compare.tables import Table
+
+
+class MultipleChoiceData(Data):
+    """A question, its possible answers and the right one."""
+
+    prompt: Text
+    """The column of the question; or a text with columns in braces, as "Question: {question}"."""
+    choices: Text
+    """The column of the answers to choose from, a list of two texts or more."""
+    answer: Text
+    """The column of the right answer's place in the list, counted from 0."""
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """The columns that are read."""
+        named = {f"prompt {{{name}}}": name for name in prompt_columns(self.prompt)}
+        return named | {"choices": self.choices, "answer": self.answer}
+
+
+class MultipleChoice(ResponseTask):
+    """A language model chooses an answer by its likelihood. Scores: accuracy, and the loss of the right answers."""
+
+    type: Literal["multiple_choice"] = "multiple_choice"
+    normalise: Annotated[Literal["tokens", "characters", "nothing"], rule("be one of tokens, characters, nothing")] = (
+        "tokens"
+    )
+    """What an answer's log-likelihood is divided by, since a long one is less likely whatever it says."""
+
+    data_section: ClassVar[DataSection] = MultipleChoiceData
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What is scored."""
+        return ("accuracy", "loss")
+
+    def read(self, table: Table, data: Data) -> Examples:
+        """Questions, their answers, and the right one as the response to learn."""
+        assert isinstance(data, MultipleChoiceData)
+        choices = table.values("choices", data.choices)
+        answers = table.values("answer", data.answer)
+        for row, (texts, place) in enumerate(zip(choices, answers, strict=True), start=1):
+            _check_row(texts, place, table.source, row)
+        return Examples(
+            table.source,
+            {
+                "prompt": prompts_of(table, data.prompt),
+                "choices": choices,
+                "answer": answers,
+                "responses": [[texts[place]] for texts, place in zip(choices, answers, strict=True)],
+            },
+        )
+
+    def check(self, examples: Mapping[str, Examples]) -> None:
+        """Plain templates get plain prompts, which these always are."""
+
+    def held_out(self, splits: Splits) -> dict[str, Dataset]:
+        """The right answers, for the loss, and every answer, to choose from."""
+        parts = {"validation": splits.validation, "test": splits.test}
+        every = {f"{name} choices": self.every_choice(examples) for name, examples in parts.items()}
+        return super().held_out(splits) | every
+
+    def every_choice(self, examples: Examples) -> Dataset:
+        """Each question with each of its answers, row by row."""
+        pairs = zip(examples["prompt"], examples["choices"], strict=True)
+        rows = [(prompt, text) for prompt, texts in pairs for text in texts]
+        return self.completions([prompt for prompt, _ in rows], [text for _, text in rows])
+
+    def score(self, trainer: Trainer, examples: Examples, splits: Splits) -> dict[str, float]:
+        """The share of questions whose most likely answer is right, and the loss per token of the right answers."""
+        split = "validation" if examples is splits.validation else "test"
+        held_out: Any = trainer.eval_dataset
+        losses, tokens = response_losses(trainer, held_out[f"{split} choices"])
+        texts = [text for choices in examples["choices"] for text in choices]
+        if len(losses) != len(texts):
+            raise DataError(
+                f"{examples.source} has questions that leave no room for an answer: raise `task.max_length`, "
+                f"{self.max_length} (of {len(texts)} answers, {len(texts) - len(losses)} are cut away)"
+            )
+        lengths = {
+            "tokens": tokens.tolist(),
+            "characters": [len(text) for text in texts],
+            "nothing": [1] * len(texts),
+        }[self.normalise]
+        likelihoods = iter([-loss / length for loss, length in zip(losses.tolist(), lengths, strict=True)])
+        right = 0
+        for choices, answer in zip(examples["choices"], examples["answer"], strict=True):
+            of_question = [next(likelihoods) for _ in choices]
+            right += of_question.index(max(of_question)) == answer
+        return {"accuracy": right / len(examples), "loss": response_loss(trainer, held_out[split])}
+
+
+def _check_row(texts: Any, place: Any, source: str, row: int) -> None:
+    whole = isinstance(texts, list) and len(texts) > 1 and all(isinstance(text, str) and text for text in texts)
+    if not whole:
+        raise DataError(f"{source} has choices in row {row} that are no list of two texts or more: {texts!r:.80}")
+    if type(place) is not int or not 0 <= place < len(texts):
+        raise DataError(f"{source} has an answer in row {row} that is none of 0 to {len(texts) - 1}: {place!r}")

@@ -1,0 +1,188 @@
+"""What language tasks share: prompts, templates, SFTTrainer with the loss on the response alone, and that loss.
+
+A task that teaches responses reads each row as a prompt (a chat) and the right responses to it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import string
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from rankwise.compare.sections import rule
+from rankwise.compare.tasks.base import Examples, Splits, Task
+from rankwise.errors import ArgumentError
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+    from torch import Tensor, nn
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from rankwise.compare.tables import Table
+
+TEMPLATES = {
+    "plain": "{prompt}",
+    # Cao 2024 (SORSA), listing 1: GSM8K and MATH.
+    "instruction": (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+        "### Instruction:\n{prompt}\n\n### Response: Lets think step by step.\n"
+    ),
+    # Cao 2024 (SORSA), listing 2: HumanEval.
+    "code": (
+        "@@ Instruction\nHere is the given code to do completion:\n```python\n{prompt}\n```\n\n"
+        "Please continue to complete the function with python programming language. You are not allowed to modify the "
+        "given code and do the completion only.\n\nPlease return all completed codes in one code block.\n"
+        "This code block should be in the following format:\n'''python\n# Your codes here\n'''\n\n@@ Response\n"
+    ),
+}
+"""What is written around a prompt, by the name in the SPEC; "chat" is the model's own template."""
+
+
+def prompt_columns(prompt: str) -> tuple[str, ...]:
+    """The columns that make a prompt: those that it names in braces, or the one that it is the name of.
+
+    >>> prompt_columns("{depth}: {question}?"), prompt_columns("question")
+    (('depth', 'question'), ('question',))
+    """
+    named = tuple(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(prompt) if name))
+    return named or (prompt,)
+
+
+def prompts_of(table: Table, prompt: str) -> list[list[dict[str, str]]]:
+    """The prompt of every row as a chat of one message, its columns filled in.
+
+    Raises:
+        DataError: a column is missing, or a value is missing or is no text.
+    """
+    columns = {name: table.texts("prompt", name) for name in prompt_columns(prompt)}
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    return [[{"role": "user", "content": row[prompt] if prompt in row else prompt.format_map(row)}] for row in rows]
+
+
+class ResponseTask(Task):
+    """A language model learns responses to prompts, through TRL's SFTTrainer."""
+
+    template: Annotated[
+        Literal["chat", "plain", "instruction", "code"], rule(f"be one of chat, {', '.join(TEMPLATES)}")
+    ] = "chat"
+    """What stands around a prompt: the model's own chat template, nothing, or the prompts of SORSA's experiments."""
+    packing: bool = False
+    """Fill every training sequence up to max_length with several examples."""
+
+    opens_as: ClassVar[str] = "CAUSAL_LM"
+    peft_type: ClassVar[str | None] = "CAUSAL_LM"
+
+    def packages(self) -> list[tuple[str, str, str]]:
+        """What has to be installed: the key that asks for it, its value, and the package."""
+        return [("task.type", self.type, "trl")]
+
+    def check(self, examples: Mapping[str, Examples]) -> None:
+        """Plain templates get plain prompts."""
+        for split in examples.values():
+            longest = max(len(prompt) for prompt in split["prompt"])
+            if self.template != "chat" and longest > 1:
+                rule_told = f"be 'chat' for chats of several messages, as {split.source} holds"
+                raise ArgumentError("task.template", rule_told, self.template)
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Refuse the chat template of a model that has none, and what needs a package that is not installed.
+
+        Raises:
+            ArgumentError: the tokenizer has no chat template, or a package is missing.
+        """
+        for key, value, package in self.packages():
+            if importlib.util.find_spec(package) is None:
+                raise ArgumentError(key, f'come with {package} installed (pip install "rankwise[llm]")', value)
+        if self.template == "chat" and not tokenizer.chat_template:
+            others = ", ".join(TEMPLATES)
+            raise ArgumentError("task.template", f"be one of {others}, since the model has no chat template", "chat")
+
+    def arguments(self, common: dict[str, Any]) -> TrainingArguments:
+        """SFTTrainer's arguments: the loss on the response alone."""
+        from trl import SFTConfig
+
+        return SFTConfig(
+            **common,
+            max_length=self.max_length,
+            packing=self.packing,
+            eval_packing=False,  # held-out responses are scored one by one
+            completion_only_loss=True,
+        )
+
+    def held_out(self, splits: Splits) -> dict[str, Dataset]:
+        """What the trainer tokenises beside the training data; the first is its development data."""
+        return {"validation": self.dataset(splits.validation), "test": self.dataset(splits.test)}
+
+    def trainer(
+        self,
+        model: nn.Module,
+        arguments: TrainingArguments,
+        splits: Splits,
+        tokenizer: Any,
+        optimizer: torch.optim.Optimizer | None,
+        callbacks: list[TrainerCallback],
+    ) -> Trainer:
+        """TRL's SFTTrainer, which tokenises every split."""
+        from trl import SFTTrainer
+
+        return SFTTrainer(
+            model=model,  # type: ignore[arg-type]
+            args=arguments,  # type: ignore[arg-type]
+            optimizers=(optimizer, None),  # type: ignore[arg-type]
+            train_dataset=self.dataset(splits.train),
+            eval_dataset=self.held_out(splits),
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+
+    def dataset(self, examples: Examples) -> Dataset:
+        """The split in TRL's form, with the first right response of each row."""
+        return self.completions(examples["prompt"], [responses[0] for responses in examples["responses"]])
+
+    def completions(self, prompts: list[list[dict[str, str]]], responses: list[str]) -> Dataset:
+        """Prompts and completions in TRL's form, both chats or both texts."""
+        from datasets import Dataset
+
+        if self.template == "chat":
+            chats: list[Any] = [[{"role": "assistant", "content": response}] for response in responses]
+            return Dataset.from_dict({"prompt": prompts, "completion": chats})
+        return Dataset.from_dict({"prompt": [self.plain_prompt(prompt) for prompt in prompts], "completion": responses})
+
+    def plain_prompt(self, prompt: list[dict[str, str]]) -> str:
+        """The template with the prompt in it."""
+        return TEMPLATES[self.template].replace("{prompt}", prompt[-1]["content"])
+
+    def tokens_of(self, prompt: list[dict[str, str]], tokenizer: Any) -> list[int]:
+        """A prompt as the model saw it in training."""
+        if self.template == "chat":
+            return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        return tokenizer(self.plain_prompt(prompt))["input_ids"]
+
+
+def response_losses(trainer: Trainer, dataset: Any) -> tuple[Tensor, Tensor]:
+    """The negative log-likelihood of every response in nats, Σ over its tokens, and how many tokens they are."""
+    import torch
+    import torch.nn.functional as F
+
+    model: Any = trainer.model
+    model.eval()
+    totals, counts = [], []
+    for batch in trainer.get_eval_dataloader(dataset):
+        labels = batch.pop("labels")
+        with torch.no_grad():
+            logits = model(**batch).logits
+        # The logits at one token say what the next one is.
+        losses = F.cross_entropy(logits[:, :-1].float().mT, labels[:, 1:], reduction="none", ignore_index=-100)
+        of_examples = (losses.sum(1), (labels[:, 1:] != -100).sum(1))
+        total, count = trainer.accelerator.gather_for_metrics(of_examples)
+        totals.append(total)
+        counts.append(count)
+    return torch.cat(totals).double(), torch.cat(counts)
+
+
+def response_loss(trainer: Trainer, dataset: Any) -> float:
+    """The mean negative log-likelihood of a token of the responses, in nats: Σ over all tokens, over their number."""
+    totals, counts = response_losses(trainer, dataset)
+    return float(totals.sum() / counts.sum())
