@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
@@ -93,3 +94,21 @@ def test_a_merged_weight_stays_merged() -> None:
         want = model(input_ids=TOKENS).logits
         model.merge_adapter()
         torch.testing.assert_close(model.unload()(input_ids=TOKENS).logits, want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_a_second_adapter_beside_a_head_that_the_first_one_trains(kind: str, tmp_path: Path) -> None:
+    """The saved list of targets names layers of the head, which the first adapter has wrapped by then."""
+    config = CONFIGS["lora"](r=2, target_modules="all-linear", task_type="SEQ_CLS", init_weights=False)
+    model: Any = get_peft_model(classifier(kind), config).eval()
+    model.save_pretrained(tmp_path)
+    loaded: Any = PeftModel.from_pretrained(classifier(kind), tmp_path).eval()
+    targets = loaded.peft_config["default"].target_modules
+    assert any(name.startswith("classifier.") for name in targets)
+    loaded.load_adapter(tmp_path, "second")
+    loaded.add_adapter("third", CONFIGS["lora"](r=2, target_modules=targets, task_type="SEQ_CLS"))
+    one, two = ({n: p for n, p in loaded.named_parameters() if f".{name}." in n} for name in ("default", "second"))
+    shared = {n.replace(".default.", ".second.") for n in one} & two.keys()
+    assert any(".modules_to_save." in n for n in shared)
+    assert any(".rankwise_tensors." in n for n in shared)
+    assert all(torch.equal(two[n], one[n.replace(".second.", ".default.")]) for n in shared)

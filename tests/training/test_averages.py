@@ -301,6 +301,20 @@ def test_parameters_of_an_average_put_into_the_model(name: str, batch: Batch, tm
     torch.testing.assert_close(logits(model, batch), evaluated)
 
 
+def test_finalize_opens_a_kept_gate_that_an_average_has_closed(batch: Batch) -> None:
+    model = adapted("salora")
+    train(model, torch.optim.AdamW(trained(model), lr=1e-2), batch, STEPS)
+    ranks = rankwise.ranks(model)
+    kept = {name: layer.kept("default") for name, layer in adapted_layers(model).items()}
+    with torch.no_grad():
+        for layer in adapted_layers(model).values():
+            layer.tensors("default").log_theta.fill_(-3.0)  # below where gates close, and above the floor
+    assert not any(rankwise.ranks(model).values())
+    rankwise.finalize(model)
+    assert rankwise.ranks(model) == ranks
+    assert all(torch.equal(layer.kept("default"), kept[name]) for name, layer in adapted_layers(model).items())
+
+
 @pytest.mark.parametrize("name", ["adalora", "salora"])
 def test_a_later_step_closes_the_parameters_again(name: str, batch: Batch) -> None:
     model = adapted(name)

@@ -310,6 +310,24 @@ def test_an_inner_optimiser_out_of_sight_is_refused() -> None:
         optimizer.step()
 
 
+def test_an_inner_optimiser_that_holds_a_shard_is_refused_by_its_true_reason() -> None:
+    """As torch's `ZeroRedundancyOptimizer`, which gives each process's inner optimiser a part of the parameters."""
+
+    class Sharded(torch.optim.Optimizer):
+        def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+            super().__init__(parameters, {"lr": 1e-2})
+            self.optim = torch.optim.AdamW(parameters[::2])
+
+        def step(self, closure: Any = None) -> Any:
+            self.optim.step()
+
+    model = adapted("lora")
+    optimizer = Sharded(trained(model))
+    loss_of(model, 0).backward()
+    with pytest.raises(TrainingError, match=r"Sharded calls that of AdamW .* holds it with a part .*ZeroRedundancy"):
+        optimizer.step()
+
+
 class Fails(torch.optim.SGD):
     """Raises at some of its calls, after it has begun."""
 

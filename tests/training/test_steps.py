@@ -253,7 +253,7 @@ def test_probes_of_the_gradient_count_as_nothing(name: str, accumulation: int) -
         for i in range(STEPS):
             for j in range(accumulation):
                 k = accumulation * i + j
-                if probing and k:  # the first pass is what Deep LoRA starts from
+                if probing:
                     torch.autograd.grad(loss_of(model, k + 7), trained(model), allow_unused=True)
                     held = [(p, p.grad) for p in trained(model)]
                     optimizer.zero_grad()
@@ -264,6 +264,27 @@ def test_probes_of_the_gradient_count_as_nothing(name: str, accumulation: int) -
             optimizer.step()
             optimizer.zero_grad()
             assert counted(model) == (i + 1, i + 1, 0)
+        ends.append(state(model))
+    check_same(*ends)
+
+
+@pytest.mark.parametrize("probe", ["autograd.grad", "set to None", "set to zero"])
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_probe_before_the_first_step_does_not_decide_the_start(probe: str, accumulation: int) -> None:
+    ends = []
+    for probing in (False, True):
+        model = adapted("deep")
+        optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+        if probing and probe == "autograd.grad":
+            torch.autograd.grad(loss_of(model, 50), trained(model), allow_unused=True)
+        elif probing:
+            loss_of(model, 50).backward()
+            optimizer.zero_grad(set_to_none=probe == "set to None")
+        for i in range(3):
+            for j in range(accumulation):
+                loss_of(model, accumulation * i + j).backward()
+            optimizer.step()
+            optimizer.zero_grad()
         ends.append(state(model))
     check_same(*ends)
 

@@ -267,7 +267,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def _watched(self, adapter: str, output: Tensor, x: Tensor) -> Tensor:
         """The output, seen by a start that waits for a gradient and by the roster."""
-        if self.tensors(adapter).awaits_gradient:
+        tensors = self.tensors(adapter)
+        if tensors.awaits_gradient:
+            if not self.rosters[adapter].sharded:  # FSDP2 runs layers on parameters of its own
+                tensors.observe_gradients()
             output = GradientProbe.apply(output, x, partial(self._start_from_gradient, adapter))
         self.rosters[adapter].saw_forward(self, output)
         return output
@@ -277,18 +280,23 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return self._cast_input_dtype(self.rankwise_dropout[adapter](x), dtype)
 
     def _start_from_gradient(self, adapter: str, gradient: Tensor) -> None:
-        """Work out the start now and keep only that; a step takes it up.
+        """Work out the start now and keep only that; a step takes it up if its gradients are of this backward pass.
 
         A gradient that is not finite, or zero (a batch whose labels are all masked), gives none: the next one may.
         """
         tensors = self.tensors(adapter)
-        if not tensors.awaits_gradient or tensors.from_gradient:
+        if not tensors.awaits_gradient:
+            return
+        roster, accumulated = self.rosters[adapter], tensors.observed_gradient()
+        if roster.sharded and tensors.from_gradient:  # no pass is known from another there: the first one counts
+            return
+        if not tensors.starts.wants_more(accumulated, changed_by_others=roster.peers is not None):
             return
         tensors.saw_gradient = True
-        gradient = mean(gradient, self.rosters[adapter].peers)
+        gradient = mean(gradient, roster.peers)
         largest = float(torch.linalg.vector_norm(gradient, torch.inf))
         if 0 < largest < torch.inf:
-            tensors.from_gradient = self.methods[adapter].start_from_gradient(tensors.size, gradient)
+            tensors.starts.add(self.methods[adapter].start_from_gradient(tensors.size, gradient), accumulated)
 
     # --- copies -----------------------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters.peers import share
+from rankwise.adapters.probe import FoundStarts
 from rankwise.adapters.progress import LENGTH
 from rankwise.errors import AdapterFileError
 from rankwise.methods.base import Method, Size
@@ -43,7 +44,8 @@ class AdapterTensors(nn.Module):
         self.unchecked = False  # loaded, and not yet known to be finite
         self.awaits_gradient = False  # some tensors are 0 until a gradient of the base weight gives them their start
         self.saw_gradient = False  # a backward pass has shown one, if only zeros
-        self.from_gradient: dict[str, Tensor] = {}  # that start, found in a backward pass, until a step takes it up
+        self.starts = FoundStarts()
+        self._observed: tuple[nn.Parameter, Any] | None = None  # a parameter and its hook, while a start is awaited
         self.folded: tuple[int, Tensor] | None = None  # (edits, the base weight with a frozen part of the update)
         self._prefix: tuple[Tensor, int, int] | None = None  # a mask, its version, how many ranks hold all that is open
         self.edits = 0  # of its values by loads, casts and starts: everything but training
@@ -85,10 +87,37 @@ class AdapterTensors(nn.Module):
         """Copy `values` in; tensors not named keep theirs."""
         self.edits += 1
         write([getattr(self, name) for name in values], list(values.values()))
-        self.from_gradient = {}
         self._await_gradient()
 
+    @property
+    def from_gradient(self) -> dict[str, Tensor]:
+        """The start that a step would take up now; see `FoundStarts`."""
+        return self.starts.of(self.observed_gradient())
+
+    def observed_gradient(self) -> Tensor | None:
+        """The gradient that tells which backward passes a step's gradients come from."""
+        return None if self._observed is None else self._observed[0].grad
+
+    def observe_gradients(self) -> None:
+        """Let `starts` know which backward passes accumulate gradients; of a frozen layer nothing is to be known."""
+        parameter = next((p for p in self.trained() if p.requires_grad), None)
+        if parameter is None or (self._observed is not None and self._observed[0] is parameter):
+            return
+        self._stop_observing()
+        self._observed = parameter, parameter.register_post_accumulate_grad_hook(lambda p: self.starts.accumulate(p))
+
+    def _stop_observing(self) -> None:
+        if self._observed is not None:
+            self._observed[1].remove()
+            self._observed = None
+
+    def forget_starts(self) -> None:
+        """Those found so far have had their step, or another batch gives the start."""
+        self.starts = FoundStarts()
+
     def _await_gradient(self) -> None:
+        self._stop_observing()
+        self.forget_starts()
         waiting = [getattr(self, name) for name, slot in self.slots.items() if slot.from_gradient]
         self.awaits_gradient = any(not t.is_meta and not bool(whole(t).any()) for t in waiting)
 
@@ -127,7 +156,8 @@ class AdapterTensors(nn.Module):
                 raise AdapterFileError(f"tensor {name!r} of the loaded adapter {adapter!r} holds NaN or infinity")
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_prefix": None}  # a copy's mask counts its versions anew
+        # A copy's mask counts its versions anew, and its parameters are others, without gradients or hooks.
+        return self.__dict__ | {"_prefix": None, "_observed": None, "starts": FoundStarts()}
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdapterTensors:
         """Move as any module does, but do not let a cast round what is exact."""
@@ -148,7 +178,7 @@ class AdapterTensors(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[arg-type]
         loaded = {name: state_dict[prefix + name] for name in self.slots if prefix + name in state_dict}
         if loaded:
-            self.awaits_start, self.unchecked, self.from_gradient = False, True, {}
+            self.awaits_start, self.unchecked = False, True
             self.edits += 1
             self._await_gradient()
         for name, tensor in loaded.items():

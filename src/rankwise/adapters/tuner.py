@@ -256,7 +256,7 @@ def check_names(argument: str, names: object, model: nn.Module) -> None:
     """
     if names is None or names == "all-linear":
         return
-    modules = [name.replace(".base_layer", "") for name, _ in model.named_modules() if name]
+    modules = [_name_in_base(name) for name, _ in model.named_modules() if name]
     listed = [names] if isinstance(names, str) else sorted(names)  # type: ignore[arg-type]
     for name in listed:
         matches = _pattern(argument, name).fullmatch if isinstance(names, str) else re.compile(_ending(name)).fullmatch
@@ -264,6 +264,15 @@ def check_names(argument: str, names: object, model: nn.Module) -> None:
             last = {module.rsplit(".", 1)[-1] for module in modules}
             known = modules if "." in name else sorted(part for part in last if not re.fullmatch(r"\d+", part))
             raise ArgumentError(argument, f"name modules of the model ({nearest(name, known)})", name)
+
+
+def _name_in_base(name: str) -> str:
+    """A module's name without what PEFT puts into it around adapted layers and around modules trained in full.
+
+    A list of targets that PEFT has saved names the layers of a head, which an adapter that is already there may train
+    in full.
+    """
+    return re.sub(r"\.(base_layer|original_module|modules_to_save\.[^.]+)(?=\.|$)", "", name)
 
 
 def _ending(name: str) -> str:

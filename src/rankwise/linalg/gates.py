@@ -13,6 +13,8 @@ Stretch = tuple[float, float]
 """(γ, ζ) with γ < 0 and ζ > 1: the interval that is then clipped to [0, 1]."""
 FLOOR, CEILING = math.log(1e-2), math.log(1e2)
 """Where log θ is clamped."""
+BARELY = 0.05
+"""How far log θ of a kept gate is above where gates close, at least: bfloat16 still tells them apart."""
 
 
 def require_stretch(argument: str, value: object) -> Stretch:
@@ -49,6 +51,16 @@ def least_open_probability(temperature: float, stretch: Stretch) -> float:
 def closing_point(stretch: Stretch) -> float:
     """log(−γ/ζ): the log θ at and below which the evaluation gate is 0."""
     return math.log(-stretch[0] / stretch[1])
+
+
+def kept_open(log_theta: Tensor, stretch: Stretch) -> Tensor:
+    """Log θ of gates that are kept for good: raised to where they are barely open, and clamped."""
+    return log_theta.clamp(closing_point(stretch) + BARELY, CEILING)
+
+
+def reopened(log_theta: Tensor, stretch: Stretch) -> Tensor:
+    """As `kept_open`, but at the floor, where gates are put that are not kept, log θ stays."""
+    return torch.where(log_theta > FLOOR, kept_open(log_theta, stretch), log_theta)
 
 
 def _stretched(s: Tensor, stretch: Stretch) -> Tensor:

@@ -36,10 +36,7 @@ GATE_TRAVEL = 128.0
 Adam's momentum overshoots the budget otherwise (`bench/salora_rates.py`, for this and the next)."""
 MULTIPLIER_PER_RANK = 0.2
 """What λ would grow to in the falling phase at its default rate, for each rank of the adapter, did no gate close.
-
 A rank's share in C falls as their number grows, and with it the slope of λ(C − b)²; the task's slope does not."""
-BARELY = 0.05
-"""How far log θ of a kept gate is above where gates close, at least: bfloat16 still tells them apart."""
 
 
 @register
@@ -167,12 +164,16 @@ class Salora(Phased):
         """Keep what fits the budget, highest log θ first; the others go to the floor. Nothing is drawn any more."""
         costs = [_costs(layers) for layers in stacks]
         keep = keep_within([layers["log_theta"] for layers in stacks], costs, self.density * _parameters(stacks))
-        least = gates.closing_point(self.stretch) + BARELY
         updates = []
         for layers, mask in zip(stacks, keep, strict=True):
-            theta = torch.where(mask, layers["log_theta"].clamp(least, gates.CEILING), gates.FLOOR)
+            theta = torch.where(mask, gates.kept_open(layers["log_theta"], self.stretch), gates.FLOOR)
             updates.append({"log_theta": theta, "u": torch.zeros_like(layers["u"]), CLOSED: ~mask})
         return updates
+
+    def close_again(self, stacks: Sequence[Stack]) -> Updates:
+        """As every method; and kept gates that an average of weights has closed are open again."""
+        found = super().close_again(stacks)
+        return [{name: gates.reopened(theta, self.stretch) for name, theta in update.items()} for update in found]
 
     def _moves(self, step: Step) -> bool:
         first, final = self.phases(step.total)

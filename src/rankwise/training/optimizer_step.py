@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from rankwise.adapters.roster import Roster
 from rankwise.errors import TrainingError
 from rankwise.training.gradients import all_finite
-from rankwise.training.optimizers import Groups, groups_of, steps_others
+from rankwise.training.optimizers import Groups, groups_of, held_by, steps_others
 from rankwise.training.refusals import MANY_CALLS
 from rankwise.training.session import Session, session_of
 
@@ -135,10 +135,7 @@ class OptimizerStep:
         groups = groups_of(optimizer)
         for outer in self._moving:
             if not groups.keys().isdisjoint(groups_of(outer)):
-                raise TrainingError(
-                    f"the step() of {type(outer).__name__} calls that of {type(optimizer).__name__} for parameters of "
-                    "an adapter and does not hold it as an attribute: the method's rules would run around the wrong one"
-                )
+                raise TrainingError(_cannot_nest(outer, optimizer))
         sessions = [session_of(roster) for roster in rosters]
         asked_now = [session for session in sessions if session not in self._asked]
         taking_part = [session for session in asked_now if session.takes_part(self._groups)]
@@ -172,6 +169,21 @@ class OptimizerStep:
         for session in self._taking_part:
             session.after(states)
         self._asked, self._taking_part, self._moved = [], [], set()
+
+
+def _cannot_nest(outer: Optimizer, inner: Optimizer) -> str:
+    """Why rules cannot run where one optimiser steps another that moves a part of the same adapter."""
+    calls = f"the step() of {type(outer).__name__} calls that of {type(inner).__name__} for parameters of an adapter"
+    if any(held is inner for held in held_by(outer)):
+        return (
+            f"{calls} and holds it with a part of these parameters, as optimisers do that divide their state among "
+            "processes (ZeroRedundancyOptimizer); the method's rules need one that moves all of them: take the inner "
+            "class itself, or FSDP2"
+        )
+    return (
+        f"{calls} and does not hold it as an attribute, or directly in a list or dictionary there: the method's rules "
+        "would run around the wrong one"
+    )
 
 
 def _then(closure: Callable[[], Any], rules: Callable[[], None]) -> Callable[[], Any]:

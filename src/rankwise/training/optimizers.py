@@ -44,7 +44,7 @@ def steps_others(optimizer: Optimizer, adapter_parameters: set[int]) -> bool:
         adapter_parameters: the ids of the adapters' parameters.
     """
     left_to_others: set[int] = set()
-    for inner in _held_by(optimizer):
+    for inner in held_by(optimizer):
         left_to_others |= groups_of(inner).keys()
     if not left_to_others:
         return False
@@ -52,7 +52,7 @@ def steps_others(optimizer: Optimizer, adapter_parameters: set[int]) -> bool:
     return bool(own) and own <= left_to_others
 
 
-def _held_by(optimizer: Optimizer) -> Iterator[Optimizer]:
+def held_by(optimizer: Optimizer) -> Iterator[Optimizer]:
     """Other optimisers among an optimiser's attributes, or in a list or dictionary there."""
     for name, value in vars(optimizer).items():
         if name in ("state", "param_groups", "defaults"):  # torch's own, which hold tensors and numbers

@@ -116,10 +116,13 @@ class Session:
         if step is None:
             return
         for tensors in self._members:
+            if not tensors.awaits_gradient:
+                continue
             if tensors.from_gradient and any(self._may_move(p) for p in tensors.trained()):
                 tensors.fill(tensors.from_gradient)
                 for state in states:
                     restart(tensors.trained(), state)
+            tensors.forget_starts()
         stacks = self.stacks(moments=states)
         updates = self.roster.method.after_step(stacks, step)
         for state in states:
@@ -318,7 +321,7 @@ class Session:
         waiting = [tensors for tensors in self._members if tensors.awaits_gradient]
         if waiting and not self._looked and getattr(self.roster.method, "init_batch", None) is not None:
             for tensors in waiting:
-                tensors.from_gradient = {}
+                tensors.forget_starts()
             backward_through(self.roster)
             self._looked = True  # layers that the batch does not reach go on waiting for the loop's own gradients
         if len(waiting) == len(self._members) and not any(tensors.saw_gradient for tensors in waiting):
