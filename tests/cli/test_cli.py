@@ -38,7 +38,6 @@ OPTIONS = {
     "inspect": {"adapter", "--energy", "--base", "--all"} | HELP,
     "export": {"adapter", "--out", "--for", "--layout", "--rank", "--base", "--check", "--force"} | HELP,
     "check-export": {"folder", "--for", "--base"} | HELP,
-    "spec": {"--task", "--schema"} | HELP,
     "fix": {"folder", "--out", "--base", "--dtype", "--force"} | HELP,
     "shrink": {"adapter", "--out", "--energy", "--budget", "--rank", "--layout", "--base", "--calibration"}
     | {"--force", "--all"}
