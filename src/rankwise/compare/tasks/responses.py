@@ -132,7 +132,7 @@ class ResponseTask(Task):
             args=arguments,  # type: ignore[arg-type]
             optimizers=(optimizer, None),  # type: ignore[arg-type]
             train_dataset=self.dataset(splits.train),
-            eval_dataset=self.held_out(splits),
+            eval_dataset=dict(self.held_out(splits)),  # type: ignore[arg-type]  a dict of data sets, as it documents
             processing_class=tokenizer,
             callbacks=callbacks,
         )
