@@ -40,7 +40,7 @@ OPTIONS = {
     "check-export": {"folder", "--for", "--base"} | HELP,
     "fix": {"folder", "--out", "--base", "--dtype", "--force"} | HELP,
     "shrink": {"adapter", "--out", "--energy", "--budget", "--rank", "--layout", "--base", "--calibration"}
-    | {"--force", "--all"}
+    | {"--dtype", "--force", "--all"}
     | HELP,
     "merge": {"adapters", "--out", "--weights", "--rank", "--private", "--clip", "--base", "--layout"}
     | {"--into-base", "--dtype", "--force"}

@@ -39,7 +39,7 @@ def spec(
 ) -> None:
     """Print a commented SPEC to start from: every key, what it means and its default.
 
-    Example: `rankwise spec --task causal_lm > spec.toml`
+    Example: `rankwise spec --task causal_lm`
     """
     from rankwise.compare import spec as specs
     from rankwise.compare.tasks import TASKS
