@@ -22,7 +22,7 @@ def write_card(
     *,
     more: str = "",
     load: str = Server.load_code,
-    library: str = Server.library,
+    library: str = Server.hub_tag,
 ) -> None:
     """Write the README.md of an adapter.
 

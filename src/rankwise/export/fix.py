@@ -19,11 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rankwise.adapters.tuner import PREFIX
-from rankwise.checks import require_choice, require_room
+from rankwise.checks import require_room
 from rankwise.errors import AdapterFileError, ArgumentError, RankwiseError
 from rankwise.export.adapter import key_not_finite
 from rankwise.export.card import CARD, write_card
+from rankwise.export.dtypes import DTYPES, check_dtype
 from rankwise.export.into_base.checkpoint import pickled_tensors
+from rankwise.export.keys import PEFT_PREFIX, clean_key, parsed_key
 from rankwise.export.known_base import KnownBase, known_base
 from rankwise.export.logits import logits_error
 from rankwise.export.lora import LOGITS
@@ -31,12 +33,9 @@ from rankwise.export.lora_config import CONFIG, MORE_THAN_UPDATES, OURS, read_co
 from rankwise.export.pipeline_files import pipeline_file
 from rankwise.export.reader import (
     FOREIGN,
-    PEFT_PREFIX,
     TENSORS,
     AdapterFiles,
     check_names,
-    clean_key,
-    parsed_key,
     read_tensors,
     widened,
 )
@@ -45,7 +44,6 @@ from rankwise.export.servers.rules import foreign_keys, is_saved_embedding
 from rankwise.files import whole_folder
 
 PICKLE = "adapter_model.bin"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 COPIED = (".json", ".jinja", ".md", ".model", ".txt")
 """Endings of the files that are copied beside the adapter: tokenizer, card, notes; never a pickle."""
 WRAPPER_CLASSES = ("OptimizedModule", "FullyShardedDataParallel", "DistributedDataParallel", "DataParallel")
@@ -120,8 +118,7 @@ def fix_adapter(
         took the base model's class out of adapter_config.json, which was the wrapper's, 'OptimizedModule'
     """
     folder, out = Path(folder), Path(out)
-    if dtype is not None:
-        require_choice("dtype", dtype, tuple(DTYPES))
+    check_dtype(dtype)
     require_room("out", out, overwrite=overwrite, reads=[folder])
     config = _checked_config(folder, dtype)
     file, tensors = _read(folder)

@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 
 from rankwise.errors import RankwiseError
 from rankwise.export.adapter import FROZEN, Adapter
+from rankwise.export.keys import PEFT_PREFIX
 from rankwise.export.lora_config import CONFIG
 from rankwise.export.pipeline_lora import PipelineLora
-from rankwise.export.reader import PEFT_PREFIX, TENSORS
+from rankwise.export.reader import TENSORS
 from rankwise.update import Factors
 
 TOLERANCE = 1e-6

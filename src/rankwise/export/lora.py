@@ -193,7 +193,7 @@ def _card(
         "A LoRA trained by rankwise",
         facts,
         load=loader.load_code,
-        library=loader.library,
+        library=loader.hub_tag,
     )
 
 

@@ -16,8 +16,8 @@ from torch import nn
 
 from rankwise.errors import AdapterFileError
 from rankwise.export.adapter import Adapter
+from rankwise.export.keys import PEFT_PREFIX, parsed_key
 from rankwise.export.lora_config import CHOOSING_MODULES
-from rankwise.export.reader import PEFT_PREFIX, parsed_key
 
 
 def base_at_hand(base: str | Path | nn.Module | None, config: Mapping[str, Any], folder: Path) -> nn.Module | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rankwise.errors import AdapterFileError, RankwiseError
 from rankwise.export.adapter import Adapter
+from rankwise.export.keys import PEFT_PREFIX
 from rankwise.export.lora_config import CONFIG, check_only_updates, scale_of
 from rankwise.export.lora_format import format_of_tensors
 from rankwise.export.pipeline_files import (
@@ -29,7 +30,6 @@ from rankwise.export.pipeline_files import (
     spelling_of,
 )
 from rankwise.export.reader import (
-    PEFT_PREFIX,
     TENSORS,
     check_module,
     common_dtype,

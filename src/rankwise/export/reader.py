@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from rankwise.errors import AdapterFileError
 from rankwise.export.adapter import Adapter, is_finite, key_not_finite
+from rankwise.export.keys import PEFT_PREFIX, Key, clean_key, parsed_key
 from rankwise.export.lora_config import (
     CONFIG,
     DEFAULT_RANK,
@@ -41,94 +42,13 @@ if TYPE_CHECKING:
 
 TENSORS = "adapter_model.safetensors"
 COMMAND = "training_command.txt"
-PEFT_PREFIX = "base_model.model."
 FOREIGN = re.compile(r"(^|\.)lora_")
 """In keys that belong to a LoRA and are neither A nor B, as DoRA's magnitudes."""
-
-FACTOR = re.compile(r"(?P<module>.*)\.lora_(?P<embedding>embedding_)?(?P<part>[AB])(?:\.(?P<rest>.*))?", re.DOTALL)
-"""A key of A or B; `rest` is `weight`, an adapter's name, or the name and `weight`."""
-WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
-"""Modules that torch.compile, FSDP, activation checkpointing and DDP put around others, and into their names."""
-
-
-class Key(NamedTuple):
-    """What the name of a tensor in an adapter's file says."""
-
-    module: str
-    """The module's name in the base model; of a tensor that is neither A nor B, the tensor's own name."""
-    part: str = ""
-    """ "A", "B" or "alpha"; "" for any other tensor."""
-    prefix: str = ""
-    """What stood before the name in the base model."""
-    embedding: bool = False
-    """Whether A or B is an embedding's."""
-    adapter: str = ""
-    """The adapter's name, where the key holds one."""
-    wrappers: tuple[str, ...] = ()
-    """Wrappers whose names were left out."""
-
-
-def parsed_key(key: str) -> Key:
-    """What a tensor's name says, PEFT's prefix, wrappers and an adapter's name left out."""
-    path, wrappers = _unwrapped(key)
-    prefix = PEFT_PREFIX if path.startswith(PEFT_PREFIX) else ""
-    name = path.removeprefix(prefix)
-    if name.endswith(".alpha"):
-        return Key(name.removesuffix(".alpha"), "alpha", prefix, wrappers=wrappers)
-    found = FACTOR.fullmatch(name)
-    if found is None:
-        return Key(name, "", prefix, wrappers=wrappers)
-    embedding = found["embedding"] is not None
-    adapter = _adapter_name(found["rest"], embedding)
-    if adapter is None:
-        return Key(name, "", prefix, wrappers=wrappers)
-    return Key(found["module"], found["part"], prefix, embedding, adapter, wrappers)
-
-
-def clean_key(key: str) -> str:
-    """A tensor's name as PEFT writes it."""
-    told = parsed_key(key)
-    if told.part in ("A", "B"):
-        ending = f"lora_embedding_{told.part}" if told.embedding else f"lora_{told.part}.weight"
-        return f"{PEFT_PREFIX}{told.module}.{ending}"
-    return f"{PEFT_PREFIX}{told.module}{'.alpha' if told.part else ''}"
 
 
 def widened(tensor: Tensor) -> Tensor:
     """A tensor in a dtype that can be calculated with: float8, which cannot, as float32."""
     return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
-
-
-def _unwrapped(key: str) -> tuple[str, tuple[str, ...]]:
-    """A key without the wrappers in its path, and which there were.
-
-    `module` is also a name that a model may give a part of its own; it is taken for a wrapper only where DDP puts it:
-    around the whole adapted model, or around the whole base model.
-    """
-    parts = key.split(".")
-    before = PEFT_PREFIX.rstrip(".").split(".")
-    kept: list[str] = []
-    left_out: list[str] = []
-    for part in parts:
-        around_a_model = kept in ([], before)
-        if part in WRAPPERS and (part != "module" or around_a_model):
-            left_out.append(part)
-        else:
-            kept.append(part)
-    return ".".join(kept), tuple(left_out)
-
-
-def _adapter_name(rest: str | None, embedding: bool) -> str | None:
-    """The adapter's name behind `lora_A`, "" where there is none; None where this is no key of A or B."""
-    if embedding:
-        name = rest or ""
-    elif rest == "weight":
-        name = ""
-    elif rest is not None and rest.endswith(".weight"):
-        name = rest.removesuffix(".weight")
-    else:
-        return None
-    return None if "." in name else name
 
 
 @dataclass

@@ -20,9 +20,10 @@ from rankwise.adapters.tuner import PREFIX
 from rankwise.errors import AdapterFileError, RankwiseError
 from rankwise.export.adapter import TrainedAdapter
 from rankwise.export.base import class_of, formats_of, opened_base
+from rankwise.export.keys import PEFT_PREFIX
 from rankwise.export.lora_config import CONFIG, read_config
 from rankwise.export.lora_format import EMBEDDING, LoraFormat
-from rankwise.export.reader import PEFT_PREFIX, TENSORS, read_tensors
+from rankwise.export.reader import TENSORS, read_tensors
 from rankwise.update import Factors
 
 

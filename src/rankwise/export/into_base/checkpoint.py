@@ -29,6 +29,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """torch's dtypes by safetensors' names. Tensors of other dtypes are copied byte by byte."""
+SAFETENSORS_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+"""The same the other way round."""
 WEIGHT_DTYPES = ("F64", "F32", "F16", "BF16")
 """The dtypes that a weight may have for an update to be added to it."""
 FILES = (
@@ -120,8 +122,7 @@ def _opened(folder: Path) -> Checkpoint:
         if name.endswith(".bin"):
             found = pickled_tensors(folder / name)
             mapped |= found
-            names_of_dtypes = {dtype: own for own, dtype in DTYPES.items()}
-            stored |= {key: Stored(name, tuple(t.shape), names_of_dtypes[t.dtype]) for key, t in found.items()}
+            stored |= {key: Stored(name, tuple(t.shape), SAFETENSORS_NAMES[t.dtype]) for key, t in found.items()}
         else:
             stored |= _read_header(folder / name)
     return Checkpoint(folder, stored, kind, index, mapped)

@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.base_models import model_folder
-from rankwise.checks import require_choice, require_room
+from rankwise.checks import require_room
 from rankwise.errors import RankwiseError
 from rankwise.export.base import told_base
 from rankwise.export.card import write_card
 from rankwise.export.combine import given_weights
+from rankwise.export.dtypes import check_dtype
 from rankwise.export.into_base.checkpoint import FILES, INDEX, open_checkpoint
 from rankwise.export.into_base.merging import Merging
 from rankwise.export.into_base.opening import opened, read_config
 from rankwise.export.into_base.saved import SavedAdapter, read_saved
-from rankwise.export.into_base.writing import DTYPES, write_model
+from rankwise.export.into_base.writing import write_model
 from rankwise.export.lora_config import saved_config
 from rankwise.files import whole_folder
 
@@ -83,8 +84,7 @@ def merge_into_base(
     """
     out = Path(out)
     given = given_weights(weights, len(folders))
-    if dtype is not None:
-        require_choice("dtype", dtype, list(DTYPES))
+    check_dtype(dtype)
     source, revision = told_base(base, saved_config(folders[0]), Path(folders[0]))
     model_at = _fetched(source, revision)
     require_room("out", out, overwrite=overwrite, reads=[*folders, model_at])

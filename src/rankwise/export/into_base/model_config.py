@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from rankwise.export.into_base.adapted import own_name
-from rankwise.export.reader import PEFT_PREFIX
+from rankwise.export.keys import PEFT_PREFIX
 
 TIE = "tie_word_embeddings"
 TIE_MEANS_MORE = ("switch_transformers", "udop", "umt5")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from rankwise.errors import AdapterFileError, RankwiseError
 from rankwise.export.adapter import key_not_finite
 from rankwise.export.lora_config import CONFIG, ONLY_UPDATES, OURS, STARTS, read_config
 from rankwise.export.pipeline_files import pipeline_file
-from rankwise.export.reader import PEFT_PREFIX, TENSORS, Key, parsed_key, read_tensors
+from rankwise.export.reader import TENSORS, read_clean_tensors
 
 MERGEABLE = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
 """Fields of PEFT's LoraConfig that make an adapter more than updates of modules, and that PEFT merges all the same."""
@@ -54,7 +53,7 @@ def read_saved(folder: Path) -> SavedAdapter:
         raise
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise AdapterFileError(f"{folder / CONFIG} is not a whole adapter config ({type(error).__name__})") from error
-    tensors = _under_pefts_names(read_tensors(folder / TENSORS), folder / TENSORS)
+    tensors = read_clean_tensors(folder)
     broken = key_not_finite(tensors)
     if broken:
         raise AdapterFileError(f"{folder / TENSORS} holds NaN or infinity in {broken!r}")
@@ -73,31 +72,3 @@ def _check_plain(told: Mapping[str, Any], folder: Path) -> None:
     start = told.get("init_lora_weights", True)
     if start not in STARTS:
         raise AdapterFileError(f"{folder} started from {start!r}, which changes the base model: convert it first")
-
-
-def _under_pefts_names(tensors: Mapping[str, Tensor], file: Path) -> dict[str, Tensor]:
-    """The tensors by the names that PEFT saves them by, without wrappers and the adapter's own name.
-
-    Raises:
-        AdapterFileError: two keys name one tensor.
-    """
-    keys: dict[str, str] = {}
-    wrapped: list[str] = []
-    for key in tensors:
-        told = parsed_key(key)
-        first = keys.setdefault(_pefts_name(told), key)
-        if first != key:
-            raise AdapterFileError(f"{file} holds one tensor under two names, {first!r} and {key!r}")
-        if told.wrappers:
-            wrapped.append(key)
-    if wrapped:
-        found = f"in {len(wrapped)} of its keys, as in {wrapped[0]!r}"
-        warnings.warn(f"{file} holds wrappers' names, which are left out, {found}", stacklevel=4)
-    return {name: tensors[key] for name, key in keys.items()}
-
-
-def _pefts_name(told: Key) -> str:
-    if told.part not in ("A", "B"):
-        return PEFT_PREFIX + told.module + (f".{told.part}" if told.part else "")
-    ending = f"lora_embedding_{told.part}" if told.embedding else f"lora_{told.part}.weight"
-    return f"{PEFT_PREFIX}{told.module}.{ending}"

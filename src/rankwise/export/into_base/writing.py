@@ -13,14 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rankwise.export.dtypes import DTYPES
 from rankwise.export.into_base.adapted import tied_names
-from rankwise.export.into_base.checkpoint import INDEX, WEIGHT_DTYPES, Checkpoint, Shards, Stored
+from rankwise.export.into_base.checkpoint import (
+    INDEX,
+    SAFETENSORS_NAMES,
+    WEIGHT_DTYPES,
+    Checkpoint,
+    Shards,
+    Stored,
+)
 from rankwise.export.into_base.merging import Merging
 from rankwise.export.into_base.model_config import TIE_MEANS_MORE, untied, with_dtype
 from rankwise.export.into_base.opening import bare_model, read_config, write_config
-
-DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-"""What a model can be written in: torch's names of dtypes, with safetensors'."""
 
 
 def write_model(folder: Path, model: nn.Module, merging: Merging, checkpoint: Checkpoint, dtype: str | None) -> None:
@@ -31,7 +36,7 @@ def write_model(folder: Path, model: nn.Module, merging: Merging, checkpoint: Ch
         model: the base model's skeleton.
         merging: what its weights become.
         checkpoint: the base model's weight files.
-        dtype: one of `DTYPES`, or None for what each tensor has.
+        dtype: one of `dtypes.DTYPES`, or None for what each tensor has.
     """
     # Whether tied weights come out different decides what the files hold, so that these are worked out first.
     tied = {name for tie in merging.ties for name in tie}
@@ -118,9 +123,10 @@ def _laid_out(
         beside = merging.units([name])
         like = placed[beside[0].keys[0]] if beside else Stored(last, (), usual_dtype[0][0])
         placed[key] = like._replace(shape=merging.shape(name))
+    chosen = None if dtype is None else SAFETENSORS_NAMES[DTYPES[dtype]]
     for key, stored in placed.items():
-        chosen = DTYPES[dtype] if dtype is not None and stored.dtype in WEIGHT_DTYPES else stored.dtype
-        placed[key] = stored._replace(file=_written_as(stored.file), dtype=chosen)
+        changes = chosen is not None and stored.dtype in WEIGHT_DTYPES
+        placed[key] = stored._replace(file=_written_as(stored.file), dtype=chosen if changes else stored.dtype)
     return placed
 
 

@@ -61,7 +61,7 @@ class Server:
     """The layouts of an export that it loads."""
     written_for: ClassVar[str] = ""
     """What an export for it does besides, for the documentation."""
-    library: ClassVar[str] = "peft"
+    hub_tag: ClassVar[str] = "peft"
     """The library that a model card names for an adapter written for this server."""
     load_code: ClassVar[str] = (
         "from peft import PeftModel\n\n"

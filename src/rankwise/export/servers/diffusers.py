@@ -164,7 +164,7 @@ class Diffusers(Server):
     )
     loads_peft_folders = False
     written_for = "renames keys, puts the config into the file's header"
-    library = "diffusers"
+    hub_tag = "diffusers"
     load_code = start_command
 
     def rewrite(self, folder: Path, base_class: str) -> None:
