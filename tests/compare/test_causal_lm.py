@@ -25,6 +25,7 @@ from rankwise.compare.runner import run_plan
 from rankwise.compare.spec import parse_spec
 from rankwise.compare.tasks.causal_lm import CausalLm, CausalLmData
 from rankwise.errors import ArgumentError, DataError
+from tiny_llama import successor
 
 pytest_plugins = ["tiny_llama"]
 
@@ -280,3 +281,17 @@ def test_the_loss_is_finite_and_per_token(run: Run) -> None:
     lora = next(r for r in results if r.method == "lora")
     assert lora.score == pytest.approx(floor.score, abs=1e-4)
     assert 0.5 * math.log(20) < floor.score < 3 * math.log(20)
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_an_example_without_room_for_its_response_is_refused_before_training(
+    split: str, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TRL drops such examples without a word, and a score would be of the others."""
+    monkeypatch.setattr(SFTTrainer, "train", lambda self, *_, **__: pytest.fail("it trained"))
+    rows = successor(20)
+    rows[0]["question"] = "after one " * 20
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = parse_spec(table(tiny_llama, data={split: str(tmp_path / "long.jsonl")}), tmp_path)
+    with pytest.raises(ArgumentError, match=r"`task.max_length` must leave room for a response.*1 of \d+ .*found 32"):
+        run_plan(make_plan(spec), "a test")

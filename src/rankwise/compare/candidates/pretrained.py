@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from torch import nn
 from transformers import PreTrainedModel
 
-from rankwise.compare.candidates.base import Candidate, Measured
+from rankwise.compare.candidates.base import Candidate
 from rankwise.compare.spec import PRETRAINED, Entry, Spec
 from rankwise.errors import ArgumentError
 
@@ -51,14 +49,3 @@ class PretrainedCandidate(Candidate):
     def own_parameters(self, model: nn.Module) -> list[nn.Parameter]:
         """None."""
         return []
-
-    def ranks(self, model: nn.Module) -> dict[str, int]:
-        """None: no module is adapted."""
-        return {}
-
-    def measure(self, model: nn.Module) -> Measured:
-        """No parameters."""
-        return Measured(parameters={"initial": 0, "final": 0, "exported": 0})
-
-    def save(self, model: nn.Module, output: Path, key: str, command: str) -> None:
-        """Nothing: the floor is there to compare with."""

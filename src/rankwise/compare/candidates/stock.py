@@ -1,4 +1,4 @@
-"""Baselines through stock code: any config class of PEFT by its name, and fine-tuning of the weights themselves."""
+"""Any config class of stock PEFT by its name: a baseline through the code that its users run."""
 
 from __future__ import annotations
 
@@ -29,10 +29,6 @@ CONFIGS: dict[str, type[PeftConfig]] = {
     if inspect.isclass(kind) and issubclass(kind, PeftConfig) and name.endswith("Config") and kind is not PeftConfig
 }
 """Every config class of the installed PEFT."""
-FULL = "full"
-PARTIAL = "partial"
-FINE_TUNING_RATE = 5e-5
-"""The Trainer's own default, for fine-tuning of the weights themselves."""
 
 
 class StockCandidate(Candidate):
@@ -159,96 +155,3 @@ class _Allocation(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
         model.base_model.update_and_allocate(state.global_step + 1)
-
-
-class FineTuningCandidate(Candidate):
-    """The weights themselves: all of them, or those of the modules that are named.
-
-    Args:
-        name: `full` or `partial`.
-        modules: the ends of module names; None for every module.
-        head_modules: the modules that make the head, which trains at its own rate.
-    """
-
-    keeps_checkpoints = False  # the Trainer would write the whole model each time
-
-    def __init__(self, name: str, modules: tuple[str, ...] | None, head_modules: tuple[str, ...]) -> None:
-        self.name = name
-        self.modules = modules
-        self.head_modules = head_modules
-        self.suggested_rate = FINE_TUNING_RATE
-        self.starting_scale = None
-        self.fields = {} if modules is None else {"modules": list(modules)}
-
-    @classmethod
-    def of(cls, spec: Spec, entry: Entry) -> FineTuningCandidate:
-        """The candidate of a SPEC's entry.
-
-        Raises:
-            ArgumentError: `partial` names no modules, or there is another field.
-        """
-        known = ["modules"] if entry.name == PARTIAL else []
-        for name, value in entry.fields.items():
-            if name not in known:
-                raise ArgumentError(f"{entry.name}.{name}", f"be a field of it ({nearest(name, known)})", value)
-        if entry.name == FULL:
-            return cls(FULL, None, spec.task.head_modules)
-        modules = entry.fields.get("modules")
-        if not isinstance(modules, list) or not modules or not all(isinstance(name, str) for name in modules):
-            raise ArgumentError(f"{PARTIAL}.modules", "be a list of module names", modules)
-        return cls(PARTIAL, tuple(modules), spec.task.head_modules)
-
-    def check(self, model: PreTrainedModel, steps: int) -> None:
-        """Refuse module names that match nothing.
-
-        Raises:
-            ArgumentError: a name is the end of no module's name.
-        """
-        names = [name for name, _ in model.named_modules()]
-        for wanted in self.modules or ():
-            if not any(_ends(name, wanted) for name in names):
-                own = {name.rpartition(".")[2] for name in names}
-                raise ArgumentError(f"{PARTIAL}.modules", f"match modules ({nearest(wanted, own)})", wanted)
-
-    def attach(self, model: PreTrainedModel, steps: int) -> nn.Module:
-        """The model with the chosen weights set to train."""
-        for module_name, module in model.named_modules():
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(self._trains(module_name) or self._in_head(module_name))
-        return model
-
-    def _trains(self, name: str) -> bool:
-        return self.modules is None or any(_within(name, wanted) for wanted in self.modules)
-
-    def _in_head(self, name: str) -> bool:
-        return any(_within(name, wanted) for wanted in self.head_modules)
-
-    def own_parameters(self, model: nn.Module) -> list[nn.Parameter]:
-        """What trains outside the head."""
-        found: dict[int, nn.Parameter] = {}
-        for module_name, module in model.named_modules():
-            if not self._in_head(module_name):
-                found |= {id(p): p for p in module.parameters(recurse=False) if p.requires_grad}
-        return list(found.values())
-
-    def ranks(self, model: nn.Module) -> dict[str, int]:
-        """None: no module is adapted."""
-        return {}
-
-    def measure(self, model: nn.Module) -> Measured:
-        """How many weights were trained, all of which a checkpoint holds."""
-        count = sum(p.numel() for p in self.own_parameters(model))
-        return Measured(parameters={"initial": count, "final": count, "exported": count})
-
-    def save(self, model: Any, output: Path, key: str, command: str) -> None:
-        """Nothing: it is there to compare with, and a whole model for every seed would fill the disk."""
-
-
-def _ends(name: str, wanted: str) -> bool:
-    """Whether a module's name is `wanted`, or ends in it after a dot."""
-    return name == wanted or name.endswith(f".{wanted}")
-
-
-def _within(name: str, wanted: str) -> bool:
-    """Whether a module is one that `wanted` names, or lies in one."""
-    return f".{wanted}." in f".{name}."

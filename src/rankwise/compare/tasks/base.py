@@ -16,9 +16,7 @@ from pydantic import Field, model_validator
 from rankwise.compare.sections import File, Section, Text, Texts, broken_rule, has_unknown_key, rule
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
     from rankwise.compare.tables import Table
 
@@ -26,7 +24,7 @@ Targets = Annotated[Text | Texts, rule("be a non-empty string or list of strings
 Length = Annotated[int, Field(ge=2), rule("be an integer of at least 2")]
 
 
-class Data(Section):
+class Data(Section, ABC):
     """Where the examples are: files of one layout, or a hub data set in their place. Each task adds its columns."""
 
     train: File | None = None
@@ -37,9 +35,6 @@ class Data(Section):
     """Examples that choices are made on; left out, a tenth of train is set aside."""
     dataset: Text | None = None
     """A data set of the hub with the splits train and test, instead of files."""
-
-    column_keys: ClassVar[tuple[str, ...]]
-    """The keys whose values name columns."""
 
     @model_validator(mode="before")
     @classmethod
@@ -60,10 +55,14 @@ class Data(Section):
         return table
 
     @property
+    @abstractmethod
     def columns(self) -> dict[str, str]:
         """The columns that are read, by the key that names them."""
-        named = {key: getattr(self, key) for key in self.column_keys}
-        return {key: name for key, name in named.items() if name is not None}
+
+    @property
+    def examples_per_group(self) -> int | None:
+        """How many training examples of each of the task's groups are kept; None for all."""
+        return None
 
 
 DataSection = type[Data]
@@ -175,17 +174,26 @@ class Task(Section, ABC):
 
         return TrainingArguments(**common)
 
+    @property
+    def trainer_class(self) -> type[Trainer]:
+        """The trainer of transformers or of trl that trains this task."""
+        from transformers import Trainer
+
+        return Trainer
+
     @abstractmethod
-    def trainer(
-        self,
-        model: nn.Module,
-        arguments: TrainingArguments,
-        splits: Splits,
-        tokenizer: Any,
-        optimizer: torch.optim.Optimizer | None,
-        callbacks: list[TrainerCallback],
-    ) -> Trainer:
-        """The trainer of one run, with the validation split as development data for the rules that need some."""
+    def trainer_data(self, splits: Splits, tokenizer: Any) -> dict[str, Any]:
+        """What the trainer is given of the data: training and evaluation sets, and a collator where it needs one.
+
+        The first evaluation set is the validation split: development data, for the rules that need some.
+        """
+
+    def check_trainer(self, trainer: Trainer, splits: Splits) -> None:
+        """Refuse, before training, what the trainer has made of the data.
+
+        Raises:
+            DataError: examples have been lost.
+        """
 
     @abstractmethod
     def score(self, trainer: Trainer, examples: Examples, splits: Splits) -> dict[str, float]:

@@ -31,14 +31,12 @@ PACKAGES = {"bleu": "sacrebleu", "rouge_l": "rouge_score"}
 class CausalLmData(Data):
     """Prompts and responses, or whole chats."""
 
-    prompt: Text | None = None
+    prompt: Text | None = Field(None, examples=["question"])
     """The column of the prompt; or a text with columns in braces, as "Question: {question}"."""
-    response: Text | None = None
+    response: Text | None = Field(None, examples=["answer"])
     """The column of the response. A list in it holds several right ones: the first trains, all are compared with."""
     messages: Text | None = None
     """The column of chats, lists of {role, content} whose last message is the response; instead of the two others."""
-
-    column_keys: ClassVar[tuple[str, ...]] = ("prompt", "response", "messages")
 
     @model_validator(mode="after")
     def _one_form(self) -> CausalLmData:

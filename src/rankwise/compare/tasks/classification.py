@@ -22,6 +22,11 @@ class ClassificationData(TextData):
     per_label: Count | None = None
     """How many training examples of each label to keep, for studies with few; left out, all."""
 
+    @property
+    def examples_per_group(self) -> int | None:
+        """A group is a label."""
+        return self.per_label
+
 
 class Classification(SequenceTask):
     """One label for each text. Scores: accuracy and the mean F1 over the labels."""

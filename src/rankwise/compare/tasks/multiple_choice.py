@@ -93,11 +93,6 @@ class MultipleChoice(ResponseTask):
         held_out: Any = trainer.eval_dataset
         losses, tokens = response_losses(trainer, held_out[f"{split} choices"])
         texts = [text for choices in examples["choices"] for text in choices]
-        if len(losses) != len(texts):
-            raise DataError(
-                f"{examples.source} has questions that leave no room for an answer: raise `task.max_length`, "
-                f"{self.max_length} (of {len(texts)} answers, {len(texts) - len(losses)} are cut away)"
-            )
         lengths = {
             "tokens": tokens.tolist(),
             "characters": [len(text) for text in texts],

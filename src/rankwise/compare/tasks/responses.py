@@ -15,10 +15,9 @@ from rankwise.compare.tasks.base import Examples, Splits, Task
 from rankwise.errors import ArgumentError
 
 if TYPE_CHECKING:
-    import torch
     from datasets import Dataset
-    from torch import Tensor, nn
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from torch import Tensor
+    from transformers import Trainer, TrainingArguments
 
     from rankwise.compare.tables import Table
 
@@ -111,31 +110,32 @@ class ResponseTask(Task):
             completion_only_loss=True,
         )
 
+    @property
+    def trainer_class(self) -> type[Trainer]:
+        """TRL's SFTTrainer, which tokenises every split."""
+        from trl import SFTTrainer
+
+        return SFTTrainer
+
+    def trainer_data(self, splits: Splits, tokenizer: Any) -> dict[str, Any]:
+        """Prompts and completions."""
+        return {"train_dataset": self.dataset(splits.train), "eval_dataset": self.held_out(splits)}
+
     def held_out(self, splits: Splits) -> dict[str, Dataset]:
         """What the trainer tokenises beside the training data; the first is its development data."""
         return {"validation": self.dataset(splits.validation), "test": self.dataset(splits.test)}
 
-    def trainer(
-        self,
-        model: nn.Module,
-        arguments: TrainingArguments,
-        splits: Splits,
-        tokenizer: Any,
-        optimizer: torch.optim.Optimizer | None,
-        callbacks: list[TrainerCallback],
-    ) -> Trainer:
-        """TRL's SFTTrainer, which tokenises every split."""
-        from trl import SFTTrainer
-
-        return SFTTrainer(
-            model=model,  # type: ignore[arg-type]
-            args=arguments,  # type: ignore[arg-type]
-            optimizers=(optimizer, None),  # type: ignore[arg-type]
-            train_dataset=self.dataset(splits.train),
-            eval_dataset=dict(self.held_out(splits)),  # type: ignore[arg-type]  a dict of data sets, as it documents
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
+    def check_trainer(self, trainer: Trainer, splits: Splits) -> None:
+        """Refuse a `max_length` that leaves an example no token of its response: TRL drops such examples."""
+        kept: dict[str, Any] = dict(trainer.eval_dataset)  # type: ignore[arg-type]
+        given = {name: len(rows) for name, rows in self.held_out(splits).items()}
+        if not self.packing:  # packed sequences are not examples any more
+            kept["train"], given["train"] = trainer.train_dataset, len(splits.train)
+        for name, count in given.items():
+            lost = count - len(kept[name])
+            if lost:
+                rule_told = f"leave room for a response in every example of {name} ({lost} of {count} have none)"
+                raise ArgumentError("task.max_length", rule_told, self.max_length)
 
     def dataset(self, examples: Examples) -> Dataset:
         """The split in TRL's form, with the first right response of each row."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from rankwise.compare.sections import Text
@@ -9,10 +10,8 @@ from rankwise.compare.tasks.base import Data, Examples, Splits, Task
 
 if TYPE_CHECKING:
     import numpy as np
-    import torch
     from datasets import Dataset
-    from torch import nn
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers import Trainer
 
     from rankwise.compare.tables import Table
 
@@ -27,7 +26,11 @@ class TextData(Data):
     label: Text
     """The column of what is to be predicted."""
 
-    column_keys: ClassVar[tuple[str, ...]] = ("text", "pair", "label")
+    @property
+    def columns(self) -> dict[str, str]:
+        """Of the texts and the label."""
+        named = {"text": self.text, "pair": self.pair, "label": self.label}
+        return {key: name for key, name in named.items() if name is not None}
 
 
 class SequenceTask(Task):
@@ -37,9 +40,13 @@ class SequenceTask(Task):
     peft_type: ClassVar[str | None] = "SEQ_CLS"
     head_modules: ClassVar[tuple[str, ...]] = ("classifier", "score")
 
+    @abstractmethod
     def target(self, value: Any, source: str, row: int) -> Any:
-        """What is to be predicted, from the value of the label's column."""
-        raise NotImplementedError
+        """What is to be predicted, from the value of the label's column.
+
+        Raises:
+            DataError: naming the source and the row, counted from 1.
+        """
 
     def read(self, table: Table, data: Data) -> Examples:
         """Texts and targets."""
@@ -63,28 +70,15 @@ class SequenceTask(Task):
         tokens = tokenizer(*texts, truncation=True, max_length=self.max_length)
         return Dataset.from_dict({**tokens, "labels": self.targets(examples, splits)})
 
-    def trainer(
-        self,
-        model: nn.Module,
-        arguments: TrainingArguments,
-        splits: Splits,
-        tokenizer: Any,
-        optimizer: torch.optim.Optimizer | None,
-        callbacks: list[TrainerCallback],
-    ) -> Trainer:
-        """A plain Trainer on padded batches."""
-        from transformers import DataCollatorWithPadding, Trainer
+    def trainer_data(self, splits: Splits, tokenizer: Any) -> dict[str, Any]:
+        """Tokenised splits, padded batch by batch."""
+        from transformers import DataCollatorWithPadding
 
-        return Trainer(
-            model=model,  # type: ignore[arg-type]
-            args=arguments,
-            optimizers=(optimizer, None),
-            train_dataset=self.tokens(splits.train, splits, tokenizer),
-            eval_dataset=self.tokens(splits.validation, splits, tokenizer),
-            data_collator=DataCollatorWithPadding(tokenizer),
-            processing_class=tokenizer,
-            callbacks=callbacks,
-        )
+        return {
+            "train_dataset": self.tokens(splits.train, splits, tokenizer),
+            "eval_dataset": self.tokens(splits.validation, splits, tokenizer),
+            "data_collator": DataCollatorWithPadding(tokenizer),
+        }
 
     def predictions(self, trainer: Trainer, examples: Examples, splits: Splits) -> np.ndarray:
         """The model's outputs for a split, (examples, outputs)."""
