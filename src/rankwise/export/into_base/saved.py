@@ -10,11 +10,12 @@ from typing import Any
 from peft import PeftConfig
 from torch import Tensor
 
-from rankwise.errors import AdapterFileError, RankwiseError
+from rankwise.errors import AdapterFileError
 from rankwise.export.adapter import key_not_finite
 from rankwise.export.lora_config import CONFIG, ONLY_UPDATES, OURS, STARTS, read_config
 from rankwise.export.pipeline_files import pipeline_file
 from rankwise.export.reader import TENSORS, read_clean_tensors
+from rankwise.export.trained import opened_config
 
 MERGEABLE = ("use_dora", "lora_bias", "trainable_token_indices", "target_parameters")
 """Fields of PEFT's LoraConfig that make an adapter more than updates of modules, and that PEFT merges all the same."""
@@ -47,12 +48,7 @@ def read_saved(folder: Path) -> SavedAdapter:
     told = read_config(folder)
     if not str(told.get("peft_type")).startswith(OURS):
         _check_plain(told, folder)
-    try:
-        config = PeftConfig.from_pretrained(str(folder))
-    except RankwiseError:
-        raise
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise AdapterFileError(f"{folder / CONFIG} is not a whole adapter config ({type(error).__name__})") from error
+    config: Any = opened_config(folder)  # there is one, and it has been read as JSON
     tensors = read_clean_tensors(folder)
     broken = key_not_finite(tensors)
     if broken:
