@@ -159,7 +159,7 @@ class Search:
         }
 
     def head(self) -> None:
-        """The head's rate: the head alone, and LoRA at its suggested rate."""
+        """The head's rate: the head alone, and LoRA at LORA_RATE."""
         for method in ("lora", "head"):
             rate = LORA_RATE if method == "lora" else 0.0
             for head_rate in HEAD_RATES:

@@ -1,7 +1,7 @@
 """NNM-LoRA's three forms beside LoRA on CLINC150: `python bench/nnm_forms.py --data FOLDER --json FILE`.
 
 The paper's setting on a small model: MiniLM-L6, query and value, r = 64, lora_alpha = 128, λ = 5, ten messages for each
-of 150 intents, 300 steps of 32, LoRA's suggested rate and the head's rate of `learning_rates.py` for all. Each form is
+of 150 intents, 300 steps of 32, a learning rate of 3e-3 and the head's rate of `learning_rates.py` for all. Each form is
 trained with `frobenius` "differentiated", "held" and "none"; FOLDER holds train.jsonl.gz, validation.jsonl.gz and
 test.jsonl.gz of CLINC150.
 

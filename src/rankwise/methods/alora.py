@@ -43,7 +43,7 @@ class Alora(Method):
     method: ClassVar[str] = "alora"
     summary: ClassVar[str] = "the same total; rounds of ablation move ranks from useless modules to useful ones"
     scores_ranks: ClassVar[bool] = True
-    suggested_rate: ClassVar[float] = 3e-3
+    suggested_rate: ClassVar[float] = 1e-3
 
     max_r: int | None = field(default=None, metadata={"help": "most ranks of a module; None: 2·r"})
     rounds: int | None = field(

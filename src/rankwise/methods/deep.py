@@ -50,7 +50,7 @@ class Deep(Method):
     linear_only: ClassVar[bool] = True
     cancels: ClassVar[bool] = True
     negligible: ClassVar[float] = 1e-6
-    suggested_rate: ClassVar[float] = 3e-2
+    suggested_rate: ClassVar[float] = 1e-2
     refuses_updates: ClassVar[str | None] = "Deep LoRA's updates lie in a subspace that a gradient tells"
 
     depth: int = field(default=3, metadata={"help": "L, factors in the product"})

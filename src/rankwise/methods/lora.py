@@ -18,4 +18,4 @@ class Lora(Method):
 
     method: ClassVar[str] = "lora"
     summary: ClassVar[str] = "fixed rank; the baseline"
-    suggested_rate: ClassVar[float] = 3e-3
+    suggested_rate: ClassVar[float] = 1e-3

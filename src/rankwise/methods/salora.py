@@ -46,7 +46,7 @@ class Salora(Phased):
 
     method: ClassVar[str] = "salora"
     summary: ClassVar[str] = "falls to a density of r·L ranks, learned by random gates under an L0 constraint"
-    suggested_rate: ClassVar[float] = 1e-2
+    suggested_rate: ClassVar[float] = 3e-3
     closing_values: ClassVar[Mapping[str, float]] = {"log_theta": gates.FLOOR}
     uses_rate: ClassVar[bool] = True
 

@@ -37,7 +37,7 @@ class Sora(Method):
 
     method: ClassVar[str] = "sora"
     summary: ClassVar[str] = "falls from r as a proximal step closes gates to exactly 0"
-    suggested_rate: ClassVar[float] = 1e-2
+    suggested_rate: ClassVar[float] = 1e-3
     closing_values: ClassVar[Mapping[str, float]] = {"g": 0.0}
 
     sparse_weight: float = field(

@@ -44,7 +44,7 @@ class Sorsa(Method):
     method: ClassVar[str] = "sorsa"
     summary: ClassVar[str] = "fixed rank; trains the base weight's own leading singular triplets"
     linear_only: ClassVar[bool] = True
-    suggested_rate: ClassVar[float] = 1e-3
+    suggested_rate: ClassVar[float] = 3e-4
     refuses_updates: ClassVar[str | None] = "SORSA trains the base weight's own triplets"
     scaled: ClassVar[bool] = False
     starts_from_weight: ClassVar[bool] = True
