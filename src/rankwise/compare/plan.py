@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
-from transformers import PreTrainedModel
-
-from rankwise.base_models import open_tokenizer
 from rankwise.compare.candidates import Candidate, candidate_of
 from rankwise.compare.data import load_splits
 from rankwise.compare.models import identity, skeleton_for
@@ -110,13 +107,13 @@ def make_plan(spec: Spec) -> Plan:
     if spec.output.exists() and not spec.output.is_dir():
         raise ArgumentError("output", "be a folder, or not exist yet", str(spec.output))
     candidates = [candidate_of(spec, entry) for entry in spec.entries]
-    tokenizer = open_tokenizer(spec.model, argument="model")
-    spec.task.check_tokenizer(tokenizer)
+    spec.task.check_packages()
+    processor = spec.task.open_processor(spec.model)
     splits = load_splits(spec.data, spec.task)
     steps = _steps(spec, len(splits.train))
     for candidate in candidates:
         model = skeleton_for(spec.task, spec.model, splits)
-        _check_length(spec, model, tokenizer)
+        spec.task.check_model(model, processor)
         candidate.check(model, steps)
     # What all runs share is hashed once: the data, the model and the library versions.
     shared = _shared_digest(spec, splits)
@@ -133,12 +130,6 @@ def make_plan(spec: Spec) -> Plan:
 def library_versions() -> dict[str, str]:
     """The installed version of each of LIBRARIES."""
     return {name: version(name) for name in LIBRARIES}
-
-
-def _check_length(spec: Spec, model: PreTrainedModel, tokenizer: Any) -> None:
-    positions = min(getattr(model.config, "max_position_embeddings", None) or math.inf, tokenizer.model_max_length)
-    if spec.task.max_length > positions:
-        raise ArgumentError("task.max_length", f"be at most the model's positions, {positions}", spec.task.max_length)
 
 
 def _steps(spec: Spec, examples: int) -> int:

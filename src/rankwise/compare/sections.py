@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_args
 
 from pydantic import (
     BaseModel,
@@ -69,6 +69,35 @@ def rule(words: str) -> WrapValidator:
 def as_tuple(value: Any) -> Any:
     """TOML's lists as tuples, which cannot change."""
     return tuple(value) if isinstance(value, list) else value
+
+
+def distinct(values: Any) -> Any:
+    """Values that differ from each other.
+
+    Raises:
+        ValueError: one comes twice.
+    """
+    if isinstance(values, tuple) and len(set(values)) < len(values):
+        raise ValueError(values)
+    return values
+
+
+def known_names(literal: Any, what: str) -> BeforeValidator:
+    """A list of names that a `Literal` holds; another name is refused with the nearest ones.
+
+    Args:
+        literal: the `Literal` of the known names.
+        what: what the names stand for, completing the sentence "`key` must name …".
+    """
+    known = get_args(literal)
+
+    def check(value: Any) -> Any:
+        for name in value if isinstance(value, list) else ():
+            if isinstance(name, str) and name not in known:
+                broken_rule(f"name {what} ({nearest(name, known)})", seen=name)
+        return value
+
+    return BeforeValidator(check)
 
 
 def as_written(path: Path, info: SerializationInfo) -> str:

@@ -33,6 +33,7 @@ from rankwise.compare.sections import (
     Texts,
     as_tuple,
     broken_rule,
+    distinct,
     has_unknown_key,
     rule,
     told,
@@ -58,21 +59,10 @@ _MAX_SEED = 2**32 - 1  # what numpy's generator, which trainers seed too, accept
 AtLeastZero = Annotated[float, Field(ge=0, allow_inf_nan=False), rule("be a finite number of at least 0")]
 
 
-def _distinct(values: Any) -> Any:
-    """Values that differ from each other.
-
-    Raises:
-        ValueError: one comes twice.
-    """
-    if isinstance(values, tuple) and len(set(values)) < len(values):
-        raise ValueError(values)
-    return values
-
-
 Rates = Annotated[
     Rate | Annotated[tuple[Rate, ...], Field(min_length=1)],
     BeforeValidator(as_tuple),
-    AfterValidator(_distinct),
+    AfterValidator(distinct),
     rule("be a finite number above 0, or a list of different ones"),
 ]
 """A learning rate, or several to choose from."""
@@ -165,7 +155,7 @@ Seeds = Annotated[
     tuple[Seed, ...],
     Field(min_length=1),
     BeforeValidator(as_tuple),
-    AfterValidator(_distinct),
+    AfterValidator(distinct),
     rule(f"be a non-empty list of distinct integers from 0 to {_MAX_SEED}"),
 ]
 

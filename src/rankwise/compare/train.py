@@ -20,7 +20,6 @@ from transformers import (
     set_seed,
 )
 
-from rankwise.base_models import open_tokenizer
 from rankwise.compare.candidates import Candidate, candidate_of
 from rankwise.compare.checkpoints import newest_complete
 from rankwise.compare.models import open_for
@@ -54,14 +53,14 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
     # The head is made before anything is attached, so that all candidates of one seed start with the same one.
     set_seed(run.seed)
     candidate = candidate_of(plan.spec, run.entry)
-    tokenizer = open_tokenizer(plan.spec.model, argument="model")
-    base = open_for(plan.spec.task, plan.spec.model, plan.splits, tokenizer.pad_token_id)
+    processor = plan.spec.task.open_processor(plan.spec.model)
+    base = open_for(plan.spec.task, plan.spec.model, plan.splits, getattr(processor, "pad_token_id", None))
     model = candidate.attach(base, plan.steps)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     initial_ranks = candidate.ranks(model)
 
     clock = _Clock(on_step)
-    trainer = _trainer(plan, run, candidate, model, tokenizer, output, clock)
+    trainer = _trainer(plan, run, candidate, model, processor, output, clock)
     resumed = as_first(newest_complete(checkpoints_of(output, run), processes()))
     if candidate.trains:
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
@@ -137,7 +136,7 @@ class _Clock(TrainerCallback):
 
 
 def _trainer(
-    plan: Plan, run: Run, candidate: Candidate, model: nn.Module, tokenizer: Any, output: Path, clock: _Clock
+    plan: Plan, run: Run, candidate: Candidate, model: nn.Module, processor: Any, output: Path, clock: _Clock
 ) -> Trainer:
     """The task's own trainer, with what every task's trainer is told."""
     task, training = plan.spec.task, plan.spec.training
@@ -173,9 +172,9 @@ def _trainer(
         model=model,  # type: ignore[arg-type]
         args=arguments,
         optimizers=(optimizer, None),
-        processing_class=tokenizer,
+        processing_class=processor,
         callbacks=[clock, *candidate.callbacks()],
-        **task.trainer_data(plan.splits, tokenizer),
+        **task.trainer_data(plan.splits, processor),
     )
     task.check_trainer(trainer, plan.splits)
     _silence(trainer)

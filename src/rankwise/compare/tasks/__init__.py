@@ -7,6 +7,7 @@ from rankwise.compare.tasks.causal_lm import CausalLm
 from rankwise.compare.tasks.classification import Classification
 from rankwise.compare.tasks.multiple_choice import MultipleChoice
 from rankwise.compare.tasks.regression import Regression
+from rankwise.compare.tasks.seq2seq import Seq2Seq
 
 __all__ = ["TASKS", "Data", "Examples", "Splits", "Task"]
 
@@ -14,6 +15,7 @@ TASKS: dict[str, type[Task]] = {
     "classification": Classification,
     "regression": Regression,
     "causal_lm": CausalLm,
+    "seq2seq": Seq2Seq,
     "multiple_choice": MultipleChoice,
 }
 """Every kind of task, by its name in a SPEC."""

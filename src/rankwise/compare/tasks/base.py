@@ -6,6 +6,7 @@ inside their methods, since a SPEC must be readable, and its mistakes told, befo
 
 from __future__ import annotations
 
+import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -14,13 +15,16 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 from pydantic import Field, model_validator
 
 from rankwise.compare.sections import File, Section, Text, Texts, broken_rule, has_unknown_key, rule
+from rankwise.errors import ArgumentError
 
 if TYPE_CHECKING:
-    from transformers import Trainer, TrainingArguments
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
 
     from rankwise.compare.tables import Table
 
 Targets = Annotated[Text | Texts, rule("be a non-empty string or list of strings")]
+LOWER_IS_BETTER = ("loss", "mse")
+"""Metrics that are the better the lower they are."""
 Length = Annotated[int, Field(ge=2), rule("be an integer of at least 2")]
 
 
@@ -106,8 +110,8 @@ class Task(Section, ABC):
     """The kind of task; each kind allows its own name alone."""
     target_modules: Targets = "all-linear"
     """Names of the modules to adapt, or "all-linear"."""
-    max_length: Length = 128
-    """Tokens of an example; what is longer is cut."""
+    metrics: Any = ()
+    """What is measured; the first one ranks. Each kind of task has its own."""
 
     data_section: ClassVar[DataSection]
     """The [data] section of this task."""
@@ -115,18 +119,29 @@ class Task(Section, ABC):
     """The kind of model, by the names of `base_models.MODEL_OF_TASK`."""
     peft_type: ClassVar[str | None]
     """What PEFT calls the task; None where it has no name for it."""
+    example_model: ClassVar[str] = "path/to/a/language/model"
+    """A model for this task, in the SPEC that `rankwise spec` prints to start from."""
     head_modules: ClassVar[tuple[str, ...]] = ()
     """What PEFT trains in full beside an adapter for this task, by module name; without a head, nothing."""
 
     @property
-    @abstractmethod
-    def metrics(self) -> tuple[str, ...]:
-        """What `score` gives. The first one ranks."""
-
-    @property
     def lower_is_better(self) -> bool:
-        """Whether the first metric is a loss."""
-        return False
+        """Whether the first metric is a loss or an error."""
+        return self.metrics[0] in LOWER_IS_BETTER
+
+    def packages(self) -> list[tuple[str, str, str]]:
+        """What has to be installed beside rankwise: the key that asks for it, its value, and the package."""
+        return []
+
+    def check_packages(self) -> None:
+        """Refuse what needs a package that is not installed.
+
+        Raises:
+            ArgumentError: naming the key that asks for the package.
+        """
+        for key, value, package in self.packages():
+            if importlib.util.find_spec(package) is None:
+                raise ArgumentError(key, f'come with {package} installed (pip install "rankwise[llm]")', value)
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
@@ -153,8 +168,22 @@ class Task(Section, ABC):
         """Rows that are alike: the same share of each group is set aside for validation."""
         return [list(range(len(train)))]
 
-    def check_tokenizer(self, tokenizer: Any) -> None:
-        """Refuse a tokenizer that the task cannot work with.
+    def open_processor(self, model: str) -> Any:
+        """What turns examples into the model's inputs: its tokenizer.
+
+        Raises:
+            ArgumentError: the model has none.
+        """
+        from rankwise.base_models import open_tokenizer
+
+        return open_tokenizer(model, argument="model")
+
+    def check_model(self, model: PreTrainedModel, processor: Any) -> None:
+        """Refuse a model, or its processor, that the task cannot work with.
+
+        Args:
+            model: the model without weights.
+            processor: what `open_processor` gave.
 
         Raises:
             ArgumentError: naming the key, its rule and the value.
@@ -182,7 +211,7 @@ class Task(Section, ABC):
         return Trainer
 
     @abstractmethod
-    def trainer_data(self, splits: Splits, tokenizer: Any) -> dict[str, Any]:
+    def trainer_data(self, splits: Splits, processor: Any) -> dict[str, Any]:
         """What the trainer is given of the data: training and evaluation sets, and a collator where it needs one.
 
         The first evaluation set is the validation split: development data, for the rules that need some.
@@ -198,3 +227,26 @@ class Task(Section, ABC):
     @abstractmethod
     def score(self, trainer: Trainer, examples: Examples, splits: Splits) -> dict[str, float]:
         """The metrics of a split."""
+
+
+class TextTask(Task):
+    """A task whose examples are tokens."""
+
+    max_length: Length = 128
+    """Tokens of an example; what is longer is cut."""
+
+    def lengths(self) -> dict[str, int]:
+        """The keys that say how many tokens the model reads, and their values."""
+        return {"max_length": self.max_length}
+
+    def check_model(self, model: PreTrainedModel, processor: Any) -> None:
+        """Refuse more tokens than the model has positions for.
+
+        Raises:
+            ArgumentError: naming the key.
+        """
+        of_model = getattr(model.config, "max_position_embeddings", None) or processor.model_max_length
+        positions = min(of_model, processor.model_max_length)
+        for key, length in self.lengths().items():
+            if length > positions:
+                raise ArgumentError(f"task.{key}", f"be at most the model's positions, {positions}", length)

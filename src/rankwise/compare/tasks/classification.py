@@ -1,23 +1,36 @@
-"""Texts into classes: intents, topics, sentiments, entailment."""
+"""Classes: what classifying texts and images shares, and the classification of texts."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from rankwise.compare.sections import Count
-from rankwise.compare.tasks.base import DataSection, Examples, Splits
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from rankwise.compare.sections import Count, as_tuple, distinct, known_names, rule
+from rankwise.compare.tasks.base import Data, DataSection, Examples, Splits
+from rankwise.compare.tasks.prediction import PredictionTask
 from rankwise.compare.tasks.sequence import SequenceTask, TextData
-from rankwise.errors import DataError
+from rankwise.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
     from transformers import Trainer
 
+Metric = Literal["accuracy", "macro_f1", "f1", "matthews"]
+Metrics = Annotated[
+    tuple[Metric, ...],
+    Field(min_length=1),
+    BeforeValidator(as_tuple),
+    AfterValidator(distinct),
+    rule("be a list of different metrics among accuracy, macro_f1, f1, matthews"),
+    known_names(Metric, "metrics of the task"),
+]
 
-class ClassificationData(TextData):
-    """A text, or two, and its label: a name or a whole number."""
+
+class LabelledData(Data):
+    """Examples with labels, names or whole numbers."""
 
     per_label: Count | None = None
     """How many training examples of each label to keep, for studies with few; left out, all."""
@@ -28,17 +41,16 @@ class ClassificationData(TextData):
         return self.per_label
 
 
-class Classification(SequenceTask):
-    """One label for each text. Scores: accuracy and the mean F1 over the labels."""
+class ClassificationData(TextData, LabelledData):
+    """A text, or two, and its label: a name or a whole number."""
 
-    type: Literal["classification"] = "classification"
 
-    data_section: ClassVar[DataSection] = ClassificationData
+class LabelTask(PredictionTask):
+    """One label for each example, which is in the column `label`."""
 
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """What is scored."""
-        return ("accuracy", "macro_f1")
+    metrics: Metrics = ("accuracy", "macro_f1")
+    """What is measured; the first one ranks: accuracy, macro_f1 (the mean over the labels), matthews (the correlation
+    of CoLA) and, for two labels, f1 (of the second one, as MRPC and QQP have it)."""
 
     def target(self, value: Any, source: str, row: int) -> str:
         """The label's name."""
@@ -52,6 +64,9 @@ class Classification(SequenceTask):
         known = set(train["label"])
         if len(known) < 2:
             raise DataError(f"{train.source} has the single label {known.pop()!r}: classification needs two")
+        if "f1" in self.metrics and len(known) != 2:
+            rule_told = f"be without f1, which is of two labels, for the {len(known)} labels of {train.source}"
+            raise ArgumentError("task.metrics", rule_told, list(self.metrics))
         for split in examples.values():
             for label in split["label"]:
                 if label not in known:
@@ -80,12 +95,23 @@ class Classification(SequenceTask):
         return [index[label] for label in examples["label"]]
 
     def score(self, trainer: Trainer, examples: Examples, splits: Splits) -> dict[str, float]:
-        """The share of right labels, and F1 averaged over the labels."""
-        from sklearn.metrics import accuracy_score, f1_score
+        """What the SPEC asks to measure, by scikit-learn."""
+        from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
         truth = self.targets(examples, splits)
         guess = self.predictions(trainer, examples, splits).argmax(-1)
-        return {
-            "accuracy": float(accuracy_score(truth, guess)),
-            "macro_f1": float(f1_score(truth, guess, average="macro", zero_division=0)),  # type: ignore[arg-type]  numbers are what it documents
+        ways: dict[str, Callable[[], Any]] = {
+            "accuracy": lambda: accuracy_score(truth, guess),
+            "macro_f1": lambda: f1_score(truth, guess, average="macro", zero_division=0),  # type: ignore[arg-type]  numbers are what it documents
+            "f1": lambda: f1_score(truth, guess, zero_division=0),  # type: ignore[arg-type]
+            "matthews": lambda: matthews_corrcoef(truth, guess),
         }
+        return {name: float(ways[name]()) for name in self.metrics}
+
+
+class Classification(LabelTask, SequenceTask):
+    """One label for each text. Scores: accuracy and the mean F1 over the labels."""
+
+    type: Literal["classification"] = "classification"
+
+    data_section: ClassVar[DataSection] = ClassificationData

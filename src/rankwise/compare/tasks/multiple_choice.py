@@ -10,9 +10,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from rankwise.compare.sections import Text, rule
+from pydantic import AfterValidator, BeforeValidator, Field
+
+from rankwise.compare.sections import Text, as_tuple, distinct, known_names, rule
 from rankwise.compare.tasks.base import Data, DataSection, Examples, Splits
-from rankwise.compare.tasks.responses import ResponseTask, prompt_columns, prompts_of, response_loss, response_losses
+from rankwise.compare.tasks.responses import (
+    Prompt,
+    ResponseTask,
+    prompt_columns,
+    prompts_of,
+    response_loss,
+    response_losses,
+)
 from rankwise.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,11 +30,21 @@ if TYPE_CHECKING:
 
     from rankwise.compare.tables import Table
 
+Metric = Literal["accuracy", "loss"]
+Metrics = Annotated[
+    tuple[Metric, ...],
+    Field(min_length=1),
+    BeforeValidator(as_tuple),
+    AfterValidator(distinct),
+    rule("be a list of different metrics among accuracy, loss"),
+    known_names(Metric, "metrics of the task"),
+]
+
 
 class MultipleChoiceData(Data):
     """A question, its possible answers and the right one."""
 
-    prompt: Text
+    prompt: Prompt
     """The column of the question; or a text with columns in braces, as "Question: {question}"."""
     choices: Text
     """The column of the answers to choose from, a list of two texts or more."""
@@ -43,17 +62,14 @@ class MultipleChoice(ResponseTask):
     """A language model chooses an answer by its likelihood. Scores: accuracy, and the loss of the right answers."""
 
     type: Literal["multiple_choice"] = "multiple_choice"
+    metrics: Metrics = ("accuracy", "loss")
+    """What is measured; the first one ranks: the share of right choices, and the loss of the right answers."""
     normalise: Annotated[Literal["tokens", "characters", "nothing"], rule("be one of tokens, characters, nothing")] = (
         "tokens"
     )
     """What an answer's log-likelihood is divided by, since a long one is less likely whatever it says."""
 
     data_section: ClassVar[DataSection] = MultipleChoiceData
-
-    @property
-    def metrics(self) -> tuple[str, ...]:
-        """What is scored."""
-        return ("accuracy", "loss")
 
     def read(self, table: Table, data: Data) -> Examples:
         """Questions, their answers, and the right one as the response to learn."""

@@ -1,23 +1,24 @@
 """What language tasks share: prompts, templates, SFTTrainer with the loss on the response alone, and that loss.
 
-A task that teaches responses reads each row as a prompt (a chat) and the right responses to it.
+A task that teaches responses reads each row as a prompt and the right responses to it.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import string
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from pydantic import AfterValidator, Field
+
 from rankwise.compare.sections import rule
-from rankwise.compare.tasks.base import Examples, Splits, Task
-from rankwise.errors import ArgumentError
+from rankwise.compare.tasks.base import Examples, Splits, TextTask
+from rankwise.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from torch import Tensor
-    from transformers import Trainer, TrainingArguments
+    from transformers import PreTrainedModel, Trainer, TrainingArguments
 
     from rankwise.compare.tables import Table
 
@@ -39,8 +40,19 @@ TEMPLATES = {
 """What is written around a prompt, by the name in the SPEC; "chat" is the model's own template."""
 
 
+class _Columns(string.Formatter):
+    """Fills in columns by their whole names, which may have dots and brackets in them."""
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> tuple[Any, str]:
+        """The value of a column."""
+        return kwargs[field_name], field_name
+
+
 def prompt_columns(prompt: str) -> tuple[str, ...]:
     """The columns that make a prompt: those that it names in braces, or the one that it is the name of.
+
+    Raises:
+        ValueError: a brace is left open.
 
     >>> prompt_columns("{depth}: {question}?"), prompt_columns("question")
     (('depth', 'question'), ('question',))
@@ -49,18 +61,61 @@ def prompt_columns(prompt: str) -> tuple[str, ...]:
     return named or (prompt,)
 
 
-def prompts_of(table: Table, prompt: str) -> list[list[dict[str, str]]]:
-    """The prompt of every row as a chat of one message, its columns filled in.
+def _well_formed(prompt: str) -> str:
+    """A prompt whose braces are all closed."""
+    prompt_columns(prompt)
+    return prompt
+
+
+Prompt = Annotated[
+    str, Field(pattern=r"\S"), AfterValidator(_well_formed), rule("be a column, or a text with columns in braces")
+]
+"""A column, or a text with columns in braces, as "Question: {question}"."""
+
+
+def texts_of(table: Table, key: str, prompt: str) -> list[str]:
+    """The prompt of every row, its columns filled in.
+
+    Args:
+        table: the rows.
+        key: the key of [data] that gives the prompt.
+        prompt: a column, or a text with columns in braces.
 
     Raises:
         DataError: a column is missing, or a value is missing or is no text.
     """
-    columns = {name: table.texts("prompt", name) for name in prompt_columns(prompt)}
+    columns = {name: table.texts(key, name) for name in prompt_columns(prompt)}
+    if list(columns) == [prompt]:
+        return columns[prompt]
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    return [[{"role": "user", "content": row[prompt] if prompt in row else prompt.format_map(row)}] for row in rows]
+    return [_Columns().vformat(prompt, (), row) for row in rows]
 
 
-class ResponseTask(Task):
+def prompts_of(table: Table, prompt: str) -> list[list[dict[str, str]]]:
+    """The prompt of every row as a chat of one message.
+
+    Raises:
+        DataError: a column is missing, or a value is missing or is no text.
+    """
+    return [[{"role": "user", "content": text}] for text in texts_of(table, "prompt", prompt)]
+
+
+def responses_of(table: Table, key: str, column: str) -> list[list[str]]:
+    """The right responses of every row: a text or a list of texts, at least one.
+
+    Raises:
+        DataError: the column is missing, or a value is no text or list of texts.
+    """
+    found: list[list[str]] = []
+    for row, value in enumerate(table.values(key, column), start=1):
+        texts = [value] if isinstance(value, str) else value
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) and text for text in texts):
+            raise DataError(f"{table.source} has a {key} in row {row} that is no text or list of texts: {value!r:.80}")
+        found.append(list(texts))
+    return found
+
+
+class ResponseTask(TextTask):
     """A language model learns responses to prompts, through TRL's SFTTrainer."""
 
     template: Annotated[
@@ -74,27 +129,26 @@ class ResponseTask(Task):
     peft_type: ClassVar[str | None] = "CAUSAL_LM"
 
     def packages(self) -> list[tuple[str, str, str]]:
-        """What has to be installed: the key that asks for it, its value, and the package."""
-        return [("task.type", self.type, "trl")]
+        """TRL."""
+        return [*super().packages(), ("task.type", self.type, "trl")]
 
     def check(self, examples: Mapping[str, Examples]) -> None:
         """Plain templates get plain prompts."""
+        super().check(examples)
         for split in examples.values():
             longest = max(len(prompt) for prompt in split["prompt"])
             if self.template != "chat" and longest > 1:
                 rule_told = f"be 'chat' for chats of several messages, as {split.source} holds"
                 raise ArgumentError("task.template", rule_told, self.template)
 
-    def check_tokenizer(self, tokenizer: Any) -> None:
-        """Refuse the chat template of a model that has none, and what needs a package that is not installed.
+    def check_model(self, model: PreTrainedModel, processor: Any) -> None:
+        """Refuse the chat template of a model that has none.
 
         Raises:
-            ArgumentError: the tokenizer has no chat template, or a package is missing.
+            ArgumentError: the tokenizer has no chat template.
         """
-        for key, value, package in self.packages():
-            if importlib.util.find_spec(package) is None:
-                raise ArgumentError(key, f'come with {package} installed (pip install "rankwise[llm]")', value)
-        if self.template == "chat" and not tokenizer.chat_template:
+        super().check_model(model, processor)
+        if self.template == "chat" and not processor.chat_template:
             others = ", ".join(TEMPLATES)
             raise ArgumentError("task.template", f"be one of {others}, since the model has no chat template", "chat")
 
@@ -117,7 +171,7 @@ class ResponseTask(Task):
 
         return SFTTrainer
 
-    def trainer_data(self, splits: Splits, tokenizer: Any) -> dict[str, Any]:
+    def trainer_data(self, splits: Splits, processor: Any) -> dict[str, Any]:
         """Prompts and completions."""
         return {"train_dataset": self.dataset(splits.train), "eval_dataset": self.held_out(splits)}
 
@@ -161,8 +215,15 @@ class ResponseTask(Task):
         return tokenizer(self.plain_prompt(prompt))["input_ids"]
 
 
-def response_losses(trainer: Trainer, dataset: Any) -> tuple[Tensor, Tensor]:
-    """The negative log-likelihood of every response in nats, Σ over its tokens, and how many tokens they are."""
+def response_losses(trainer: Trainer, dataset: Any, ahead: int = 1) -> tuple[Tensor, Tensor]:
+    """The negative log-likelihood of every response in nats, Σ over its tokens, and how many tokens they are.
+
+    Args:
+        trainer: whose model and collator are taken.
+        dataset: tokenised examples; labels of −100 are no part of a response.
+        ahead: how many tokens ahead the logits look. A decoder's say what the next token is; those of an encoder with
+            a decoder stand where their label does.
+    """
     import torch
     import torch.nn.functional as F
 
@@ -170,19 +231,21 @@ def response_losses(trainer: Trainer, dataset: Any) -> tuple[Tensor, Tensor]:
     model.eval()
     totals, counts = [], []
     for batch in trainer.get_eval_dataloader(dataset):
-        labels = batch.pop("labels")
+        labels = batch["labels"][:, ahead:]
+        # A decoder behind an encoder reads the labels, moved by one, as its input; a decoder alone needs none.
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels" or not ahead}
         with torch.no_grad():
-            logits = model(**batch).logits
-        # The logits at one token say what the next one is.
-        losses = F.cross_entropy(logits[:, :-1].float().mT, labels[:, 1:], reduction="none", ignore_index=-100)
-        of_examples = (losses.sum(1), (labels[:, 1:] != -100).sum(1))
+            logits = model(**inputs).logits
+        told = logits[:, : logits.shape[1] - ahead].float()
+        losses = F.cross_entropy(told.mT, labels, reduction="none", ignore_index=-100)
+        of_examples = (losses.sum(1), (labels != -100).sum(1))
         total, count = trainer.accelerator.gather_for_metrics(of_examples)
         totals.append(total)
         counts.append(count)
     return torch.cat(totals).double(), torch.cat(counts)
 
 
-def response_loss(trainer: Trainer, dataset: Any) -> float:
+def response_loss(trainer: Trainer, dataset: Any, ahead: int = 1) -> float:
     """The mean negative log-likelihood of a token of the responses, in nats: Σ over all tokens, over their number."""
-    totals, counts = response_losses(trainer, dataset)
+    totals, counts = response_losses(trainer, dataset, ahead)
     return float(totals.sum() / counts.sum())
