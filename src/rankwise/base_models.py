@@ -16,7 +16,7 @@ import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from rankwise.errors import ArgumentError
 
@@ -29,8 +29,10 @@ MODEL_OF_TASK = {
     "QUESTION_ANS": "QuestionAnswering",
     "CAUSAL_LM": "CausalLM",
     "SEQ_2_SEQ_LM": "Seq2SeqLM",
+    "IMAGE_CLS": "ImageClassification",
+    "MULTIPLE_CHOICE": "MultipleChoice",
 }
-"""What transformers calls the models of PEFT's tasks."""
+"""What transformers calls the models of PEFT's tasks, and of two that PEFT has no name for."""
 
 PLACES = "be a folder, hub id or embedded model"
 """How messages say what may name a base model."""
@@ -156,6 +158,20 @@ def open_tokenizer(name: str | Path, *, revision: str | None = None, argument: s
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def open_image_processor(name: str | Path, *, argument: str = "base") -> Any:
+    """What makes a model's inputs of images; by pillow, so that pixels are the same on every machine.
+
+    Raises:
+        ArgumentError: it does not open, or works with torchvision alone.
+    """
+    place = locate(name, argument=argument)
+    try:
+        return AutoImageProcessor.from_pretrained(place, backend="pil")
+    except (OSError, ValueError, ImportError) as error:
+        rule = f"{PLACES} with an image processor that pillow is enough for"
+        raise ArgumentError(argument, rule, str(name)) from error
 
 
 def model_class(config: PretrainedConfig, task: str | None = None, trained_as: str | None = None) -> Any:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 WIDTH = 100
-KINDS = "classification, regression, causal_lm, seq2seq, multiple_choice"
+KINDS = "classification, regression, image_classification, causal_lm, seq2seq, multiple_choice"
 """The kinds of task, written out, since help must answer before the registry is imported."""
 EXAMPLES = {"output": "runs/mine", "train": "train.jsonl", "test": "test.jsonl", "steps": 300}
 """What a starting SPEC gives for keys of every task that have no default; those of one task say it themselves."""

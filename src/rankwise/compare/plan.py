@@ -179,7 +179,8 @@ def _shared_digest(spec: Spec, splits: Splits) -> str:
     rates = ("learning_rate", "head_learning_rate")
     told["training"] = {name: value for name, value in settings["training"].items() if name not in rates}
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    told["data"] = _digest([splits.labels, {name: examples.columns for name, examples in parts.items()}])
+    contents = {name: spec.task.contents(examples) for name, examples in parts.items()}
+    told["data"] = _digest([splits.labels, contents])
     told["model"] = identity(spec.model)
     told["libraries"] = library_versions()
     return _digest(told)

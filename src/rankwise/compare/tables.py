@@ -33,6 +33,8 @@ class Table:
     source: str
     """What errors call it."""
     rows: datasets.Dataset
+    folder: Path | None = None
+    """Where its file lies; None for a data set of the hub."""
 
     def values(self, key: str, name: str) -> list[Any]:
         """The values of the column that `data.<key>` names, none of them null.
@@ -75,13 +77,15 @@ def read_tables(data: Data) -> dict[str, Table]:
     if data.dataset is not None:
         return {split: _table(rows, f"{data.dataset} ({split})") for split, rows in _hub(data.dataset).items()}
     files = {"train": data.train, "test": data.test, "validation": data.validation}
-    return {split: _table(_file(path, data), str(path)) for split, path in files.items() if path is not None}
+    return {
+        split: _table(_file(path, data), str(path), path.parent) for split, path in files.items() if path is not None
+    }
 
 
-def _table(rows: datasets.Dataset, source: str) -> Table:
+def _table(rows: datasets.Dataset, source: str, folder: Path | None = None) -> Table:
     if len(rows) == 0:
         raise DataError(f"{source} holds no rows")
-    return Table(source, rows)
+    return Table(source, rows, folder)
 
 
 def _hub(name: str) -> dict[str, datasets.Dataset]:

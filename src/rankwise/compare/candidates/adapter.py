@@ -53,8 +53,9 @@ class AdapterCandidate(Candidate):
                 raise ArgumentError(f"{entry.name}.{name}", f"be a field of the method ({nearest(name, known)})", value)
         targets = spec.task.target_modules
         shared = {"r": spec.budget.r, "target_modules": targets if isinstance(targets, str) else list(targets)}
-        given: dict[str, Any] = shared | entry.fields
-        config = CONFIGS[entry.name](**given, task_type=spec.task.peft_type)  # type: ignore[arg-type]
+        of_task = spec.task.adapter_fields(entry.fields.get("modules_to_save") or ())
+        given: dict[str, Any] = shared | entry.fields | of_task
+        config = CONFIGS[entry.name](**given)  # type: ignore[arg-type]
         check_config(vars(config), "the adapter")
         return cls(config)
 

@@ -75,9 +75,11 @@ class StockCandidate(Candidate):
             "r": spec.budget.r,
             "lora_alpha": entry.fields.get("r", spec.budget.r),
             "target_modules": targets if isinstance(targets, str) else list(targets),
-            "task_type": spec.task.peft_type,
         }
-        given = {name: value for name, value in shared.items() if name in known} | entry.fields
+        of_task = spec.task.adapter_fields(entry.fields.get("modules_to_save") or ())
+        given = {name: value for name, value in (shared | of_task).items() if name in known} | entry.fields
+        if "modules_to_save" in of_task:
+            given["modules_to_save"] = of_task["modules_to_save"]
         return cls(entry.name, kind, given, entry.fields)
 
     def check(self, model: PreTrainedModel, steps: int) -> None:

@@ -122,7 +122,8 @@ class Task(Section, ABC):
     example_model: ClassVar[str] = "path/to/a/language/model"
     """A model for this task, in the SPEC that `rankwise spec` prints to start from."""
     head_modules: ClassVar[tuple[str, ...]] = ()
-    """What PEFT trains in full beside an adapter for this task, by module name; without a head, nothing."""
+    """What trains in full beside an adapter, by module name; without a head, nothing. For a task that PEFT knows, it is
+    what PEFT trains."""
 
     @property
     def lower_is_better(self) -> bool:
@@ -168,6 +169,10 @@ class Task(Section, ABC):
         """Rows that are alike: the same share of each group is set aside for validation."""
         return [list(range(len(train)))]
 
+    def contents(self, examples: Examples) -> Any:
+        """What makes a split what it is, as JSON values: other contents make another run."""
+        return examples.columns
+
     def open_processor(self, model: str) -> Any:
         """What turns examples into the model's inputs: its tokenizer.
 
@@ -179,7 +184,7 @@ class Task(Section, ABC):
         return open_tokenizer(model, argument="model")
 
     def check_model(self, model: PreTrainedModel, processor: Any) -> None:
-        """Refuse a model, or its processor, that the task cannot work with.
+        """Refuse a model, or its processor, that the task cannot work with: at first, a model without the task's head.
 
         Args:
             model: the model without weights.
@@ -188,8 +193,23 @@ class Task(Section, ABC):
         Raises:
             ArgumentError: naming the key, its rule and the value.
         """
+        if not self.head_modules:
+            return
+        if not any(name.rpartition(".")[2] in self.head_modules for name, _ in model.named_modules()):
+            modules = [name for name, _ in model.named_children()]
+            raise ArgumentError("model", f"have a head among {', '.join(self.head_modules)}", modules)
 
     # --- model --------------------------------------------------------------------------------------------------------
+
+    def adapter_fields(self, modules_to_save: Iterable[str] = ()) -> dict[str, Any]:
+        """What PEFT's configs are told of the task: its name or, where PEFT has none, the head to train in full.
+
+        Args:
+            modules_to_save: what the SPEC trains in full besides.
+        """
+        if self.peft_type is not None or not self.head_modules:
+            return {"task_type": self.peft_type}
+        return {"task_type": None, "modules_to_save": [*modules_to_save, *self.head_modules]}
 
     def config_changes(self, splits: Splits) -> dict[str, Any]:
         """Changes to the model's config that the data asks for, such as the number of labels."""
@@ -245,6 +265,7 @@ class TextTask(Task):
         Raises:
             ArgumentError: naming the key.
         """
+        super().check_model(model, processor)
         of_model = getattr(model.config, "max_position_embeddings", None) or processor.model_max_length
         positions = min(of_model, processor.model_max_length)
         for key, length in self.lengths().items():
