@@ -1,8 +1,8 @@
 """NNM-LoRA's three forms beside LoRA on CLINC150: `python bench/nnm_forms.py --data FOLDER --json FILE`.
 
 The paper's setting on a small model: MiniLM-L6, query and value, r = 64, lora_alpha = 128, λ = 5, ten messages for each
-of 150 intents, 300 steps of 32, a learning rate of 3e-3 and the head's rate of `learning_rates.py` for all. Each form is
-trained with `frobenius` "differentiated", "held" and "none"; FOLDER holds train.jsonl.gz, validation.jsonl.gz and
+of 150 intents, 300 steps of 32, a learning rate of 3e-3 and the head's rate of `learning_rates.py` for all. Each form
+is trained with `frobenius` "differentiated", "held" and "none"; FOLDER holds train.jsonl.gz, validation.jsonl.gz and
 test.jsonl.gz of CLINC150.
 
 What is told, as medians over the seeds: test accuracy; subspace use ‖ΔW‖_*/(√r·‖ΔW‖_F) of the query updates, 1 where
@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.compare import make_plan, run_plan
-from rankwise.compare.results import Result, by_label
+from rankwise.compare.results import Result
 from rankwise.compare.spec import parse_spec
+from rankwise.compare.summary import by_label
 from rankwise.files import write_whole
 
 FORMS = ("differentiated", "held", "none")

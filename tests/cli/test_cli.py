@@ -35,6 +35,8 @@ OPTIONS = {
     "compare": {"spec", "--out"} | HELP,
     "methods": {"--json"} | HELP,
     "spec": {"--task", "--schema"} | HELP,
+    "evaluate": {"adapter", "spec", "--json"} | HELP,
+    "report": {"runs", "--out", "--reference", "--peft-suite", "--schema"} | HELP,
     "inspect": {"adapter", "--energy", "--base", "--all"} | HELP,
     "export": {"adapter", "--out", "--for", "--layout", "--rank", "--base", "--check", "--force"} | HELP,
     "check-export": {"folder", "--for", "--base"} | HELP,
@@ -375,6 +377,22 @@ def test_compare(write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.Monk
     second = invoke("compare", str(path))
     assert second.exit_code == 0
     assert second.stdout == done.stdout
+
+    for result in (tmp_path / "out" / "results").glob("lora*.json"):
+        run = json.loads(result.read_text())
+        scored = invoke("evaluate", str(tmp_path / "out" / run["export"]), str(path), "--json")
+        scores = json.loads(scored.stdout)
+        assert scores["test"][run["metric"]] == run["score"]
+        assert scores["validation"][run["metric"]] == run["validation_score"]
+
+    told = invoke("report", str(tmp_path / "out"), "--reference", "nnm", "--out", str(tmp_path / "page.html"))
+    assert told.exit_code == 0, told.output
+    assert "× nnm" in told.stdout
+    assert "page     " in told.stdout
+    assert (tmp_path / "page.html").is_file()
+    suite = invoke("report", str(tmp_path / "out"), "--peft-suite", str(tmp_path / "suite"))
+    assert f"suite    6 files in {tmp_path / 'suite'}" in suite.stdout
+    assert len(list((tmp_path / "suite").glob("*.json"))) == 6
 
 
 @pytest.mark.usefixtures("quiet")

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 import rankwise
 from rankwise.adapters.configs import CONFIGS
-from rankwise.compare import models, runner
+from rankwise.compare import models, provenance, runner
 from rankwise.compare import plan as planning
 from rankwise.compare.plan import Plan, make_plan
 from rankwise.compare.spec import read_spec
@@ -301,10 +301,12 @@ def test_a_key_changes_with_the_versions_of_the_libraries(
     write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = keys(planned(write_spec, tmp_path))
-    for library in planning.LIBRARIES:
-        real = planning.version
+    for library in provenance.LIBRARIES:
+        real = provenance.version
         with monkeypatch.context() as patch:
-            patch.setattr(planning, "version", lambda name, of=library, real=real: "9.9" if name == of else real(name))
+            patch.setattr(
+                provenance, "version", lambda name, of=library, real=real: "9.9" if name == of else real(name)
+            )
             assert keys(planned(write_spec, tmp_path)) != before, library
     assert keys(planned(write_spec, tmp_path)) == before
 

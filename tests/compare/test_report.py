@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import re
 import statistics
@@ -15,9 +16,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rankwise.compare.report import markdown, notes, table, write_page
-from rankwise.compare.results import Result, summarise
-from rankwise.errors import DataError
+from rankwise.compare.notes import notes
+from rankwise.compare.report import markdown, table, write_page
+from rankwise.compare.results import Result
+from rankwise.compare.summary import summarise
+from rankwise.errors import ArgumentError, DataError
 
 KINDS = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense", "output.dense")
 UNEVEN = {f"encoder.layer.{layer}.{kind}": 1 + layer + len(kind) % 3 for layer in range(3) for kind in KINDS}
@@ -26,7 +29,7 @@ UNEVEN = {f"encoder.layer.{layer}.{kind}": 1 + layer + len(kind) % 3 for layer i
 def made(label: str = "lora", seed: int = 0, ranks: dict[str, int] | None = None, **changes: Any) -> Result:
     ranks = ranks or dict.fromkeys(UNEVEN, 8)
     content = {
-        "format": 3,
+        "format": 4,
         "method": "lora",
         "label": label,
         "seed": seed,
@@ -56,12 +59,18 @@ def made(label: str = "lora", seed: int = 0, ranks: dict[str, int] | None = None
         "seconds_per_step": 0.2,
         "seconds": 12.0,
         "steps_skipped": 0,
+        "train_tokens": 64,
+        "forgetting": None,
+        "peak_memory": None,
+        "data_digest": "0123456789ab",
+        "git": None,
+        "created": "2026-01-01T00:00:00+00:00",
         "export": "exports/lora",
         "versions": {"rankwise": "0.1.0", "torch": "2.13.0"},
         "machine": "x86_64, 2 cores",
         "command": "rankwise compare spec.toml",
     }
-    return Result.from_dict(content | changes)
+    return Result.model_validate_json(json.dumps(content | changes))
 
 
 def page(tmp_path, results: list[Result], title: str = "A comparison") -> str:
@@ -86,12 +95,12 @@ def test_the_terminal_table_fits_80_columns_and_is_in_order():
 
 
 def test_markdown_has_a_row_per_method_and_no_spread_for_one_seed():
-    text = markdown(summarise([made("sora"), made("a|b <i>", score=0.5)]), "accuracy")
+    text = markdown(summarise([made("lora"), made("a|b <i>", score=0.5)]), "accuracy")
     assert text == (
         "| method | accuracy | initial | final | exported | mean rank | s/step | × LoRA |\n"
         "| :--- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
-        "| sora | 0.812 | 147,456 | 120,000 | 131,072 | 8.0 | 0.200 | – |\n"
-        "| a\\|b &lt;i&gt; | 0.500 | 147,456 | 120,000 | 131,072 | 8.0 | 0.200 | – |\n"
+        "| lora | 0.812 | 147,456 | 120,000 | 131,072 | 8.0 | 0.200 | 1.00 |\n"
+        "| a\\|b &lt;i&gt; | 0.500 | 147,456 | 120,000 | 131,072 | 8.0 | 0.200 | 1.00 |\n"
         "\n"
         "- one seed: a first impression, not a ranking\n"
     )
@@ -142,7 +151,8 @@ def test_the_page_is_whole_and_has_all_that_was_run(tmp_path):
     assert "lora: all 15 modules keep rank 8" in text
     for fact in ("tiny-encoder", "rankwise compare spec.toml", "torch 2.13.0", "x86_64, 2 cores", "0, 1, 2", "57,750"):
         assert fact in text
-    assert "sora against lora on 3 common seeds: median difference +0.000, too few seeds for a test" in text
+    assert "sora against lora on 3 common seeds: median difference +0.000 (95 % interval +0.000 to +0.000)" in text
+    assert "3 seeds: fewer than 5 show differences, and prove none" in text
     figures = [attributes for tag, attributes in elements(text) if tag == "svg"]
     assert len(figures) == 7
     assert all(figure["role"] == "img" and figure["aria-label"] for figure in figures)
@@ -289,3 +299,47 @@ def test_the_search_of_rates_is_drawn_and_its_edge_told(tmp_path: Path) -> None:
     assert "lora was best at 0.01, the edge of its list of learning rates" in text
     alone = write_page(runs[:1], tmp_path / "alone.html", "A comparison").read_text()
     assert "Score by learning rate" not in alone
+
+
+def told(label: str, scores: list[float], **changes: Any) -> str:
+    """What is said of a label against LoRA at 0.5 on as many seeds."""
+    runs = [made("lora", seed, score=0.5, **changes) for seed in range(len(scores))]
+    runs += [made(label, seed, score=score, **changes) for seed, score in enumerate(scores)]
+    return next(note for note in notes(summarise(runs)) if "against" in note)
+
+
+def test_a_difference_is_judged_by_its_interval() -> None:
+    above, mixed = [0.6, 0.61, 0.62, 0.63, 0.64], [0.4, 0.6, 0.45, 0.61, 0.5]
+    assert told("sora", above).endswith(
+        "median difference +0.120 (95 % interval +0.100 to +0.140), better on 5, Wilcoxon p = 0.062: better here"
+    )
+    assert told("sora", mixed).endswith("better on 2, Wilcoxon p = 0.75: not told apart")
+    loss: dict[str, Any] = {"metric": "loss", "lower_is_better": True}
+    assert told("sora", above, **loss).endswith("better on 0, Wilcoxon p = 0.062: worse here")
+    assert told("sora", above[:4]).endswith("better on 4"), "four seeds prove nothing, whatever they say"
+
+
+def test_another_reference_can_be_named() -> None:
+    runs = [made(label, seed, score=score) for label, score in (("dora", 0.5), ("nnm", 0.6)) for seed in range(3)]
+    rows = summarise(runs, "dora")
+    assert "| × dora |" in markdown(rows, "accuracy")
+    assert any(note.startswith("nnm against dora on 3 common seeds: median difference +0.100") for note in notes(rows))
+    assert "nothing was run to compare with" in " ".join(notes(summarise(runs)))
+    with pytest.raises(ArgumentError, match=r"`reference` must be the label .* found 'lora'"):
+        summarise(runs, "lora")
+
+
+def test_the_ceiling_is_named_and_drawn(tmp_path: Path) -> None:
+    nothing: dict[str, Any] = {"ranks": {}, "exported_ranks": {}, "singular_values": {}, "starting_scale": None}
+    full = made("full", score=0.9, method="full", mean_rank=None, **nothing)
+    text = page(tmp_path, [made("lora", score=0.7), full])
+    assert ">full (ceiling)</th>" in text
+    assert text.count("The line of dashes and dots is the ceiling, 0.900: every weight trained.") >= 2
+    assert "full: it adapts no module" not in text
+
+
+def test_forgetting_has_a_column_where_it_was_measured() -> None:
+    assert "forgetting" not in markdown(summarise([made("lora")]), "accuracy")
+    text = markdown(summarise([made("lora", forgetting=0.25), made("sora")]), "accuracy")
+    assert "| × LoRA | forgetting |" in text
+    assert "| 1.00 | +0.250 |" in text

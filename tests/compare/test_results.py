@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
 import json
 import os
+import statistics
+from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
+import jsonschema
+import numpy as np
 import pytest
 
-from rankwise.compare.results import Result, best_rates, rate_curves, read_results, summarise, write_result
+from rankwise.compare.results import Result, read_results, schema, write_result
+from rankwise.compare.summary import best_rates, rate_curves, summarise
 from rankwise.errors import DataError
 
 
@@ -44,12 +50,18 @@ def made(label: str = "lora", seed: int = 0, **changes: Any) -> Result:
         seconds_per_step=0.2,
         seconds=1,
         steps_skipped=0,
+        train_tokens=64,
+        forgetting=None,
+        peak_memory=None,
+        data_digest="0123456789ab",
+        git=None,
+        created="2026-01-01T00:00:00+00:00",
         export="exports/lora",
         versions={"torch": "2.13.0"},
         machine="2 cores",
         command="rankwise compare spec.toml",
     )
-    return dataclasses.replace(result, **changes)
+    return result.model_copy(update=changes)
 
 
 def test_a_result_reads_back_as_it_was_written(tmp_path):
@@ -57,8 +69,8 @@ def test_a_result_reads_back_as_it_was_written(tmp_path):
     for place, result in enumerate(results):
         write_result(result, tmp_path / "new" / f"{place}.json")
     assert read_results(tmp_path / "new") == [results[2], results[0], results[1]]
-    assert json.loads((tmp_path / "new" / "0.json").read_text())["format"] == 3
-    assert Result.from_dict(results[0].to_dict()) == results[0]
+    assert json.loads((tmp_path / "new" / "0.json").read_text())["format"] == 4
+    jsonschema.validate(json.loads((tmp_path / "new" / "0.json").read_text()), schema())
 
 
 def test_an_interrupted_write_leaves_what_was_there(tmp_path, monkeypatch):
@@ -83,24 +95,33 @@ def test_a_number_that_is_not_finite_is_never_written(tmp_path):
 
 
 def without_score() -> str:
-    return json.dumps({key: value for key, value in made().to_dict().items() if key != "score"})
+    return json.dumps({key: value for key, value in made().model_dump().items() if key != "score"})
 
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        (json.dumps(made().to_dict())[:-30], "truncated or not strict JSON"),
+        (json.dumps(made().model_dump())[:-30], "truncated or not strict JSON"),
         ("", "truncated or not strict JSON"),
-        (json.dumps(made(score=float("nan")).to_dict()), "NaN is not JSON"),
+        (json.dumps(made(score=float("nan")).model_dump()), "NaN is not JSON"),
         ("[1, 2]", "holds no JSON object"),
-        ('{"peft_type": "LORA"}', "a result has format 3; found None"),
-        (without_score(), "a result needs score"),
-        (json.dumps(made().to_dict() | {"score": "high"}), "`score` of a result must be a number; found 'high'"),
-        (json.dumps(made().to_dict() | {"ranks": {"query": 1.5}}), "`ranks` of a result must be an object"),
-        (json.dumps(made().to_dict() | {"diverged": 0}), "`diverged` of a result must be true or false; found 0"),
-        (json.dumps(made().to_dict() | {"export": 3}), "`export` of a result must be text or null; found 3"),
-        (json.dumps(made().to_dict() | {"train_loss": [[1]]}), "`train_loss` of a result must be a list"),
-        (json.dumps(made().to_dict() | {"parameters": {"initial": 1}}), "must have initial, final and exported"),
+        ('{"peft_type": "LORA"}', "a result has format 4; found None"),
+        (without_score(), "a result needs `score`"),
+        (
+            json.dumps(made().model_dump() | {"score": "high"}),
+            "`score` of a result should be a valid number; found 'high'",
+        ),
+        (
+            json.dumps(made().model_dump() | {"ranks": {"query": 1.5}}),
+            "`ranks.query` of a result should be a valid integer; found 1.5",
+        ),
+        (
+            json.dumps(made().model_dump() | {"diverged": 0}),
+            "`diverged` of a result should be a valid boolean; found 0",
+        ),
+        (json.dumps(made().model_dump() | {"export": 3}), "`export` of a result should be a valid string; found 3"),
+        (json.dumps(made().model_dump() | {"train_loss": [[1]]}), "a result needs `train_loss[0][1]`"),
+        (json.dumps(made().model_dump() | {"parameters": {"initial": 1}}), "a result needs `parameters.final`"),
     ],
 )
 def test_a_file_that_is_no_whole_result_is_one_sentence_that_names_it(tmp_path, text, sentence):
@@ -132,25 +153,25 @@ def test_rows_hold_medians_and_are_sorted_best_first():
     best = rows[0]
     assert (best.seeds, best.score, best.lowest, best.highest) == (3, 0.91, 0.70, 0.95)
     assert (best.initial, best.final, best.exported, best.mean_rank, best.steps_skipped) == (400, 300, 350, 3.0, 3)
-    assert [row.ratio_to_lora for row in rows] == pytest.approx([1.0, 1.0, 3.0])
+    assert [row.ratio_to_reference for row in rows] == pytest.approx([1.0, 1.0, 3.0])
 
 
 def test_the_paired_comparison_uses_the_common_seeds_only():
     lora = [made("lora", seed, score=0.5 + 0.01 * seed) for seed in range(4)]
     sora = [made("sora", seed, score=0.6 + 0.01 * seed) for seed in range(1, 6)]
     rows = {row.label: row for row in summarise(lora + sora)}
-    assert rows["lora"].versus_lora is None
-    paired = rows["sora"].versus_lora
+    assert rows["lora"].versus_reference is None
+    paired = rows["sora"].versus_reference
     assert paired is not None
-    assert (paired.seeds, paired.median_difference, paired.p_value) == (3, 0.1, None)
-    assert {row.label: row for row in summarise(lora[:3] + sora)}["sora"].versus_lora is None
+    assert (paired.seeds, paired.wins, paired.median_difference, paired.p_value) == (3, 3, 0.1, None)
+    assert {row.label: row for row in summarise(lora[:3] + sora)}["sora"].versus_reference is None
 
 
 def test_five_common_seeds_are_tested():
     lora = [made("lora", seed, score=0.5) for seed in range(5)]
     better = [made("sora", seed, score=0.6 + 0.01 * seed) for seed in range(5)]
     same = [made("nnm", seed, score=0.5) for seed in range(5)]
-    paired = {row.label: row.versus_lora for row in summarise(lora + better + same)}
+    paired = {row.label: row.versus_reference for row in summarise(lora + better + same)}
     assert paired["sora"] is not None
     assert paired["sora"].p_value == pytest.approx(2 / 2**5)  # all five of one sign, two-sided
     assert paired["nnm"] is not None
@@ -159,8 +180,8 @@ def test_five_common_seeds_are_tested():
 
 def test_without_lora_there_is_no_ratio():
     (row,) = summarise([made("sora")])
-    assert row.ratio_to_lora is None
-    assert row.versus_lora is None
+    assert row.ratio_to_reference is None
+    assert row.versus_reference is None
 
 
 def test_two_runs_of_one_label_and_seed_are_refused():
@@ -199,7 +220,7 @@ def test_every_row_is_compared_with_the_head_alone():
     }
     assert [row.label for row in rows.values() if row.is_floor] == ["head"]
     assert (rows["head"].mean_rank, rows["head"].exported_mean_rank, rows["head"].starting_scale) == (None, None, None)
-    assert rows["head"].versus_lora is None
+    assert rows["head"].versus_reference is None
 
 
 def test_the_floor_is_the_median_over_the_seeds():
@@ -275,3 +296,21 @@ def test_of_a_loss_the_lowest_is_the_best():
     rows = summarise([bad, floor, good])
     assert [row.label for row in rows] == ["sora", "pretrained", "nnm"]
     assert [row.above_floor for row in rows] == [True, None, False]
+
+
+def test_the_interval_is_that_of_every_resample() -> None:
+    differences = [0.05, -0.02, 0.11, 0.03, 0.07]
+    lora = [made("lora", seed, score=0.5) for seed in range(5)]
+    sora = [made("sora", seed, score=0.5 + difference) for seed, difference in enumerate(differences)]
+    paired = {row.label: row for row in summarise(lora + sora)}["sora"].versus_reference
+    assert paired is not None
+    # Five differences have 5⁵ resamples, few enough to take the median of each.
+    medians = [statistics.median(drawn) for drawn in itertools.product(differences, repeat=5)]
+    assert paired.interval == pytest.approx(tuple(np.percentile(medians, [2.5, 97.5])), abs=1e-9)
+    assert (paired.wins, paired.is_apart) == (4, False)
+
+
+def test_the_schema_that_ships_is_the_present_one() -> None:
+    shipped = Path(str(files("rankwise"))) / "data" / "result.schema.json"
+    made_by = "rankwise report --schema > src/rankwise/data/result.schema.json"
+    assert json.loads(shipped.read_text()) == schema(), made_by

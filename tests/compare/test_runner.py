@@ -106,7 +106,9 @@ def trained(monkeypatch: pytest.MonkeyPatch, comparison: Comparison) -> Trained:
             raise log.error
         for _ in range(plan.steps):
             on_step(1)
-        return dataclasses.replace(comparison.result("lora"), label=run.label, method=run.entry.name, seed=run.seed)
+        return comparison.result("lora").model_copy(
+            update={"label": run.label, "method": run.entry.name, "seed": run.seed}
+        )
 
     monkeypatch.setattr(runner, "train_run", train_run)
     return log
@@ -400,7 +402,9 @@ def test_a_run_that_another_process_finished_meanwhile_is_not_done_again(
 
     def late(claim: Path) -> Any:
         if claim == claim_of(four, theirs):  # finished after the look at its file, before the claim
-            result = dataclasses.replace(comparison.result("lora"), label=theirs.label, seed=theirs.seed, score=0.125)
+            result = comparison.result("lora").model_copy(
+                update={"label": theirs.label, "seed": theirs.seed, "score": 0.125}
+            )
             runner.write_result(result, claim.with_suffix(".json"))
         return claimed(claim)
 

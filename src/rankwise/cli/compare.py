@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from rankwise.cli.output import Watching
 
 if TYPE_CHECKING:
     from rankwise.compare.spec import Spec
+    from rankwise.compare.summary import Row
 
 
 def compare(
@@ -33,12 +35,9 @@ def compare(
 
 def run_and_show(spec: Spec, command: str, watching: type[Watching]) -> None:
     """Plan, run with progress, print the table and where everything is."""
-    from rich.console import Console
-
     from rankwise.compare.plan import make_plan
-    from rankwise.compare.report import notes, table
-    from rankwise.compare.results import summarise
     from rankwise.compare.runner import run_plan
+    from rankwise.compare.summary import summarise
     from rankwise.compare.together import is_first
 
     quiet_libraries()
@@ -49,15 +48,24 @@ def run_and_show(spec: Spec, command: str, watching: type[Watching]) -> None:
     with watching(plan.count, plan.steps) as watch:
         results = run_plan(plan, command, watch)
     if results:
-        rows = summarise(results)
-        Console().print(table(rows, results[0].metric))
-        for note in notes(rows):
-            typer.echo(f"- {note}")
+        print_table(summarise(results, spec.reference), results[0].metric)
     if len(results) < plan.count:
         typer.echo(f"under way elsewhere: {plan.count - len(results)}; the same command shows them once finished")
     if results:
         typer.echo(f"page     {spec.output / 'report.html'}")
         typer.echo(f"adapters {spec.output / 'exports'} (plain LoRA), {spec.output / 'adapters'} (to train on)")
+
+
+def print_table(rows: Sequence[Row], metric: str) -> None:
+    """The table, and what has to be said about it."""
+    from rich.console import Console
+
+    from rankwise.compare.notes import notes
+    from rankwise.compare.report import table
+
+    Console().print(table(rows, metric))
+    for note in notes(rows):
+        typer.echo(f"- {note}")
 
 
 def quiet_libraries() -> None:

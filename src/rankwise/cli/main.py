@@ -14,11 +14,13 @@ from rankwise.cli import (
     compare,
     complete,
     demo,
+    evaluate,
     export,
     fix,
     inspect,
     merge,
     methods,
+    report,
     shrink,
     spec,
     train,
@@ -41,6 +43,8 @@ app = typer.Typer(
 app.command("demo")(demo.demo)
 app.command("train")(train.train)
 app.command("compare")(compare.compare)
+app.command("evaluate")(evaluate.evaluate)
+app.command("report")(report.report)
 app.command("spec")(spec.spec)
 app.command("inspect")(inspect.inspect)
 app.command("export")(export.export)

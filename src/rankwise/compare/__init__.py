@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rankwise.compare.plan import Plan, make_plan
-    from rankwise.compare.results import Result, read_results, summarise
+    from rankwise.compare.results import Result, read_results
     from rankwise.compare.runner import run_plan
     from rankwise.compare.spec import Spec, read_spec
+    from rankwise.compare.summary import summarise
 
 __all__ = ["Plan", "Result", "Spec", "make_plan", "read_results", "read_spec", "run_plan", "summarise"]
 
@@ -21,7 +22,7 @@ _HOMES = {
     "make_plan": "plan",
     "Result": "results",
     "read_results": "results",
-    "summarise": "results",
+    "summarise": "summary",
     "run_plan": "runner",
     "Spec": "spec",
     "read_spec": "spec",

@@ -13,8 +13,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from rankwise.compare.places import Grid, grid_of, printable
-from rankwise.compare.results import REFERENCE, Result, Row, at_best_rates, by_label, rate_curves, summarise
+from rankwise.compare.results import Result
 from rankwise.compare.spec import FLOORS
+from rankwise.compare.summary import Row, at_best_rates, by_label, rate_curves, summarise
 
 # --- the methods as the figures show them ----------------------------------------------------------------------------
 
@@ -55,11 +56,14 @@ class _Method:
         return _DASHES[self.place % len(_DASHES)]
 
 
-def _methods(results: Sequence[Result]) -> list[_Method]:
+def _methods(results: Sequence[Result], reference: str | None) -> list[_Method]:
     """The methods, best first; the reference always has the first colour, the others theirs in the order of labels."""
     groups = by_label(at_best_rates(results))
-    places = {label: place for place, label in enumerate(sorted(groups, key=lambda label: (label != REFERENCE, label)))}
-    return [_Method(row, groups[row.label], places[row.label]) for row in summarise(results)]
+    rows = summarise(results, reference)
+    named = rows[0].reference
+    in_order = sorted(groups, key=lambda label: (label != named, label))
+    places = {label: place for place, label in enumerate(in_order)}
+    return [_Method(row, groups[row.label], places[row.label]) for row in rows]
 
 
 # --- the figures -----------------------------------------------------------------------------------------------------
@@ -95,17 +99,18 @@ class Plot:
     figure: Figure | None
 
 
-def draw(results: Sequence[Result], metric: str) -> list[Plot]:
+def draw(results: Sequence[Result], metric: str, reference: str | None = None) -> list[Plot]:
     """Every figure of the page, in order; to be called and saved within matplotlib's `STYLE`."""
-    methods = _methods(results)
-    # Only adapters with ranks have rank maps and spectra; everything but the floor has a size.
-    trained = [method for method in methods if not method.row.is_floor]
-    ranked = [method for method in trained if method.typical.ranks]
-    floor = next((method.row for method in methods if method.row.is_floor), None)
+    methods = _methods(results, reference)
+    # Floor and ceiling are lines in the figure of sizes: neither is an adapter. Only adapters with ranks have rank maps
+    # and spectra.
+    adapters = [method for method in methods if not method.row.is_floor and not method.row.is_ceiling]
+    ranked = [method for method in adapters if method.typical.ranks]
+    rows = [method.row for method in methods]
     plots = [
-        _score_plot(methods, metric, floor),
+        _score_plot(methods, metric, rows),
         _rate_plot(methods, rate_curves(results), metric),
-        _pareto_plot(trained, metric, floor) if trained else None,
+        _pareto_plot(adapters, metric, rows) if adapters else None,
         *(_rank_plots(ranked) if ranked else []),
         _curve_plot(methods, "Training loss", "training loss", lambda run: run.train_loss),
         _curve_plot(methods, "Gradient norm", "gradient norm before clipping", lambda run: run.gradient_norm),
@@ -123,15 +128,20 @@ def _rank_plots(methods: Sequence[_Method]) -> list[Plot | None]:
     ]
 
 
-def _draw_floor(draw_line: Callable[..., Any], floor: Row | None) -> str:
-    """Draw the score of the floor as a line, and say so in a sentence."""
-    if floor is None:
-        return ""
-    draw_line(floor.score, color="#8a8a8a", linestyle="dashed", linewidth=1.2, zorder=1)
-    return f" The dashed line is the floor, {floor.score:.3f}: {FLOORS[floor.floor or '']}."
+def _draw_limits(draw_line: Callable[..., Any], rows: Sequence[Row]) -> str:
+    """Draw the scores of the floor and of the ceiling as lines, and say so in sentences."""
+    told = ""
+    for row in rows:
+        if row.is_floor:
+            draw_line(row.score, color="#8a8a8a", linestyle="dashed", linewidth=1.2, zorder=1)
+            told += f" The dashed line is the floor, {row.score:.3f}: {FLOORS[row.floor or '']}."
+        if row.is_ceiling:
+            draw_line(row.score, color="#8a8a8a", linestyle="dashdot", linewidth=1.2, zorder=1)
+            told += f" The line of dashes and dots is the ceiling, {row.score:.3f}: every weight trained."
+    return told
 
 
-def _score_plot(methods: Sequence[_Method], metric: str, floor: Row | None) -> Plot:
+def _score_plot(methods: Sequence[_Method], metric: str, rows: Sequence[Row]) -> Plot:
     figure = Figure(figsize=(_WIDTH, 1.2 + 0.36 * len(methods)), layout="constrained")
     axes = figure.subplots()
     for height, method in enumerate(methods):
@@ -142,7 +152,7 @@ def _score_plot(methods: Sequence[_Method], metric: str, floor: Row | None) -> P
     axes.set_ylim(len(methods) - 0.5, -0.5)
     axes.set(title=f"{metric.capitalize()} by method", xlabel=f"{metric} on the test split", ylabel="method")
     caption = "One mark per seed; the bar is the median. The best method is on top."
-    return Plot("Score by method", caption + _draw_floor(axes.axvline, floor), figure)
+    return Plot("Score by method", caption + _draw_limits(axes.axvline, rows), figure)
 
 
 def _rate_plot(methods: Sequence[_Method], curves: Mapping[str, Mapping[float, float]], metric: str) -> Plot | None:
@@ -168,7 +178,7 @@ def _rate_plot(methods: Sequence[_Method], curves: Mapping[str, Mapping[float, f
     return Plot("Score by learning rate", caption, figure)
 
 
-def _pareto_plot(methods: Sequence[_Method], metric: str, floor: Row | None) -> Plot:
+def _pareto_plot(methods: Sequence[_Method], metric: str, rows: Sequence[Row]) -> Plot:
     heading = "Score against size"
     sized = [method for method in methods if method.row.exported > 0]
     left_out = [f"{method.name} exports no parameters and is not drawn." for method in methods if method not in sized]
@@ -196,7 +206,7 @@ def _pareto_plot(methods: Sequence[_Method], metric: str, floor: Row | None) -> 
     better = "Down" if sized[0].row.lower_is_better else "Up"
     caption = (
         f"Medians; a vertical line spans the seeds. {better} and to the left is better: no method lies beyond the "
-        f"dotted line.{_draw_floor(axes.axhline, floor)}"
+        f"dotted line.{_draw_limits(axes.axhline, rows)}"
     )
     return Plot(heading, " ".join([caption, *left_out]), figure)
 

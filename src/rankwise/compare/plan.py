@@ -7,19 +7,19 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 from rankwise.compare.candidates import Candidate, candidate_of
 from rankwise.compare.data import load_splits
+from rankwise.compare.forgetting import read_general_text
 from rankwise.compare.models import identity, skeleton_for
-from rankwise.compare.results import Result, best_rates
+from rankwise.compare.provenance import library_versions
+from rankwise.compare.results import Result
 from rankwise.compare.spec import Entry, Spec
-from rankwise.compare.tasks import Splits
+from rankwise.compare.summary import best_rates, reference_among
+from rankwise.compare.tasks import Splits, Task
+from rankwise.compare.tracking import check_tracker
 from rankwise.errors import ArgumentError
-
-LIBRARIES = ("rankwise", "torch", "peft", "transformers", "accelerate", "tokenizers", "trl")
-"""What has a hand in a run's numbers: another version of one of them makes another run."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,10 @@ class Plan:
     """Optimiser steps of each run."""
     choices: tuple[Choice, ...]
     """The learning rates of every method."""
+    data_digest: str
+    """A digest of everything that was read of the data."""
+    general_text: tuple[str, ...] = ()
+    """Text whose loss is measured before and after training; none for most tasks."""
 
     @property
     def runs(self) -> tuple[Run, ...]:
@@ -106,6 +110,7 @@ def make_plan(spec: Spec) -> Plan:
     """
     if spec.output.exists() and not spec.output.is_dir():
         raise ArgumentError("output", "be a folder, or not exist yet", str(spec.output))
+    check_tracker(spec.tracker)
     candidates = [candidate_of(spec, entry) for entry in spec.entries]
     spec.task.check_packages()
     processor = spec.task.open_processor(spec.model)
@@ -115,8 +120,11 @@ def make_plan(spec: Spec) -> Plan:
         model = skeleton_for(spec.task, spec.model, splits)
         spec.task.check_model(model, processor)
         candidate.check(model, steps)
+    text_file = spec.task.general_text(spec.data)
+    general_text = () if text_file is None else tuple(read_general_text(text_file))
     # What all runs share is hashed once: the data, the model and the library versions.
-    shared = _shared_digest(spec, splits)
+    data_digest = _data_digest(spec.task, splits, general_text)
+    shared = _shared_digest(spec, data_digest)
     choices = [
         _choice(spec, entry, candidate, shared) for entry, candidate in zip(spec.entries, candidates, strict=True)
     ]
@@ -124,12 +132,8 @@ def make_plan(spec: Spec) -> Plan:
     for place, label in enumerate(labels):
         if label in labels[:place]:
             raise ArgumentError("method.label", "be different for every method", label)
-    return Plan(spec, splits, steps, tuple(choices))
-
-
-def library_versions() -> dict[str, str]:
-    """The installed version of each of LIBRARIES."""
-    return {name: version(name) for name in LIBRARIES}
+    reference_among(labels, spec.reference)
+    return Plan(spec, splits, steps, tuple(choices), data_digest, general_text)
 
 
 def _steps(spec: Spec, examples: int) -> int:
@@ -167,20 +171,24 @@ def _label(entry: Entry, entries: tuple[Entry, ...]) -> str:
     return " ".join([entry.name, *(f"{name}={value}" for name, value in (given | entry.fields).items())])
 
 
-def _shared_digest(spec: Spec, splits: Splits) -> str:
-    """A digest of everything but the method that shapes a run's result.
+def _data_digest(task: Task, splits: Splits, general_text: Sequence[str]) -> str:
+    """A digest of the data as it was read.
 
-    The data is hashed as it was read, so that a file and a hub data set are known by their contents alike, and a hub
-    data set that has changed makes new runs.
+    A file and a hub data set are known by their contents alike, and a hub data set that has changed makes new runs.
     """
+    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    contents = {name: task.contents(examples) for name, examples in parts.items()}
+    return _digest([splits.labels, contents, list(general_text)])
+
+
+def _shared_digest(spec: Spec, data_digest: str) -> str:
+    """A digest of everything but the method that shapes a run's result."""
     settings = spec.to_dict()
     told = {name: settings[name] for name in ("task", "training", "budget")}
     # The rates are in each run's own digest.
     rates = ("learning_rate", "head_learning_rate")
     told["training"] = {name: value for name, value in settings["training"].items() if name not in rates}
-    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
-    contents = {name: spec.task.contents(examples) for name, examples in parts.items()}
-    told["data"] = _digest([splits.labels, contents])
+    told["data"] = data_digest
     told["model"] = identity(spec.model)
     told["libraries"] = library_versions()
     return _digest(told)

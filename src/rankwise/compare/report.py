@@ -20,9 +20,10 @@ from rich.table import Table
 from rich.text import Text
 
 from rankwise.compare.figures import STYLE, Plot, draw
+from rankwise.compare.notes import notes
 from rankwise.compare.places import printable
-from rankwise.compare.results import REFERENCE, Result, Row, summarise
-from rankwise.compare.spec import FLOORS
+from rankwise.compare.results import Result
+from rankwise.compare.summary import REFERENCES, Row, summarise
 from rankwise.errors import DataError
 from rankwise.files import write_whole
 
@@ -38,6 +39,7 @@ class _Column:
 
 def _columns(rows: Sequence[Row], metric: str) -> list[_Column]:
     better = "lower" if rows[0].lower_is_better else "higher"
+    reference = rows[0].reference
     columns = [
         _Column("method", "the method, and what was set for it where that tells two entries apart", _name),
         _Column(
@@ -57,14 +59,22 @@ def _columns(rows: Sequence[Row], metric: str) -> list[_Column]:
         _Column(
             "s/step", "seconds of one training step, median", lambda row: f"{row.seconds_per_step:#.3g}".rstrip(".")
         ),
-        _Column("× LoRA", f"seconds per step over those of {REFERENCE} in this comparison", _ratio),
     ]
+    if reference is not None:
+        heading = "× LoRA" if reference in REFERENCES else f"× {reference}"
+        columns.append(_Column(heading, f"seconds per step over those of {reference} in this comparison", _ratio))
+    if any(row.forgetting is not None for row in rows):
+        columns.append(_Column("forgetting", "loss per token on general text, after training less before", _forgetting))
     several_seeds = any(row.seeds > 1 for row in rows)
     return [column for column in columns if several_seeds or column.heading != "spread"]
 
 
 def _name(row: Row) -> str:
-    return f"{row.label} (floor)" if row.is_floor else row.label
+    if row.is_floor:
+        return f"{row.label} (floor)"
+    if row.is_ceiling:
+        return f"{row.label} (ceiling)"
+    return row.label
 
 
 def _count(row: Row, kind: str) -> str:
@@ -81,7 +91,11 @@ def _ranks(row: Row) -> str:
 
 
 def _ratio(row: Row) -> str:
-    return "–" if row.ratio_to_lora is None else f"{row.ratio_to_lora:.2f}"
+    return "–" if row.ratio_to_reference is None else f"{row.ratio_to_reference:.2f}"
+
+
+def _forgetting(row: Row) -> str:
+    return "–" if row.forgetting is None else f"{row.forgetting:+z.3f}"
 
 
 def table(rows: Sequence[Row], metric: str) -> Table:
@@ -89,8 +103,9 @@ def table(rows: Sequence[Row], metric: str) -> Table:
     columns = _columns(rows, metric)
     shown = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
     shown.add_column(Text(columns[0].heading), overflow="fold", min_width=9)
+    may_wrap = {"mean rank", columns[-1].heading}
     for column in columns[1:]:
-        shown.add_column(Text(column.heading), justify="right", no_wrap=column.heading not in {"mean rank", "× LoRA"})
+        shown.add_column(Text(column.heading), justify="right", no_wrap=column.heading not in may_wrap)
     for row in rows:
         # As Text: a label in square brackets is no markup.
         shown.add_row(*(Text(column.cell(row)) for column in columns))
@@ -161,16 +176,29 @@ svg * { stroke-linejoin: round; stroke-linecap: butt; }
 """
 
 
-def write_page(results: Sequence[Result], path: str | Path, title: str) -> Path:
-    """Writes the comparison as one self-contained HTML page, whole or not at all, and returns where it is.
+def write_page(results: Sequence[Result], path: str | Path, title: str, reference: str | None = None) -> Path:
+    """Write the comparison as one self-contained HTML page, whole or not at all.
 
-    The results must be of one comparison: the same model, task and metric, and one run per label and seed.
+    Args:
+        results: runs of one comparison: the same model, task and metric, and one run per label, seed and rate.
+        path: where to write.
+        title: the page's.
+        reference: the label that all others are compared with; None for plain LoRA, where it was run.
+
+    Returns:
+        Where the page is.
+
+    Raises:
+        DataError: the results are none, or not of one comparison.
+        ArgumentError: no run has the label of the reference.
     """
     _check_one_comparison(results)
     path, metric = Path(path), results[0].metric
     with matplotlib.rc_context(STYLE):
-        figures = "\n".join(_section(plot, place) for place, plot in enumerate(draw(results, metric), start=1))
-    rows = summarise(results)
+        figures = "\n".join(
+            _section(plot, place) for place, plot in enumerate(draw(results, metric, reference), start=1)
+        )
+    rows = summarise(results, reference)
     facts = "\n".join(f"<dt>{_escape(name)}</dt><dd>{_escape(fact)}</dd>" for name, fact in _facts(results, rows))
     page = (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -214,6 +242,8 @@ def _facts(results: Sequence[Result], rows: Sequence[Row]) -> list[tuple[str, st
             f"{_joined(f'{result.head_parameters:,}' for result in results)} parameters, counted in no column",
         ),
         ("Command", _joined(result.command for result in results)),
+        ("Data", _joined(result.data_digest for result in results)),
+        ("Git", _joined(result.git or "none" for result in results)),
         ("Versions", ", ".join(packages)),
         ("Machine", _joined(result.machine for result in results)),
     ]
@@ -238,50 +268,9 @@ def _by_value(values_and_labels: Sequence[tuple[str, str]]) -> str:
     return "; ".join(f"{value} ({', '.join(labels[value])})" for value in values)
 
 
-def notes(rows: Sequence[Row]) -> list[str]:
-    """What has to be said about the table: what it does not show, and which of its rows mean nothing.
-
-    A method that is not above the head alone, or whose loss did not fall, is named; a table of one seed is called so.
-    """
-    found = [_floor_note(row) for row in rows if row.above_floor is False]
-    found += [_unlearnt_note(row) for row in rows if row.unlearnt]
-    found += [_edge_note(row) for row in rows if row.rate_at_edge]
-    if any(row.seeds == 1 for row in rows):
-        found.append("one seed: a first impression, not a ranking")
-    found += [_paired_note(row) for row in rows if row.versus_lora]
-    found += [f"{row.label}: steps skipped over all seeds: {row.steps_skipped}" for row in rows if row.steps_skipped]
-    return found
-
-
-def _floor_note(row: Row) -> str:
-    floor = FLOORS[row.floor or ""]
-    return f"{row.label} is not better than the floor, {floor}: its adapter has added nothing"
-
-
-def _unlearnt_note(row: Row) -> str:
-    seeds = "" if row.seeds == 1 else f" in {row.unlearnt} of {row.seeds} seeds"
-    return f"{row.label} has not learnt anything at this rate ({row.learning_rate:g}): its loss did not fall{seeds}"
-
-
-def _edge_note(row: Row) -> str:
-    rate = f"{row.learning_rate:g}"
-    return f"{row.label} was best at {rate}, the edge of its list of learning rates: a wider list may find a better one"
-
-
 def _html_notes(rows: Sequence[Row]) -> str:
     items = "\n".join(f"<li>{_escape(note)}</li>" for note in notes(rows))
     return f'<ul class="note">\n{items}\n</ul>' if items else ""
-
-
-def _paired_note(row: Row) -> str:
-    paired = row.versus_lora
-    assert paired is not None
-    known = paired.p_value is not None
-    test = f"Wilcoxon signed-rank p = {paired.p_value:.2g}" if known else "too few seeds for a test"
-    return (
-        f"{row.label} against {REFERENCE} on {paired.seeds} common seeds: "
-        f"median difference {paired.median_difference:+z.3f}, {test}"
-    )
 
 
 def _section(plot: Plot, place: int) -> str:

@@ -13,7 +13,8 @@ from pathlib import Path
 
 from rankwise.compare.plan import Plan, Run
 from rankwise.compare.report import markdown, write_page
-from rankwise.compare.results import Result, read_results, summarise, write_result
+from rankwise.compare.results import Result, read_results, write_result
+from rankwise.compare.summary import summarise
 from rankwise.compare.together import as_first, is_first
 from rankwise.compare.train import checkpoints_of, train_run
 from rankwise.files import write_whole
@@ -42,8 +43,9 @@ def run_plan(plan: Plan, command: str, watch: Watch = lambda run, steps: None) -
     results = finished(plan)
     if results and is_first():
         output = plan.spec.output
-        write_whole(output / "table.md", markdown(summarise(results), results[0].metric))
-        write_page(results, output / "report.html", title=f"rankwise: {output.name}")
+        reference = plan.spec.reference
+        write_whole(output / "table.md", markdown(summarise(results, reference), results[0].metric))
+        write_page(results, output / "report.html", title=f"rankwise: {output.name}", reference=reference)
     return results
 
 

@@ -50,6 +50,8 @@ FLOORS = {
     PRETRAINED: "the pretrained model as it is",
 }
 """What every other method has to beat, and how a sentence calls it."""
+CEILING = "full"
+"""The method that trains every weight: what an adapter can hope to come near to."""
 DEFAULT_TASK = "classification"
 AnyTask = TypeVar("AnyTask", bound=Task)
 AnyData = TypeVar("AnyData", bound=Data)
@@ -173,6 +175,12 @@ class Spec(Section, Generic[AnyTask, AnyData]):
     """Methods to run, each a table with its name and what is set for it."""
     seeds: Seeds = (0,)
     """Every method runs once with each."""
+    reference: Text | None = None
+    """The label of the method that all others are compared with; left out, plain LoRA, where it is run."""
+    tracker: (
+        Annotated[Literal["tensorboard", "wandb", "trackio"], rule("be one of tensorboard, wandb, trackio")] | None
+    ) = None
+    """Where to follow losses, the rank of every module and the scores while a run goes."""
     data: AnyData
     task: AnyTask
     training: Training
@@ -196,6 +204,11 @@ class Spec(Section, Generic[AnyTask, AnyData]):
             if entry in self.entries[:place]:
                 broken_rule("be distinct", key="methods", seen=entry.name)
         return self
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the SPEC, from which its relative paths start."""
+        return self._folder
 
     @property
     def entries(self) -> tuple[Entry, ...]:

@@ -77,9 +77,21 @@ def read_tables(data: Data) -> dict[str, Table]:
     if data.dataset is not None:
         return {split: _table(rows, f"{data.dataset} ({split})") for split, rows in _hub(data.dataset).items()}
     files = {"train": data.train, "test": data.test, "validation": data.validation}
-    return {
-        split: _table(_file(path, data), str(path), path.parent) for split, path in files.items() if path is not None
-    }
+    columns = list(data.columns.values())
+    return {split: read_table(path, columns) for split, path in files.items() if path is not None}
+
+
+def read_table(path: Path, columns: list[str]) -> Table:
+    """A file as a table.
+
+    Args:
+        path: a .jsonl, .csv or .parquet file, also .gz.
+        columns: which of its columns a CSV file shall keep as text, whatever stands in them.
+
+    Raises:
+        DataError: the file is missing, broken, empty, or in no known format.
+    """
+    return _table(_file(path, columns), str(path), path.parent)
 
 
 def _table(rows: datasets.Dataset, source: str, folder: Path | None = None) -> Table:
@@ -97,11 +109,10 @@ def _hub(name: str) -> dict[str, datasets.Dataset]:
     return {split: found[split] for split in ("train", "test", "validation") if split in found}
 
 
-def _file(path: Path, data: Data) -> datasets.Dataset:
+def _file(path: Path, columns: list[str]) -> datasets.Dataset:
     if not path.is_file():
         raise DataError(f"{path} is missing, or is not a file")
     kind = _builder(path)
-    columns = list(data.columns.values())
     with _quiet(), _one_sentence(str(path)):
         table = _load(kind, path, _csv_options(columns) if kind is Csv else {})
     if table is None:

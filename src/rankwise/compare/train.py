@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import nn
 from transformers import (
     Trainer,
@@ -22,10 +22,13 @@ from transformers import (
 
 from rankwise.compare.candidates import Candidate, candidate_of
 from rankwise.compare.checkpoints import newest_complete
+from rankwise.compare.forgetting import loss_on_text
 from rankwise.compare.models import open_for
-from rankwise.compare.plan import Plan, Run, library_versions
-from rankwise.compare.results import Result
+from rankwise.compare.plan import Plan, Run
+from rankwise.compare.provenance import git_state, library_versions, machine
+from rankwise.compare.results import Parameters, Result
 from rankwise.compare.together import as_first, is_first, on_cpus, processes
+from rankwise.compare.tracking import Tracking
 
 CHECKPOINTS = 5
 """Checkpoints a run writes on its way."""
@@ -54,19 +57,27 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
     set_seed(run.seed)
     candidate = candidate_of(plan.spec, run.entry)
     processor = plan.spec.task.open_processor(plan.spec.model)
-    base = open_for(plan.spec.task, plan.spec.model, plan.splits, getattr(processor, "pad_token_id", None))
+    pad = getattr(processor, "pad_token_id", None)
+    base: Any = open_for(plan.spec.task, plan.spec.model, plan.splits, pad)
+    _forget_peak_memory()
+    loss_before = _general_loss(plan, base.to(_device()), processor)
     model = candidate.attach(base, plan.steps)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     initial_ranks = candidate.ranks(model)
 
     clock = _Clock(on_step)
-    trainer = _trainer(plan, run, candidate, model, processor, output, clock)
+    tracking = _tracking(plan, run, candidate, model, output)
+    callbacks = [clock, *candidate.callbacks(), *([] if tracking is None else [tracking])]
+    trainer = _trainer(plan, run, candidate, model, processor, output, callbacks)
     resumed = as_first(newest_complete(checkpoints_of(output, run), processes()))
     if candidate.trains:
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
 
     splits = {"validation": plan.splits.validation, "test": plan.splits.test}
     scores = {name: plan.spec.task.score(trainer, split, plan.splits) for name, split in splits.items()}
+    if tracking is not None:
+        tracking.finish(scores)
+    loss_after = _general_loss(plan, model, processor)
     export = candidate.save(model, output, run.key, command) if is_first() else None
     measured = candidate.measure(model)
     metric, *extra = scores["test"]
@@ -86,10 +97,12 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
         score=scores["test"][metric],
         validation_score=scores["validation"][metric],
         extra_metrics={name: scores["test"][name] for name in extra},
+        train_tokens=int(trainer.state.num_input_tokens_seen),
         train_loss=_logged(trainer, "loss"),
         diverged=_diverged(trainer),
         gradient_norm=_logged(trainer, "grad_norm"),
-        parameters=measured.parameters,
+        forgetting=None if loss_before is None or loss_after is None else loss_after - loss_before,
+        parameters=Parameters(**measured.parameters),
         head_parameters=trainable - measured.parameters["initial"],
         mean_rank=_mean(measured.ranks),
         initial_mean_rank=_mean(initial_ranks),
@@ -100,10 +113,14 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
         seconds_per_step=statistics.median(clock.seconds[WARMUP_STEPS:] or clock.seconds or [0.0]),
         seconds=time.perf_counter() - began,
         steps_skipped=measured.steps_skipped,
+        peak_memory=_peak_memory(),
         export=export,
+        data_digest=plan.data_digest,
+        git=git_state(plan.spec.folder),
         versions=library_versions(),
-        machine=_machine(),
+        machine=machine(),
         command=command,
+        created=datetime.now().astimezone().isoformat(timespec="seconds"),
     )
 
 
@@ -136,7 +153,13 @@ class _Clock(TrainerCallback):
 
 
 def _trainer(
-    plan: Plan, run: Run, candidate: Candidate, model: nn.Module, processor: Any, output: Path, clock: _Clock
+    plan: Plan,
+    run: Run,
+    candidate: Candidate,
+    model: nn.Module,
+    processor: Any,
+    output: Path,
+    callbacks: list[TrainerCallback],
 ) -> Trainer:
     """The task's own trainer, with what every task's trainer is told."""
     task, training = plan.spec.task, plan.spec.training
@@ -157,6 +180,7 @@ def _trainer(
             "weight_decay": training.weight_decay,
             "max_grad_norm": training.clip,
             "logging_steps": max(1, plan.steps // 50),
+            "include_num_input_tokens_seen": "non_padding",
             "logging_nan_inf_filter": False,  # a loss that is not finite must not pass for a good one
             "save_strategy": "steps" if candidate.keeps_checkpoints else "no",
             "save_steps": max(1, plan.steps // CHECKPOINTS),
@@ -173,7 +197,7 @@ def _trainer(
         args=arguments,
         optimizers=(optimizer, None),
         processing_class=processor,
-        callbacks=[clock, *candidate.callbacks()],
+        callbacks=callbacks,
         **task.trainer_data(plan.splits, processor),
     )
     task.check_trainer(trainer, plan.splits)
@@ -223,7 +247,42 @@ def _silence(trainer: Trainer) -> None:
     trainer.remove_callback(PrinterCallback)
 
 
-def _machine() -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    shared = f", {processes()} processes" if processes() > 1 else ""
-    return f"{platform.machine()}, {os.cpu_count()} cores, {device}{shared}"
+def _tracking(plan: Plan, run: Run, candidate: Candidate, model: nn.Module, output: Path) -> Tracking | None:
+    """The tracker that the SPEC names, told what the run is; None for a run that trains nothing."""
+    if plan.spec.tracker is None or not candidate.trains:
+        return None
+    settings = {
+        "method": run.label,
+        "seed": run.seed,
+        "model": plan.spec.model,
+        "learning_rate": run.learning_rate,
+        "head_learning_rate": run.head_learning_rate,
+        "steps": plan.steps,
+        **candidate.fields,
+    }
+    return Tracking(plan.spec.tracker, output, run.key, settings, lambda: candidate.ranks(model))
+
+
+def _general_loss(plan: Plan, model: nn.Module, tokenizer: Any) -> float | None:
+    """The loss on the SPEC's general text; None where it names none."""
+    if not plan.general_text:
+        return None
+    return loss_on_text(model, tokenizer, plan.general_text, plan.spec.task.max_length)
+
+
+def _device() -> str:
+    """Where the Trainer will put the model."""
+    if on_cpus() or not torch.accelerator.is_available():
+        return "cpu"
+    return str(PartialState().device)
+
+
+def _forget_peak_memory() -> None:
+    """Let the peak be that of this run, where an earlier one had its own."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak_memory() -> int | None:
+    """Bytes that the accelerator had allocated at most; None on a CPU."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

@@ -9,10 +9,10 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from rankwise.compare.candidates.base import Candidate
-from rankwise.compare.spec import Entry, Spec
+from rankwise.compare.spec import CEILING, Entry, Spec
 from rankwise.errors import ArgumentError, nearest
 
-FULL = "full"
+FULL = CEILING
 PARTIAL = "partial"
 FINE_TUNING_RATE = 5e-5
 """The Trainer's own default."""

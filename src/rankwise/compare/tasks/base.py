@@ -10,6 +10,7 @@ import importlib.util
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
@@ -198,6 +199,10 @@ class Task(Section, ABC):
         if not any(name.rpartition(".")[2] in self.head_modules for name, _ in model.named_modules()):
             modules = [name for name, _ in model.named_children()]
             raise ArgumentError("model", f"have a head among {', '.join(self.head_modules)}", modules)
+
+    def general_text(self, data: Data) -> Path | None:
+        """A file of text that has nothing to do with the task, whose loss tells what training made the model forget."""
+        return None
 
     # --- model --------------------------------------------------------------------------------------------------------
 

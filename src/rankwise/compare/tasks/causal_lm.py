@@ -15,6 +15,7 @@ from rankwise.compare.tasks.answers import AnswerTask
 from rankwise.compare.tasks.base import Data, DataSection, Examples
 from rankwise.compare.tasks.responses import (
     Prompt,
+    ResponseData,
     ResponseTask,
     prompt_columns,
     prompts_of,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from rankwise.compare.tables import Table
 
 
-class CausalLmData(Data):
+class CausalLmData(ResponseData):
     """Prompts and responses, or whole chats."""
 
     prompt: Prompt | None = Field(default=None, examples=["question"])

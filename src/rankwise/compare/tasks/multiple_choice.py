@@ -16,6 +16,7 @@ from rankwise.compare.sections import Text, as_tuple, distinct, known_names, rul
 from rankwise.compare.tasks.base import Data, DataSection, Examples, Splits
 from rankwise.compare.tasks.responses import (
     Prompt,
+    ResponseData,
     ResponseTask,
     prompt_columns,
     prompts_of,
@@ -41,7 +42,7 @@ Metrics = Annotated[
 ]
 
 
-class MultipleChoiceData(Data):
+class MultipleChoiceData(ResponseData):
     """A question, its possible answers and the right one."""
 
     prompt: Prompt

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import string
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
-from rankwise.compare.sections import rule
-from rankwise.compare.tasks.base import Examples, Splits, TextTask
+from rankwise.compare.sections import File, rule
+from rankwise.compare.tasks.base import Data, Examples, Splits, TextTask
 from rankwise.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
@@ -115,6 +116,14 @@ def responses_of(table: Table, key: str, column: str) -> list[list[str]]:
     return found
 
 
+class ResponseData(Data):
+    """What language tasks may name beside their examples."""
+
+    general_text: File | None = None
+    """A file with a column `text` that has nothing to do with the task: the loss on it, before and after training,
+    tells what the model has forgotten."""
+
+
 class ResponseTask(TextTask):
     """A language model learns responses to prompts, through TRL's SFTTrainer."""
 
@@ -127,6 +136,11 @@ class ResponseTask(TextTask):
 
     opens_as: ClassVar[str] = "CAUSAL_LM"
     peft_type: ClassVar[str | None] = "CAUSAL_LM"
+
+    def general_text(self, data: Data) -> Path | None:
+        """What the SPEC names, if anything."""
+        assert isinstance(data, ResponseData)
+        return data.general_text
 
     def packages(self) -> list[tuple[str, str, str]]:
         """TRL."""

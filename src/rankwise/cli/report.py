@@ -1,0 +1,60 @@
+"""`rankwise report`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+
+def report(
+    runs: Path | None = typer.Argument(None, help="The output folder of a comparison."),
+    out: Path | None = typer.Option(None, "--out", help="Write the page here instead of RUNS/report.html."),
+    reference: str | None = typer.Option(
+        None, "--reference", help="The label that all others are compared with; by default plain LoRA's."
+    ),
+    peft_suite: Path | None = typer.Option(
+        None,
+        "--peft-suite",
+        help="Also write the runs here, in the shape that PEFT's own comparison reads.",
+    ),
+    schema: bool = typer.Option(False, "--schema", help="Print the JSON schema of a result file, and nothing else."),
+) -> None:
+    """Print the table of finished runs, and draw their page anew.
+
+    Nothing is trained. Every result in RUNS/results is taken, so that runs from several machines or SPECs can be put
+    together by copying their files into one folder.
+
+    Example: `rankwise report runs/mine --reference "peft.LoraConfig"`
+    """
+    import json
+
+    from rankwise.compare.results import schema as result_schema
+    from rankwise.errors import ArgumentError
+
+    if schema:
+        typer.echo(json.dumps(result_schema(), indent=1))
+        return
+    if runs is None:
+        raise ArgumentError("RUNS", "be given: the output folder of a comparison", "nothing")
+    _report(runs, out, reference, peft_suite)
+
+
+def _report(runs: Path, out: Path | None, reference: str | None, peft_suite: Path | None) -> None:
+    from rankwise.cli.compare import print_table
+    from rankwise.compare.peft_suite import write_suite
+    from rankwise.compare.report import write_page
+    from rankwise.compare.results import read_results
+    from rankwise.compare.summary import summarise
+    from rankwise.errors import DataError
+
+    results = read_results(runs / "results")
+    if not results:
+        raise DataError(f"there are no finished runs in {runs / 'results'}")
+    print_table(summarise(results, reference), results[0].metric)
+    page = runs / "report.html" if out is None else out
+    write_page(results, page, title=f"rankwise: {runs.absolute().name}", reference=reference)
+    typer.echo(f"page     {page}")
+    if peft_suite is not None:
+        written = write_suite(runs, peft_suite)
+        typer.echo(f"suite    {len(written)} files in {peft_suite}")

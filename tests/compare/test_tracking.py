@@ -1,0 +1,83 @@
+"""Trackers are told what the Trainer logs, the rank of each module, and the scores; all of them without a network."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from rankwise.compare.plan import make_plan
+from rankwise.compare.results import Result
+from rankwise.compare.runner import run_plan
+from rankwise.compare.spec import read_spec
+from rankwise.compare.tracking import FOLDER
+from rankwise.errors import ArgumentError
+from tiny_comparison import WriteSpec
+
+pytest_plugins = ["tiny_comparison"]
+
+
+def tracked(write_spec: WriteSpec, folder: Path, tracker: str) -> Result:
+    """A run of SoRA, and the head alone as another one, told to a tracker."""
+    spec = read_spec(write_spec(folder, methods=["sora", "head"], training={"steps": 4}, tracker=tracker))
+    plan = make_plan(spec)
+    return next(result for result in run_plan(plan, "a test") if result.method == "sora")
+
+
+def test_tensorboard_has_losses_ranks_and_scores(write_spec: WriteSpec, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result = tracked(write_spec, tmp_path, "tensorboard")
+    (folder,) = (tmp_path / "out" / FOLDER).glob("sora--*")
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    losses = [(event.step, pytest.approx(event.value)) for event in events.Scalars("train/loss")]
+    assert losses == result.train_loss
+    for module, rank in result.ranks.items():
+        assert events.Scalars(f"rank/{module}")[-1].value == rank
+    assert events.Scalars("test/accuracy")[-1].value == pytest.approx(result.score)
+    assert events.Scalars("validation/accuracy")[-1].value == pytest.approx(result.validation_score)
+
+
+def test_wandb_keeps_a_run_of_its_own_for_each(
+    write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    result = tracked(write_spec, tmp_path, "wandb")
+    runs = list((tmp_path / "out" / FOLDER / "wandb").glob("offline-run-*"))
+    assert {run.name.rpartition("-")[0] for run in runs} != set()
+    assert len(runs) == 2
+    assert any("sora--" in run.name and run.name.endswith(f"seed{result.seed}") for run in runs)
+
+
+def test_trackio_stores_the_run(write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from trackio import sqlite_storage, utils
+
+    for module in (utils, sqlite_storage):
+        monkeypatch.setattr(module, "TRACKIO_DIR", tmp_path / "trackio", raising=False)
+    result = tracked(write_spec, tmp_path, "trackio")
+    logs = sqlite_storage.SQLiteStorage.get_logs(
+        "out", next(run for run in sqlite_storage.SQLiteStorage.get_runs("out") if run.startswith("sora--"))
+    )
+    told = {name: value for log in logs for name, value in log.items()}
+    assert told["test/accuracy"] == pytest.approx(result.score)
+    assert {f"rank/{module}" for module in result.ranks} <= told.keys()
+
+
+def test_a_tracker_that_is_not_installed_is_named(
+    write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    spec = read_spec(write_spec(tmp_path, tracker="wandb"))
+    with pytest.raises(ArgumentError, match=r"`tracker` must be installed \(pip install wandb\); found 'wandb'"):
+        make_plan(spec)
+
+
+def test_a_tracker_makes_no_other_run(write_spec: WriteSpec, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    plain = make_plan(read_spec(write_spec(tmp_path / "a")))
+    told = make_plan(read_spec(write_spec(tmp_path / "b", tracker="tensorboard")))
+    assert json.dumps([run.key for run in plain.runs]) == json.dumps([run.key for run in told.runs])
