@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import peft
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -19,12 +21,14 @@ from transformers import (
     set_seed,
 )
 
+from rankwise.compare.evaluate import evaluate_adapter
 from rankwise.compare.plan import Plan, make_plan
 from rankwise.compare.results import Result
 from rankwise.compare.runner import run_plan
 from rankwise.compare.spec import read_spec
 from rankwise.compare.tasks.classification import Classification
 from rankwise.errors import ArgumentError
+from rankwise.export.reader import read_lora
 from tiny_comparison import WriteSpec
 
 pytest_plugins = ["tiny_comparison"]
@@ -197,3 +201,38 @@ def test_mistakes_are_told_before_training(
     with pytest.raises(ArgumentError, match=message) as raised:
         make_plan(read_spec(write_spec(tmp_path, method=[entry], task={"target_modules": TARGETS})))
     assert "\n" not in str(raised.value)
+
+
+def test_shrunk_is_the_best_cut_of_a_large_lora_to_the_size_of_the_budgets(
+    write_spec: WriteSpec, tmp_path: Path
+) -> None:
+    entries = [{"name": "lora"}, {"name": "shrunk", "r": 8}]
+    spec = read_spec(write_spec(tmp_path, method=entries, training={"steps": 6}, budget={"r": 2}))
+    lora, shrunk = run_plan(make_plan(spec), "a test")
+    assert shrunk.parameters["initial"] == 4 * lora.parameters["exported"]
+    assert 0 < shrunk.parameters["exported"] <= lora.parameters["exported"]
+    assert len(set(shrunk.ranks.values())) > 1, "ranks go where they lose least"
+    # The export is what was scored, and each of its updates the truncated SVD of the large adapter's.
+    assert shrunk.export is not None
+    export = spec.output / shrunk.export
+    assert evaluate_adapter(export, spec)["test"][shrunk.metric] == shrunk.score
+    large = read_lora_of(spec.output / "adapters" / export.name)
+    for name, update in read_lora(export).updates.items():
+        U, S, Vh = torch.linalg.svd(large[name].double(), full_matrices=False)
+        r = shrunk.ranks[name]
+        best = (U[:, :r] * S[:r]) @ Vh[:r]
+        assert torch.allclose(update.delta().double(), best, atol=1e-6)
+        assert shrunk.singular_values[name][:r] == pytest.approx(S[:r].tolist(), abs=1e-6)
+
+
+def read_lora_of(folder: Path) -> dict[str, torch.Tensor]:
+    """B·A of each module of a saved adapter of rankwise's LoRA, whose scale is 1."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["lora_alpha"] in (None, config["r"])
+    found: dict[str, torch.Tensor] = {}
+    for key, A in tensors.items():
+        name, own, part = key.removeprefix("base_model.model.").partition(".rankwise_tensors.")
+        if own and part == "A":
+            found[name] = tensors[key.removesuffix("A") + "B"] @ A
+    return found

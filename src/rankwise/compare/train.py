@@ -73,6 +73,11 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
     if candidate.trains:
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
 
+    trained = model
+    model = candidate.finish(trained, output, run.key, command)
+    if model is not trained:
+        trainer.model = trainer.model_wrapped = model
+
     splits = {"validation": plan.splits.validation, "test": plan.splits.test}
     scores = {name: plan.spec.task.score(trainer, split, plan.splits) for name, split in splits.items()}
     if tracking is not None:

@@ -8,6 +8,7 @@ from rankwise.compare.candidates.base import Candidate, Measured
 from rankwise.compare.candidates.fine_tuning import FULL, PARTIAL, FineTuningCandidate
 from rankwise.compare.candidates.head import HeadCandidate
 from rankwise.compare.candidates.pretrained import PretrainedCandidate
+from rankwise.compare.candidates.shrunk import SHRUNK, ShrunkCandidate
 from rankwise.compare.candidates.stock import PREFIX, StockCandidate
 from rankwise.compare.spec import HEAD, PRETRAINED, Entry, Spec
 from rankwise.errors import ArgumentError, nearest
@@ -20,6 +21,7 @@ _BY_NAME = {
     PARTIAL: FineTuningCandidate,
     HEAD: HeadCandidate,
     PRETRAINED: PretrainedCandidate,
+    SHRUNK: ShrunkCandidate,
 }
 
 
@@ -32,7 +34,7 @@ def candidate_of(spec: Spec, entry: Entry) -> Candidate:
     if entry.name.startswith(PREFIX):
         return StockCandidate.of(spec, entry)
     if entry.name not in _BY_NAME:
-        others = f"{FULL}, {PARTIAL}, {HEAD}, {PRETRAINED} or a config class as {PREFIX}NAME"
+        others = f"{SHRUNK}, {FULL}, {PARTIAL}, {HEAD}, {PRETRAINED} or a config class as {PREFIX}NAME"
         rule = f"be methods of rankwise, {others} ({nearest(entry.name, _BY_NAME)})"
         raise ArgumentError("methods", rule, entry.name)
     return _BY_NAME[entry.name].of(spec, entry)

@@ -104,10 +104,14 @@ class AdapterCandidate(Candidate):
             steps_skipped=now.steps_skipped,
         )
 
-    def save(self, model: Any, output: Path, key: str, command: str) -> str:
-        """Write the adapter, to train on, and its plain LoRA, to serve."""
+    def save_adapter(self, model: Any, output: Path, key: str, command: str) -> None:
+        """Write the adapter as PEFT saves it, with the command that made it."""
         with whole_folder(output / "adapters" / key) as folder:
             model.save_pretrained(str(folder))
             (folder / COMMAND).write_text(command + "\n", encoding="utf-8")
+
+    def save(self, model: Any, output: Path, key: str, command: str) -> str:
+        """Write the adapter, to train on, and its plain LoRA, to serve."""
+        self.save_adapter(model, output, key, command)
         export_lora(model, output / "exports" / key, command=command, overwrite=True)
         return str(Path("exports") / key)

@@ -73,6 +73,17 @@ class Candidate(ABC):
         """The rank of each adapted module now; none for a candidate without an adapter."""
         return {}
 
+    def finish(self, model: nn.Module, output: Path, key: str, command: str) -> nn.Module:
+        """The model that is scored and measured, made from the trained one; most candidates change nothing.
+
+        Args:
+            model: the trained model.
+            output: the output folder of the comparison.
+            key: the name of the run's folders.
+            command: what the user typed.
+        """
+        return model
+
     def measure(self, model: nn.Module) -> Measured:
         """Sizes, ranks and spectra of the trained model; of a candidate without ranks, how many numbers it trains."""
         count = sum(p.numel() for p in self.own_parameters(model))
