@@ -13,7 +13,8 @@ First the head's rate, once for each task and the same for all methods: `--head`
 each of HEAD_RATES; the best for LoRA is written into HEAD below. Then the adapter's rate of each method: one seed over
 its list of rates, the list widened while the best rate is at its edge, then three seeds at the best two. Each finished
 run is added to bench/results/learning_rates/ at once, and a search that stopped goes on where it was. `--summary`
-prints what was found, and the rate that is best over both `intents` and `stsb`.
+prints what was found, and the rate that is best over both `intents` and `stsb`. `--methods full` searches the rate of
+full fine-tuning, the ceiling.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from typing import Any
 from sklearn.model_selection import train_test_split
 
 from rankwise.compare import make_plan, run_plan
-from rankwise.compare.spec import parse_spec
+from rankwise.compare.spec import CEILING, parse_spec
 from rankwise.files import write_whole
 from rankwise.methods import METHODS
 
@@ -41,9 +42,14 @@ HEAD_RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 HEAD = {"intents": 1e-2, "stsb": 1e-2, "clinc150": 3e-2}
 """The head's rate of each task, found by `--head`."""
 RATES = (1e-3, 3e-3, 1e-2)
-START = {"sorsa": (3e-4, 1e-3, 3e-3), "nblora": (3e-3, 1e-2, 3e-2), "deep": (1e-2, 3e-2, 1e-1)}
-"""Where a method's list starts if not at RATES: less for the base weight's own singular values, more for factors that
-start near 0 or are bounded."""
+START = {
+    "sorsa": (3e-4, 1e-3, 3e-3),
+    "nblora": (3e-3, 1e-2, 3e-2),
+    "deep": (1e-2, 3e-2, 1e-1),
+    CEILING: (1e-4, 3e-4, 1e-3),
+}
+"""Where a method's list starts if not at RATES: less for the base weight's own singular values and for the weights
+themselves, more for factors that start near 0 or are bounded."""
 LADDER = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
 """The rates by which a list is widened."""
 STEPS = {"intents": 120, "stsb": 96, "clinc150": 300}
@@ -253,7 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", nargs="?", choices=list(STEPS), help="leave out with --summary")
     parser.add_argument("--data", type=Path, help="the folder with stsb/ and clinc150/")
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=[*METHODS, CEILING])
     parser.add_argument("--head", action="store_true", help="search the head's rate instead of the methods'")
     parser.add_argument("--summary", action="store_true", help="print what was found so far")
     options = parser.parse_args()

