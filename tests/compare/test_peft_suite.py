@@ -9,9 +9,16 @@ from typing import Any
 import pytest
 from test_results import made
 
+from rankwise.base_models import open_tokenizer
 from rankwise.compare.peft_suite import suite_record, write_suite
+from rankwise.compare.plan import make_plan
 from rankwise.compare.results import write_result
+from rankwise.compare.runner import run_plan
+from rankwise.compare.spec import read_spec
 from rankwise.errors import DataError
+from tiny_comparison import WriteSpec
+
+pytest_plugins = ["tiny_comparison"]
 
 VERSIONS = dict.fromkeys(("peft", "transformers", "datasets", "torch"), "1.0")
 
@@ -83,3 +90,10 @@ def test_an_accuracy_that_does_not_rank_will_do_and_none_is_refused() -> None:
     assert read_as_the_suite_does(suite_record(generated, 0))["test_accuracy"] == 0.25
     with pytest.raises(DataError, match="lora must be scored by accuracy or exact_match; found spearman"):
         suite_record(made(metric="spearman", extra_metrics={}), 0)
+
+
+def test_tokens_are_counted_without_padding(write_spec: WriteSpec, tmp_path: Path) -> None:
+    plan = make_plan(read_spec(write_spec(tmp_path, training={"steps": None, "epochs": 1.0})))
+    (result,) = run_plan(plan, "a test")
+    tokenizer = open_tokenizer(plan.spec.model)
+    assert result.train_tokens == sum(len(ids) for ids in tokenizer(plan.splits.train["text"])["input_ids"])

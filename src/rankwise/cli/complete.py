@@ -12,7 +12,7 @@ def complete(
     out: Path = typer.Option(..., "--out", help="Where to write: a .csv, .parquet, .npy or .npz file."),
     rank: int | None = typer.Option(None, "--rank", help="The most ranks; overestimate it. Left out: 50."),
     depth: int = typer.Option(3, "--depth", help="Factors of the deep product."),
-    held_out: float = typer.Option(0.1, "--held-out", help="Share of the observed entries that the error is told of."),
+    held_out: float = typer.Option(0.1, "--held-out", help="Share of entries held out to estimate the error."),
     seed: int = typer.Option(0, "--seed", help="Of what is held out."),
     row_names: bool | None = typer.Option(
         None, "--row-names/--no-row-names", help="Whether a CSV's first column names its rows; left out: a guess."

@@ -66,7 +66,7 @@ def suite_record(result: Result, file_size: int) -> dict[str, Any]:
         "test accuracy": accuracy,
         "train loss": result.train_loss[-1][1] if result.train_loss else None,
         "train samples": samples,
-        "train total tokens": result.train_tokens,
+        "train total tokens": result.train_tokens or 0,
     }
     if result.forgetting is not None:
         metrics["forgetting"] = result.forgetting

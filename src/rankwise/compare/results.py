@@ -80,8 +80,8 @@ class Result(BaseModel):
     """The metric on the validation split."""
     extra_metrics: dict[str, float]
     """The task's other metrics on the test split."""
-    train_tokens: int
-    """Tokens that were trained on, padding left out; 0 where the inputs are no tokens."""
+    train_tokens: int | None
+    """Tokens that were trained on, padding left out; None where they were not counted, as for images."""
     train_loss: Curve
     """Training loss as the Trainer logged it."""
     diverged: bool

@@ -34,7 +34,7 @@ def processes() -> int:
 
 
 def on_cpus() -> bool | None:
-    """Whether a Trainer shall take CPUs: told where several processes have no GPU, its own choice else."""
+    """True to force training on CPUs (several processes, no GPU); None lets the Trainer choose."""
     return True if processes() > 1 and not torch.cuda.is_available() else None
 
 

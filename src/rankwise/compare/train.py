@@ -102,7 +102,7 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
         score=scores["test"][metric],
         validation_score=scores["validation"][metric],
         extra_metrics={name: scores["test"][name] for name in extra},
-        train_tokens=int(trainer.state.num_input_tokens_seen),
+        train_tokens=int(trainer.state.num_input_tokens_seen) or None,
         train_loss=_logged(trainer, "loss"),
         diverged=_diverged(trainer),
         gradient_norm=_logged(trainer, "grad_norm"),

@@ -98,7 +98,7 @@ class Completion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator):
         return torch.cat([(P[a] * Q[b]).sum(1) + self.offset_ for a, b in pieces]).numpy()
 
     def _keep(self, entries: Entries, P: Tensor, Q: Tensor, offset: float) -> None:
-        """X = P·Qᵀ + offset as what was learnt, without what a start has left in rows and columns that tell nothing."""
+        """Keep X = P·Qᵀ + offset as what was learnt, with zero factors for rows and columns without observations."""
         dtype = P.dtype
         P, Q = (side * (seen.counts() > 0)[:, None] for side, seen in ((P, entries), (Q, entries.mT)))
         whole = Factors(P, P.new_ones(P.shape[1]), Q.mT).orthogonal()

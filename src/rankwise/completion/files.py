@@ -177,13 +177,25 @@ def _from_npz(file: Path) -> Any:
 
 
 def _read_csv(file: Path, row_names: bool | None, column_names: bool | None) -> pandas.DataFrame:
+    """A CSV file as numbers, its names taken off; None lets the file's own looks decide whether it has names."""
     frame = pandas.read_csv(file, header=None, dtype=str, skipinitialspace=True, skip_blank_lines=False)
-    top, left = frame.iloc[0], frame.iloc[1:, 0]
-    corner = frame.shape > (1, 1) and pandas.isna(top.iloc[0]) and not top[1:].isna().any() and not left.isna().any()
-    if column_names if column_names is not None else corner or _holds_words(top):
-        frame = frame.iloc[1:].set_axis(["" if pandas.isna(name) else str(name) for name in top], axis=1)
-    if row_names if row_names is not None else corner or _holds_words(left):
+    first_row, rest_of_first_column = frame.iloc[0], frame.iloc[1:, 0]
+
+    # An empty corner between whole names means that rows and columns both have names, even where these are numbers.
+    has_empty_corner = frame.shape > (1, 1) and pandas.isna(first_row.iloc[0])
+    names_are_whole = not first_row[1:].isna().any() and not rest_of_first_column.isna().any()
+    has_corner = has_empty_corner and names_are_whole
+    if column_names is None:
+        column_names = has_corner or _holds_words(first_row)
+    if row_names is None:
+        row_names = has_corner or _holds_words(rest_of_first_column)
+
+    if column_names:
+        names = ["" if pandas.isna(name) else str(name) for name in first_row]
+        frame = frame.iloc[1:].set_axis(names, axis=1)
+    if row_names:
         frame = frame.set_index(frame.columns[0])
+    # Column by column and by place, since two columns may have the same name.
     columns = [pandas.Series(pandas.to_numeric(frame.iloc[:, j])) for j in range(frame.shape[1])]
     return pandas.concat(columns, axis=1)
 

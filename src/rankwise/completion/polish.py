@@ -19,9 +19,9 @@ from rankwise.precision import exact
 from rankwise.update import Factors
 
 RIDGE = 1e-10
-"""Of a row's own scale, and no less than its rounding: what holds a row of fewer entries than ranks where it was."""
+"""Relative ridge that keeps rows with fewer entries than ranks at their previous value; at least a row's rounding."""
 BLOCK = 1 << 25
-"""Numbers in the Gram matrices of a block of rows."""
+"""How many numbers the Gram matrices of one block of rows may hold."""
 
 
 class Fit(NamedTuple):

@@ -16,9 +16,9 @@ from rankwise.completion.polish import Fit, polish
 from rankwise.completion.watch import relative_error
 
 CLEAR = 10.0
-"""The ratio of successive singular values that is taken for the rank's."""
+"""A ratio of successive singular values from which on the gap between them is taken for the rank."""
 FAINT = 1e-3
-"""Of the largest: singular values below it are the start's, which some directions never leave."""
+"""Relative floor: singular values below this share of the largest are left over from initialisation."""
 RIDGES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 """λ in units of the share observed, the matrix having a spectral norm of about 1."""
 HELD = 16

@@ -22,19 +22,19 @@ from rankwise.completion.watch import LEFT, Fitted, Look, watched
 from rankwise.update import Factors
 
 STEPS = 100
-"""Of gradient descent between looks."""
+"""Steps of gradient descent between two checks of the error."""
 NEAR = 1e-2
-"""The relative error at which L-BFGS has told the rank; what is left is the polish's."""
+"""The relative error at which L-BFGS has found the rank; the polish does the rest."""
 FLAT = 0.05
-"""It has, too, when an error below `LEFT` falls by less than this share of itself between looks."""
+"""L-BFGS has also found the rank once the error is below LEFT and falls by less than 5 % between two checks."""
 FREEDOM = 1.2
 """Observed entries per degree of freedom, k·(m + n − k), below which a good fit proves nothing."""
 EXACT, NOISY = 1e-5, 0.3
-"""The relative errors up to which a rank is believed: any, and one at which the singular values clearly break off."""
+"""A rank is accepted at a relative error below the first; below the second, only with a clear gap in the spectrum."""
 ROUNDINGS = 1e3
-"""Of the data: an error down to which a fit can be exact."""
+"""An exact fit has an error of at most so many roundings of the data."""
 GROWN = 2.0
-"""Times the nuclear norm of its start that a fit may have."""
+"""A fit may have at most so many times the nuclear norm of its start."""
 POLISH, POLISHING = 1e-7, 1000
 """The relative fall of the error per iteration that ends the polish, and its most iterations."""
 
@@ -159,19 +159,25 @@ def _told_by(data: Entries, k: int) -> bool:
 
 
 def _with_faint_ranks(data: Entries, fit: Fit, plan: Plan) -> Fit:
-    """A good fit with the ranks too faint for L-BFGS to have told, while each halves the error.
+    """Add ranks that were too faint for L-BFGS to find, as long as each one halves the error.
 
-    One more rank of noise takes little of the error away; a rank that is there, exact data behind it, nearly all.
+    One more rank that only fits noise takes little of the error away. A rank that is really there takes nearly all of
+    it where the data is exact.
     """
     rounding = ROUNDINGS * torch.finfo(fit.P.dtype).eps * size(data.data)
     while fit.error > rounding and fit.P.shape[1] < plan.rank and _told_by(data, fit.P.shape[1] + 1):
-        left = data.with_data(data.data - data.at(fit.P, fit.Q) - fit.offset * data.ones)
-        U, S, Vh = leading(left, 1, seed=plan.seed)
-        P, Q = torch.cat([fit.P, U * S.sqrt()], dim=1), torch.cat([fit.Q, Vh.mT * S.sqrt()], dim=1)
-        more = polish(data, P, Q, center=plan.center, tol=POLISH, max_iter=TRIES).after(fit)
-        if more.error > 0.5 * fit.error:
+        # The new rank starts at the leading singular triplet of what the fit leaves over.
+        predicted = data.at(fit.P, fit.Q) + fit.offset * data.ones
+        left_over = data.with_data(data.data - predicted)
+        U, S, Vh = leading(left_over, 1, seed=plan.seed)
+        wider_P = torch.cat([fit.P, U * S.sqrt()], dim=1)
+        wider_Q = torch.cat([fit.Q, Vh.mT * S.sqrt()], dim=1)
+
+        # A few iterations tell whether the rank is worth the rest.
+        tried = polish(data, wider_P, wider_Q, center=plan.center, tol=POLISH, max_iter=TRIES).after(fit)
+        if tried.error > 0.5 * fit.error:
             return fit
-        fit = polish(data, more.P, more.Q, center=plan.center, tol=POLISH, max_iter=POLISHING).after(more)
+        fit = polish(data, tried.P, tried.Q, center=plan.center, tol=POLISH, max_iter=POLISHING).after(tried)
     return fit
 
 

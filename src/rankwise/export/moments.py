@@ -1,4 +1,4 @@
-"""What a model's layers read, as second moments: what an update of them should be right on."""
+"""Second moments of layer inputs, used to weight truncation errors."""
 
 from __future__ import annotations
 

@@ -94,27 +94,53 @@ class _Cayley(torch.autograd.Function):
         V, *rows = ctx.saved_tensors
         if torch.is_grad_enabled():  # second derivatives go through V, too
             V = _transform(rows)[1]
-        r, dtype = V.shape[-1], rows[0].dtype
+        dtype = rows[0].dtype
         wide = torch.promote_types(dtype, torch.float32)
-        P, G = [t.to(wide) for t in gradients], [t.to(wide) for t in rows]
-        P1, P2, Y = P[0][..., :r], [P[0][..., r:], *P[1:]], [G[0][..., r:], *G[1:]]
-        dV = 2 * reduce(torch.sub, (p @ y.mT for p, y in zip(P2, Y, strict=True)), P1).to(V.dtype)
+        P1, P2 = _first_columns([gradient.to(wide) for gradient in gradients])
+        _, Y = _first_columns([block.to(wide) for block in rows])
+
+        # ∂V = 2P₁ − 2P₂Y, block by block of Yᵀ.
+        dV = P1
+        for p, y in zip(P2, Y, strict=True):
+            dV = dV - p @ y.mT
+        dV = (2 * dV).to(V.dtype)
         dM = -(V.mT @ dV @ V.mT)
-        both, twice = (dM + dM.mT).to(P1.dtype), (2 * V.mT).to(P1.dtype)
-        dY = [both @ y - twice @ p for p, y in zip(P2, Y, strict=True)]
-        return tuple(d.to(dtype) for d in (torch.cat([(dM - dM.mT).to(P1.dtype), dY[0]], -1), *dY[1:]))
+
+        # ∂Xᵀ = ∂M − ∂Mᵀ and ∂Yᵀ = (∂M + ∂Mᵀ)Yᵀ − 2VᵀP₂.
+        dX = (dM - dM.mT).to(wide)
+        symmetric = (dM + dM.mT).to(wide)
+        twice_V = (2 * V.mT).to(wide)
+        dY = [symmetric @ y - twice_V @ p for p, y in zip(P2, Y, strict=True)]
+
+        first_block = torch.cat([dX, dY[0]], dim=-1)
+        return tuple(block.to(dtype) for block in (first_block, *dY[1:]))
+
+
+def _first_columns(blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """The square that the first block begins with, and the blocks without it."""
+    r = blocks[0].shape[-2]
+    return blocks[0][..., :r], [blocks[0][..., r:], *blocks[1:]]
 
 
 def _transform(rows: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
     """The blocks of Qᵀ, in the dtype of those of Gᵀ, and V = Wᵀ."""
     r, dtype = rows[0].shape[-2], rows[0].dtype
-    X, *Y = exact(rows[0][..., :r]), exact(rows[0][..., r:]), *(exact(block) for block in rows[1:])
-    skew, gram = X.mT - X, reduce(torch.add, (y @ y.mT for y in Y))
+    X, Y = _first_columns(rows)
+    X, Y = exact(X), [exact(y) for y in Y]
+
+    # I + Zᵀ, where Zᵀ = Xᵀ − X + YᵀY of the stored rows.
+    skew = X.mT - X
+    gram = reduce(torch.add, (y @ y.mT for y in Y))
     with torch.no_grad():
         sizes = gram.diagonal(dim1=-2, dim2=-1) + torch.linalg.vector_norm(skew, dim=-2)
-        diagonal = torch.diag_embed(1 + MARGIN * r * torch.finfo(gram.dtype).eps * sizes)
+        rounding = r * torch.finfo(gram.dtype).eps * sizes
+        raised_identity = torch.diag_embed(1 + MARGIN * rounding)
     # inv_ex rather than inv: it does not stop a CUDA stream to ask whether the matrix was singular, and none is.
-    V = torch.linalg.inv_ex(diagonal + skew + gram).inverse.mT
-    upper = 2 * V - torch.eye(r, dtype=V.dtype, device=V.device)
+    V = torch.linalg.inv_ex(raised_identity + skew + gram).inverse.mT
+
+    # Qᵀ = [2V − I, −2V·Yᵀ].
+    identity = torch.eye(r, dtype=V.dtype, device=V.device)
+    upper = (2 * V - identity).to(dtype)
     lower = [((-2 * V) @ y).to(dtype) for y in Y]
-    return (torch.cat([upper.to(dtype), lower[0]], -1), *lower[1:]), V
+    first_block = torch.cat([upper, lower[0]], dim=-1)
+    return (first_block, *lower[1:]), V

@@ -178,15 +178,24 @@ class Replay:
     def _layer(self, i: int, ranks: Sequence[int], others: int) -> list[float]:
         """Scores of one layer's ranks, each left out of all (`others` = 1) or alone (0)."""
         start = self.starts.get(self.layers[i])
-        if start is None:  # a layer that this batch does not reach
-            return [self.whole if others else self.base] * len(ranks)
-        if start > max(call.end for call in self.behind):  # there is next to nothing left to run
-            known = self._known(self.behind, others) | self._own(i, others)
-            return [self._tail(known, self._gates(i, [j], others, None), i) for j in ranks]
+        if start is None:
+            # The batch does not reach this layer, so its ranks change nothing.
+            unchanged = self.whole if others else self.base
+            return [unchanged] * len(ranks)
+        if start > max(call.end for call in self.behind):
+            # The layer lies behind the last block. Next to nothing is left to run, so each rank runs by itself.
+            outputs = self._known(self.behind, others) | self._own(i, others)
+            return [self._tail(outputs, self._gates(i, [j], others, None), i) for j in ranks]
+
+        # As many ranks share a forward pass as fill the device.
         tokens = max(t.numel() for t in self.batch.values() if isinstance(t, Tensor))
         device = next(self.layers[i].parameters()).device.type
-        size = max(1, STACKED_ENTRIES.get(device, STACKED_ENTRIES["cuda"]) // tokens)
-        return [v for at in range(0, len(ranks), size) for v in self._stacked(i, ranks[at : at + size], others)]
+        entries = STACKED_ENTRIES.get(device, STACKED_ENTRIES["cuda"])
+        together = max(1, entries // tokens)
+        scores: list[float] = []
+        for first in range(0, len(ranks), together):
+            scores += self._stacked(i, ranks[first : first + together], others)
+        return scores
 
     def _own(self, i: int, others: int) -> dict[nn.Module, Any]:
         """What layer i itself gave, in place of its base layer: a rank's own share is then added, or taken away."""
@@ -208,25 +217,63 @@ class Replay:
     def _stacked(self, i: int, ranks: Sequence[int], others: int) -> list[float]:
         """One forward pass from the layer on for all the ranks, then the model's own loss for each."""
         copies, layer = len(ranks), self.layers[i]
-        kept = self.with_all if others else self.with_none
+
+        # What ended before the layer began gives what it gave, once for each rank. So does the layer's base.
         known = self._known(self._finished(self.starts[layer]), others)
         outputs = {module: repeat(output, copies, self.grows[module]) for module, output in known.items()}
         own = {module: repeat(output, copies, self.grows[layer]) for module, output in self._own(i, others).items()}
-        twins = {id(t): r for m in known for t, r in zip(tensors_of(known[m]), tensors_of(outputs[m]), strict=True)}
-        seen: dict[nn.Module, tuple[Any, Any]] = {  # other layers of the same input: keys and values beside a query
-            other: (twins[id(kept[other][0])], repeat(kept[other][1], copies, self.grows[other]))
-            for other in self.layers
-            if other in kept and other is not layer and kept[other][0] is kept[layer][0] and id(kept[other][0]) in twins
-        }
+        repeated_inputs = self._same_inputs(layer, known, outputs, copies, others)
+
         gates = self._gates(i, ranks, others, self.samples if copies > 1 else None)
-        with self._gated(gates, i), self._skipping(outputs | own), self._same(seen):
+        with self._gated(gates, i), self._skipping(outputs | own), self._same(repeated_inputs):
             if copies == 1:
                 return [-float(loss_of(self.model, self.batch))]
             with self._leaving(outputs), suppress(_LastBlock):
                 self.model(**repeat_batch(self.batch, copies, self.samples))
-        off = {} if others else dict.fromkeys(self.everything)
-        parts = ({m: copy_of(o, k, copies, self.grows[m]) for m, o in outputs.items()} for k in range(copies))
-        return [self._tail(part, off) for part in parts]
+
+        # The pass has put the last block's output among them. Each rank's part then has the model's own loss.
+        gates_of_the_tail: dict[int, Tensor | None] = {} if others else dict.fromkeys(self.everything)
+        scores: list[float] = []
+        for copy in range(copies):
+            part = {m: copy_of(output, copy, copies, self.grows[m]) for m, output in outputs.items()}
+            scores.append(self._tail(part, gates_of_the_tail))
+        return scores
+
+    def _same_inputs(
+        self,
+        layer: AdapterLayer,
+        known: Mapping[nn.Module, Any],
+        repeated: Mapping[nn.Module, Any],
+        copies: int,
+        others: int,
+    ) -> dict[nn.Module, tuple[Any, Any]]:
+        """The layers that read the same input as this one, as keys and values beside a query: their input and output.
+
+        Args:
+            layer: the layer whose ranks are scored.
+            known: what modules gave that ended before it began.
+            repeated: the same, repeated for each rank.
+            copies: how often.
+            others: whether all other ranks are on (1) or off (0).
+        """
+        kept = self.with_all if others else self.with_none
+        # Each tensor among the known outputs, and what stands for it in the repeated pass.
+        repeated_of: dict[int, Tensor] = {}
+        for module, output in known.items():
+            for tensor, copy in zip(tensors_of(output), tensors_of(repeated[module]), strict=True):
+                repeated_of[id(tensor)] = copy
+
+        shared_input = kept[layer][0]
+        if id(shared_input) not in repeated_of:
+            return {}
+        found: dict[nn.Module, tuple[Any, Any]] = {}
+        for other in self.layers:
+            if other is layer or other not in kept:
+                continue
+            other_input, other_output = kept[other]
+            if other_input is shared_input:
+                found[other] = (repeated_of[id(shared_input)], repeat(other_output, copies, self.grows[other]))
+        return found
 
     def _tail(
         self, outputs: Mapping[nn.Module, Any], gates: Mapping[int, Tensor | None], i: int | None = None

@@ -332,7 +332,7 @@ class Session:
 
     @torch.no_grad()
     def hold(self, groups: Groups, state: Moments) -> None:
-        """Remember what has its own rate, must not decay, or gets its start at this step and must not move at all.
+        """Save the parameters whose update will be rescaled, exempt from decay, or suppressed in this step.
 
         Weight decay is undone without knowing the optimiser's formula: it is shown a zero in the tensor's place, which
         no decay can shrink, and the tensor is then moved by what the optimiser made of the zero.
