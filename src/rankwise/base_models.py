@@ -160,6 +160,18 @@ def open_tokenizer(name: str | Path, *, revision: str | None = None, argument: s
     return tokenizer
 
 
+def model_type(name: str | Path, *, argument: str = "base") -> str:
+    """The kind of a base model by its config, as `bert` or `llama`.
+
+    Raises:
+        ArgumentError: its config does not open.
+    """
+    try:
+        return AutoConfig.from_pretrained(locate(name, argument=argument)).model_type
+    except (OSError, ValueError) as error:
+        raise ArgumentError(argument, f"{PLACES} that opens", str(name)) from error
+
+
 def open_image_processor(name: str | Path, *, argument: str = "base") -> Any:
     """What makes a model's inputs of images; by pillow, so that pixels are the same on every machine.
 

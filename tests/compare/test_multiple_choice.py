@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import LlamaForCausalLM
+from transformers import BertForMultipleChoice, LlamaForCausalLM
 
 from rankwise.base_models import open_tokenizer
 from rankwise.compare.data import load_splits
@@ -16,9 +16,10 @@ from rankwise.compare.plan import make_plan
 from rankwise.compare.runner import run_plan
 from rankwise.compare.spec import parse_spec
 from rankwise.compare.tasks.multiple_choice import MultipleChoice, MultipleChoiceData
-from rankwise.errors import DataError
+from rankwise.errors import ArgumentError, DataError
+from tiny_comparison import FILLERS, WORDS, write_rows
 
-pytest_plugins = ["tiny_llama"]
+pytest_plugins = ["tiny_comparison", "tiny_llama"]
 
 
 def table(folder: Path, **task: Any) -> dict[str, Any]:
@@ -98,3 +99,88 @@ def test_rows_that_make_no_question(row: str, message: str, tiny_llama: Path, tm
     data = MultipleChoiceData(**files, prompt="question", choices="choices", answer="right")
     with pytest.raises(DataError, match=message):
         load_splits(data, MultipleChoice())
+
+
+# --- by a head -------------------------------------------------------------------------------------------------------
+
+
+def head_table(tiny: Path, folder: Path, **task: Any) -> dict[str, Any]:
+    """A SPEC over questions for the tiny BERT: which of three words is food."""
+    for name, count in (("train", 60), ("test", 30)):
+        rows = []
+        for i in range(count):
+            right = (i // 2) % 3
+            words = [WORDS["colour"][i % 2], WORDS["music"][i % 2]]
+            words.insert(right, WORDS["food"][i % 2])
+            rows.append({"topic": FILLERS[i % 2], "words": words, "right": right})
+        write_rows(folder / f"{name}.jsonl", rows)
+    return {
+        "model": str(tiny / "model"),
+        "output": "out",
+        "data": {"train": "train.jsonl", "test": "test.jsonl"}
+        | {"prompt": "{topic}", "choices": "words", "answer": "right"},
+        "task": {"type": "multiple_choice", "max_length": 16} | task,
+        "training": {"steps": 20, "batch_size": 12, "learning_rate": 2e-2, "head_learning_rate": 2e-2, "warmup": 0.0},
+        "budget": {"r": 4},
+        "methods": ["lora", "adalora"],
+    }
+
+
+def test_an_encoder_chooses_by_its_head(tiny: Path, tmp_path: Path) -> None:
+    """The floor is the head alone, and scores are those of the export in stock PEFT."""
+    plan = make_plan(parse_spec(head_table(tiny, tmp_path), tmp_path).with_floor())
+    results = {result.method: result for result in run_plan(plan, "a test")}
+    assert set(results) == {"lora", "adalora", "head"}
+    assert {result.task for result in results.values()} == {"multiple_choice by head"}
+    assert {result.head_parameters for result in results.values()} == {32 + 1}
+    assert results["lora"].score > 0.8
+    tokenizer, test = open_tokenizer(plan.spec.model), plan.splits.test
+    for method in ("lora", "adalora"):
+        export = results[method].export
+        assert export is not None
+        base = BertForMultipleChoice.from_pretrained(plan.spec.model)
+        model = PeftModel.from_pretrained(base, str(plan.spec.output / export)).eval()
+        losses, right = [], 0
+        for prompt, words, answer in zip(test["prompt"], test["choices"], test["answer"], strict=True):
+            tokens = tokenizer([prompt[0]["content"]] * 3, words, padding=True, return_tensors="pt")
+            with torch.no_grad():
+                told = model(**{name: t[None] for name, t in tokens.items()}).logits[0].log_softmax(-1)
+            losses.append(-float(told[answer]))
+            right += int(told.argmax()) == answer
+        assert results[method].score == pytest.approx(right / len(test))
+        assert results[method].extra_metrics["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+
+
+def test_who_chooses_follows_the_model_or_the_spec(tiny: Path, tiny_llama: Path) -> None:
+    bert, llama = str(tiny / "model"), str(tiny_llama / "model")
+    assert MultipleChoice().for_model(bert).title == "multiple_choice by head"
+    assert MultipleChoice(by="likelihood").for_model(bert).opens_as == "CAUSAL_LM"
+    assert MultipleChoice().for_model(llama).title == "multiple_choice by likelihood per token"
+    assert MultipleChoice(normalise="nothing").for_model(llama).title == "multiple_choice by likelihood"
+    assert MultipleChoice().for_model(bert).for_model(bert).title == "multiple_choice by head"
+
+
+@pytest.mark.parametrize(
+    ("task", "message"),
+    [
+        ({"normalise": "tokens"}, r"^`task.normalise` must be left out where a head chooses .*; found 'tokens'$"),
+        ({"packing": True}, r"^`task.packing` must be left out where a head chooses"),
+        ({"by": "heads"}, r"^`task.by` must be likelihood or head; found 'heads'$"),
+        ({"metrics": ["f1"]}, r"^`task.metrics` must name metrics of the task"),
+    ],
+)
+def test_what_a_head_does_not_know(task: dict[str, Any], message: str, tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        make_plan(parse_spec(head_table(tiny, tmp_path, **task), tmp_path))
+
+
+def test_a_model_without_a_multiple_choice_head(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"^`model` must be .* that can be trained for multiple_choice; found"):
+        make_plan(parse_spec(table(tiny_llama, by="head"), tmp_path))
+
+
+def test_a_head_needs_the_same_number_of_choices(tiny: Path, tmp_path: Path) -> None:
+    spec = head_table(tiny, tmp_path)
+    write_rows(tmp_path / "test.jsonl", [{"topic": "low", "words": ["red", "milk"], "right": 0}])
+    with pytest.raises(DataError, match=r"test.jsonl has 2 choices in row 1 where the first row of .* has 3: a head"):
+        make_plan(parse_spec(spec, tmp_path))

@@ -111,6 +111,7 @@ def make_plan(spec: Spec) -> Plan:
     if spec.output.exists() and not spec.output.is_dir():
         raise ArgumentError("output", "be a folder, or not exist yet", str(spec.output))
     check_tracker(spec.tracker)
+    spec = spec.for_model()
     candidates = [candidate_of(spec, entry) for entry in spec.entries]
     spec.task.check_packages()
     processor = spec.task.open_processor(spec.model)

@@ -224,10 +224,14 @@ class Spec(Section, Generic[AnyTask, AnyData]):
 
         The floor is the head alone on the frozen model, or, for a task without a head, the model as it is.
         """
-        floor = HEAD if self.task.head_modules else PRETRAINED
+        floor = HEAD if self.task.for_model(self.model).head_modules else PRETRAINED
         if any(entry.name == floor for entry in self.entries):
             return self
         return self.with_entries((*self.entries, Entry(name=floor)))
+
+    def for_model(self) -> Self:
+        """The same SPEC with whatever the model decides about the task."""
+        return self.model_copy(update={"task": self.task.for_model(self.model)})
 
     def with_output(self, output: Path) -> Self:
         """The same SPEC, writing to another folder."""

@@ -91,7 +91,7 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
         label=run.label,
         seed=run.seed,
         model=plan.spec.model,
-        task=plan.spec.task.type,
+        task=plan.spec.task.title,
         learning_rate=run.learning_rate,
         head_learning_rate=run.head_learning_rate,
         steps=plan.steps,

@@ -131,6 +131,19 @@ class Task(Section, ABC):
         """Whether the first metric is a loss or an error."""
         return self.metrics[0] in LOWER_IS_BETTER
 
+    @property
+    def title(self) -> str:
+        """What results call the task: its kind, and whatever else one must know to read a score."""
+        return self.type
+
+    def for_model(self, model: str) -> Task:
+        """The task with whatever the model decides about it.
+
+        Raises:
+            ArgumentError: the model's config does not open, or a key does not go with this model.
+        """
+        return self
+
     def packages(self) -> list[tuple[str, str, str]]:
         """What has to be installed beside rankwise: the key that asks for it, its value, and the package."""
         return []

@@ -1,8 +1,8 @@
-"""Choosing between answers: a language model takes the one that it finds most likely.
+"""Choosing between answers: a language model takes the one that it finds most likely, an encoder asks a head.
 
-It is trained on the right answer as a response to the question, with the loss on the answer alone, and scored by the
-likelihood of every answer: Σ log p(token | question, tokens before it), as it is or divided by the answer's length. The
-end of an answer counts as a token of it.
+A language model is trained on the right answer as a response to the question, with the loss on the answer alone, and
+scored by the likelihood of every answer: Σ log p(token | question, tokens before it), as it is or divided by the
+answer's length. The end of an answer counts as a token of it. What an encoder does is in `choice_by_head`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from rankwise.compare.tasks.responses import (
     response_loss,
     response_losses,
 )
-from rankwise.errors import DataError
+from rankwise.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,17 +60,52 @@ class MultipleChoiceData(ResponseData):
 
 
 class MultipleChoice(ResponseTask):
-    """A language model chooses an answer by its likelihood. Scores: accuracy, and the loss of the right answers."""
+    """A model chooses an answer, by its likelihood or by a head. Scores: accuracy, and the loss of the right answers.
+
+    This class is the choice by likelihood; `for_model` gives the other one.
+    """
 
     type: Literal["multiple_choice"] = "multiple_choice"
     metrics: Metrics = ("accuracy", "loss")
     """What is measured; the first one ranks: the share of right choices, and the loss of the right answers."""
+    by: Annotated[Literal["likelihood", "head"], rule("be likelihood or head")] | None = None
+    """How the model chooses: by the likelihood of the answers, or by a multiple-choice head. Left out, a model that
+    has such a head in transformers (BERT and its kin) takes it."""
     normalise: Annotated[Literal["tokens", "characters", "nothing"], rule("be one of tokens, characters, nothing")] = (
         "tokens"
     )
     """What an answer's log-likelihood is divided by, since a long one is less likely whatever it says."""
 
     data_section: ClassVar[DataSection] = MultipleChoiceData
+
+    @property
+    def title(self) -> str:
+        """How the model chooses, which makes scores what they are."""
+        divided = "" if self.normalise == "nothing" else f" per {self.normalise.removesuffix('s')}"
+        return f"{self.type} by likelihood{divided}"
+
+    def for_model(self, model: str) -> MultipleChoice:
+        """The choice by likelihood or by a head, as the SPEC or else the model says."""
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
+
+        from rankwise.base_models import model_type
+        from rankwise.compare.tasks.choice_by_head import ChoiceByHead
+
+        by = self.by
+        if by is None:
+            by = (
+                "head"
+                if model_type(model, argument="model") in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
+                else "likelihood"
+            )
+        if by == "likelihood":
+            return self.model_copy(update={"by": by})
+        for key in ("normalise", "template", "packing"):
+            if key in self.model_fields_set:
+                rule_told = 'be left out where a head chooses (`task.by` is "head", or left out for an encoder)'
+                raise ArgumentError(f"task.{key}", rule_told, getattr(self, key))
+        given = {key: getattr(self, key) for key in self.model_fields_set}
+        return ChoiceByHead(**given | {"by": by})
 
     def read(self, table: Table, data: Data) -> Examples:
         """Questions, their answers, and the right one as the response to learn."""
@@ -120,7 +155,10 @@ class MultipleChoice(ResponseTask):
         for choices, answer in zip(examples["choices"], examples["answer"], strict=True):
             of_question = [next(likelihoods) for _ in choices]
             right += of_question.index(max(of_question)) == answer
-        return {"accuracy": right / len(examples), "loss": response_loss(trainer, held_out[split])}
+        found = {"accuracy": right / len(examples)}
+        if "loss" in self.metrics:
+            found["loss"] = response_loss(trainer, held_out[split])
+        return {name: found[name] for name in self.metrics}
 
 
 def _check_row(texts: Any, place: Any, source: str, row: int) -> None:
