@@ -14,11 +14,11 @@ from typing import Any
 import datasets
 import pytest
 
-from rankwise.compare.data import load_splits
+from rankwise.compare.data import draw, load_splits
 from rankwise.compare.tasks import Data, Examples, Splits, Task
 from rankwise.compare.tasks.classification import Classification, ClassificationData
 from rankwise.compare.tasks.regression import Regression
-from rankwise.errors import DataError
+from rankwise.errors import ArgumentError, DataError
 
 Row = dict[str, Any]
 FORMATS = ("jsonl", "jsonl.gz", "csv", "csv.gz", "parquet")
@@ -316,3 +316,47 @@ def test_files_are_read_without_the_network(tmp_path: Path, monkeypatch: pytest.
     for kind in FORMATS:
         load_splits(files(tmp_path, GOOD, GOOD, kind), CLASSIFICATION)
     assert called == []
+
+
+# --- a draw for each seed --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("samples", "counts"),
+    [
+        (3, {"a": 1, "b": 1, "c": 1}),
+        (10, {"a": 6, "b": 3, "c": 1}),
+        (99, {"a": 59, "b": 30, "c": 10}),
+        (100, {"a": 60, "b": 30, "c": 10}),
+    ],
+)
+def test_each_label_gets_its_share_of_the_draw(samples: int, counts: dict[str, int], tmp_path: Path) -> None:
+    rows = examples(["a"] * 60 + ["b"] * 30 + ["c"] * 10)
+    splits = load_splits(files(tmp_path, rows, rows, validation=write(tmp_path / "v.jsonl", rows)), CLASSIFICATION)
+    drawn = draw(splits, CLASSIFICATION, samples, seed=0)
+    assert Counter(drawn.train["label"]) == counts
+    assert set(drawn.train["text"]) <= set(splits.train["text"])
+    assert len(set(drawn.train["text"])) == samples
+    assert (drawn.validation, drawn.test, drawn.labels) == (splits.validation, splits.test, splits.labels)
+
+
+def test_another_seed_draws_other_examples(tmp_path: Path) -> None:
+    splits = load_splits(files(tmp_path, examples(range(100)), examples([1])), REGRESSION)
+    texts = [draw(splits, REGRESSION, 20, seed).train["text"] for seed in (0, 0, 1)]
+    assert texts[0] == texts[1] != texts[2]
+    assert len(set(texts[0])) == len(set(texts[2])) == 20
+    assert draw(splits, REGRESSION, None, 0) is splits
+
+
+@pytest.mark.parametrize(
+    ("task", "samples", "message"),
+    [
+        (CLASSIFICATION, 1, r"^`data.samples` must be from 2, one for each label, to 18, the training ex.*; found 1$"),
+        (CLASSIFICATION, 19, r"^`data.samples` must be from 2, one for each label, to 18, .*train.jsonl; found 19$"),
+        (REGRESSION, 19, r"^`data.samples` must be at most 18, the training examples of .*train.jsonl; found 19$"),
+    ],
+)
+def test_draws_that_cannot_be_made(task: Task, samples: int, message: str, tmp_path: Path) -> None:
+    rows = examples([0, 1] * 10)
+    with pytest.raises(ArgumentError, match=message):
+        load_splits(files(tmp_path, rows, rows, samples=samples), task)

@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import pytest
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 import rankwise
 from rankwise.adapters.configs import CONFIGS
@@ -20,6 +20,7 @@ from rankwise.compare import models, provenance, runner
 from rankwise.compare import plan as planning
 from rankwise.compare.plan import Plan, make_plan
 from rankwise.compare.spec import read_spec
+from rankwise.compare.train import train_run
 from rankwise.errors import RankwiseError
 from rankwise.methods import METHODS
 
@@ -197,6 +198,30 @@ def test_steps_follow_from_epochs(write_spec: WriteSpec, tmp_path: Path) -> None
     assert plan.steps == 8
 
 
+def test_a_seed_draws_the_same_examples_for_every_candidate(
+    write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What reaches the trainers: two seeds, two candidates, and epochs counted by the draw."""
+    seen: dict[tuple[str, int], list[int]] = {}
+
+    def watched(self: Trainer, *_: Any, **__: Any) -> None:
+        labels = [int(label) for label in self.train_dataset["labels"]]  # type: ignore[index]
+        key = Path(str(self.args.output_dir)).name
+        seen[key.split("--")[0], int(key.rpartition("seed")[2])] = [
+            *labels,
+            *[token for row in self.train_dataset["input_ids"] for token in row],  # type: ignore[index]
+        ]
+
+    monkeypatch.setattr(Trainer, "train", watched)
+    training = {"steps": None, "epochs": 2}
+    plan = planned(write_spec, tmp_path, methods=["lora", "nnm"], seeds=[0, 1], data={"samples": 24}, training=training)
+    assert plan.steps == 4  # two passes over 24 examples in batches of 12
+    for run in plan.runs:
+        train_run(plan, run, tmp_path / "out", "")
+    assert seen["lora", 0] == seen["nnm", 0] != seen["lora", 1] == seen["nnm", 1]
+    assert all(sorted(found[:24]) == [0] * 8 + [1] * 8 + [2] * 8 for found in seen.values())
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -211,6 +236,9 @@ def test_steps_follow_from_epochs(write_spec: WriteSpec, tmp_path: Path) -> None
         {"task": {"max_length": 15}},
         {"task": {"target_modules": ["query"]}},
         {"data": {"per_label": 10}},
+        {"data": {"samples": 30}},
+        {"training": {"evaluations": 2}},
+        {"training": {"best": "validation"}},
     ],
 )
 def test_what_changes_a_key(write_spec: WriteSpec, tmp_path: Path, changes: dict[str, Any]) -> None:

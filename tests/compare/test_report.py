@@ -48,6 +48,8 @@ def made(label: str = "lora", seed: int = 0, ranks: dict[str, int] | None = None
         "train_loss": [[step, 3 / step] for step in range(1, 61)],
         "diverged": False,
         "gradient_norm": [[step, 2 / step] for step in range(1, 61)],
+        "validation_curve": [],
+        "scored_step": 60,
         "parameters": {"initial": 147456, "final": 120000, "exported": 131072},
         "head_parameters": 57750,
         "mean_rank": statistics.fmean(ranks.values()),

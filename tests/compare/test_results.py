@@ -39,6 +39,8 @@ def made(label: str = "lora", seed: int = 0, **changes: Any) -> Result:
         train_loss=[(1, 2.0), (2, 1.5), (3, 1.0), (4, 1.0)],
         diverged=False,
         gradient_norm=[(1, 3.0), (2, 2.0), (3, 1.0), (4, 0.5)],
+        validation_curve=[(2, 0.5), (4, 0.75)],
+        scored_step=4,
         parameters={"initial": 400, "final": 300, "exported": 350},
         head_parameters=20,
         mean_rank=3.0,

@@ -6,24 +6,58 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
+from peft import prepare_model_for_kbit_training
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from rankwise.base_models import PLACES, locate, open_model, skeleton, weight_files
+from rankwise.compare.spec import Training
 from rankwise.compare.tasks import Splits, Task
+from rankwise.compare.together import on_cpus
 from rankwise.errors import ArgumentError
 
 _MODEL_FILES = (".json", ".safetensors", ".txt", ".model")
 """Files of a model folder that hold its config, weights, vocabulary and tokenizer."""
 
 
-def open_for(task: Task, name: str, splits: Splits, pad: int | None = None) -> PreTrainedModel:
+def open_for(
+    task: Task, name: str, splits: Splits, pad: int | None = None, training: Training | None = None
+) -> PreTrainedModel:
     """The model that a task trains; a head that the pretrained model lacks is fresh.
 
-    `pad` is the tokenizer's padding token, for models whose config names none.
+    Args:
+        task: what it is trained for.
+        name: the pretrained model.
+        splits: the data, which tells the size of the head.
+        pad: the tokenizer's padding token, for models whose config names none.
+        training: the SPEC's section, which may ask for quantised weights.
     """
-    padding: dict[str, Any] = {} if pad is None else {"pad_token_id": pad}
-    return open_model(name, task.opens_as, argument="model", **task.config_changes(splits), **padding)
+    settings: dict[str, Any] = {} if pad is None else {"pad_token_id": pad}
+    settings |= task.config_changes(splits)
+    if training is None or training.quantise is None:
+        return open_model(name, task.opens_as, argument="model", **settings)
+    settings |= _quantising(task, training)
+    model = open_model(name, task.opens_as, argument="model", **settings)
+    model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=training.gradient_checkpointing)
+    # The Trainer refuses a quantised model without an adapter, although the floors train none of its weights.
+    model._hf_peft_config_loaded = True
+    return model
+
+
+def _quantising(task: Task, training: Training) -> dict[str, Any]:
+    """How a model is opened in four bits (NF4, as QLoRA has it) or eight; the head stays as it is."""
+    computes_in = torch.bfloat16 if training.precision == "bfloat16" else torch.float32
+    config = BitsAndBytesConfig(
+        load_in_4bit=training.quantise == "4bit",
+        load_in_8bit=training.quantise == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=computes_in,
+        llm_int8_skip_modules=list(task.head_modules) or None,
+    )
+    return {"quantization_config": config, "device_map": {"": PartialState(cpu=bool(on_cpus())).device}}
 
 
 def skeleton_for(task: Task, name: str, splits: Splits) -> Any:

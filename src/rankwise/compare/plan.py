@@ -7,13 +7,14 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from rankwise.compare.candidates import Candidate, candidate_of
-from rankwise.compare.data import load_splits
+from rankwise.compare.data import draw, load_splits
 from rankwise.compare.forgetting import read_general_text
 from rankwise.compare.models import identity, skeleton_for
-from rankwise.compare.provenance import library_versions
+from rankwise.compare.provenance import QUANTISES, library_versions
 from rankwise.compare.results import Result
 from rankwise.compare.spec import Entry, Spec
 from rankwise.compare.summary import best_rates, reference_among
@@ -84,6 +85,10 @@ class Plan:
         """How many runs there are in all: the search with the first seed, and the other seeds at the chosen rate."""
         return sum(len(choice.runs_with(self.spec.seeds[0])) + len(self.spec.seeds) - 1 for choice in self.choices)
 
+    def splits_of(self, seed: int) -> Splits:
+        """The data of the runs with one seed, whose training examples may be a draw of that seed."""
+        return draw(self.splits, self.spec.task, self.spec.data.samples, seed)
+
     def chosen_runs(self, results: Sequence[Result]) -> tuple[Run, ...]:
         """The other seeds of the methods whose rate was searched, at the best rate of each.
 
@@ -114,9 +119,10 @@ def make_plan(spec: Spec) -> Plan:
     spec = spec.for_model()
     candidates = [candidate_of(spec, entry) for entry in spec.entries]
     spec.task.check_packages()
+    _check_quantising(spec)
     processor = spec.task.open_processor(spec.model)
     splits = load_splits(spec.data, spec.task)
-    steps = _steps(spec, len(splits.train))
+    steps = _steps(spec, spec.data.samples or len(splits.train))
     for candidate in candidates:
         model = skeleton_for(spec.task, spec.model, splits)
         spec.task.check_model(model, processor)
@@ -135,6 +141,12 @@ def make_plan(spec: Spec) -> Plan:
             raise ArgumentError("method.label", "be different for every method", label)
     reference_among(labels, spec.reference)
     return Plan(spec, splits, steps, tuple(choices), data_digest, general_text)
+
+
+def _check_quantising(spec: Spec) -> None:
+    if spec.training.quantise and find_spec(QUANTISES) is None:
+        rule = f"come with {QUANTISES} installed (pip install {QUANTISES})"
+        raise ArgumentError("training.quantise", rule, spec.training.quantise)
 
 
 def _steps(spec: Spec, examples: int) -> int:
@@ -189,9 +201,9 @@ def _shared_digest(spec: Spec, data_digest: str) -> str:
     # The rates are in each run's own digest.
     rates = ("learning_rate", "head_learning_rate")
     told["training"] = {name: value for name, value in settings["training"].items() if name not in rates}
-    told["data"] = data_digest
+    told["data"] = [data_digest, spec.data.samples]
     told["model"] = identity(spec.model)
-    told["libraries"] = library_versions()
+    told["libraries"] = library_versions(quantised=spec.training.quantise is not None)
     return _digest(told)
 
 

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -15,10 +16,14 @@ from rankwise.compare.together import processes
 LIBRARIES = ("rankwise", "torch", "peft", "transformers", "accelerate", "datasets", "tokenizers", "trl")
 """What has a hand in a run's numbers: another version of one of them makes another run."""
 
+QUANTISES = "bitsandbytes"
+"""What holds a model's weights in four or eight bits."""
 
-def library_versions() -> dict[str, str]:
-    """The installed version of each of LIBRARIES."""
-    return {name: version(name) for name in LIBRARIES}
+
+def library_versions(*, quantised: bool = False) -> dict[str, str]:
+    """The version of each of LIBRARIES that is installed, and of what quantises a model where one is quantised."""
+    names = [*LIBRARIES, QUANTISES] if quantised else LIBRARIES
+    return {name: version(name) for name in names if find_spec(name) is not None}
 
 
 def git_state(folder: Path) -> str | None:

@@ -88,6 +88,10 @@ class Result(BaseModel):
     """Whether a logged training loss was not finite."""
     gradient_norm: Curve
     """Norm over everything that trains, before clipping."""
+    validation_curve: Curve
+    """The metric on the validation split, where it was measured on the way."""
+    scored_step: int
+    """The step whose weights were scored and saved."""
     forgetting: float | None
     """Loss per token on the SPEC's general text after training, less that before; None where there is no such text."""
 

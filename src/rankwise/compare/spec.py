@@ -7,6 +7,7 @@ Reading it costs no time: nothing heavy is imported, and every mistake is one se
 from __future__ import annotations
 
 import functools
+import math
 import operator
 import tomllib
 from collections.abc import Mapping
@@ -53,6 +54,8 @@ FLOORS = {
 CEILING = "full"
 """The method that trains every weight: what an adapter can hope to come near to."""
 DEFAULT_TASK = "classification"
+EVALUATIONS = 5
+"""How often the validation score is measured where the best of them is taken."""
 AnyTask = TypeVar("AnyTask", bound=Task)
 AnyData = TypeVar("AnyData", bound=Data)
 _MAX_SEED = 2**32 - 1  # what numpy's generator, which trainers seed too, accepts
@@ -99,6 +102,14 @@ class Training(Section):
     """Compute activations again in the backward pass instead of keeping them: less memory, more time."""
     precision: Annotated[Literal["float32", "bfloat16"], rule("be float32 or bfloat16")] = "float32"
     """What the model computes in; bfloat16 by autocast, the trained weights staying float32."""
+    quantise: Annotated[Literal["4bit", "8bit"], rule("be 4bit or 8bit")] | None = None
+    """Hold the frozen weights in so many bits, by bitsandbytes; adapters and heads stay float32."""
+    evaluations: Annotated[int, Field(ge=0), rule("be an integer of at least 0")] | None = None
+    """How often the validation score is measured on the way, at equal distances up to the last step; results keep the
+    curve. Left out, 5 times where best is "validation", else never."""
+    best: Annotated[Literal["last", "validation"], rule("be last or validation")] = "last"
+    """Which weights are scored and saved: those of the last step, or those with the best validation score among the
+    evaluated steps. An adaptive method's steps count from the one on that its ranks are final."""
 
     @model_validator(mode="before")
     @classmethod
@@ -115,6 +126,19 @@ class Training(Section):
         if self.batch_size % self.accumulation:
             broken_rule(f"divide batch_size, {self.batch_size}", key="accumulation", seen=self.accumulation)
         return self
+
+    @model_validator(mode="after")
+    def _something_to_choose_by(self) -> Self:
+        if self.best == "validation" and self.evaluations == 0:
+            broken_rule('be at least 1 where best is "validation"', key="evaluations", seen=0)
+        return self
+
+    def evaluated_at(self, steps: int) -> tuple[int, ...]:
+        """The steps of a run after which the validation score is measured; the last one is among them, if any is."""
+        needed = EVALUATIONS if self.best == "validation" else 0
+        count = needed if self.evaluations is None else self.evaluations
+        places = {math.ceil(steps * part / count) for part in range(1, count + 1)}
+        return tuple(sorted(places))
 
 
 class Budget(Section):

@@ -80,6 +80,10 @@ class AdapterCandidate(Candidate):
             rule = "match modules together with exclude_modules and layers"
             raise ArgumentError("target_modules", rule, asked) from error
 
+    def settled_from(self, steps: int) -> int:
+        """The step from which the ranks that the method keeps no longer change."""
+        return self.config.final_step(steps) or 0
+
     def attach(self, model: PreTrainedModel, steps: int) -> nn.Module:
         """The model with the adapter in it."""
         return get_peft_model(model, self.config)

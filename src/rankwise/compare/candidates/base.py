@@ -57,6 +57,13 @@ class Candidate(ABC):
             ArgumentError: naming the field, its rule and the value.
         """
 
+    def settled_from(self, steps: int) -> int:
+        """The first step whose weights may be scored in the place of the last ones; the very first, for most.
+
+        An adaptive method holds more ranks than its budget until its schedule has ended.
+        """
+        return 0
+
     @abstractmethod
     def attach(self, model: PreTrainedModel, steps: int) -> nn.Module:
         """The model with everything that this candidate trains set to require gradients, and nothing else."""

@@ -42,8 +42,11 @@ class FineTuningCandidate(Candidate):
         """The candidate of a SPEC's entry.
 
         Raises:
-            ArgumentError: `partial` names no modules, or there is another field.
+            ArgumentError: `partial` names no modules, there is another field, or the weights are quantised.
         """
+        if spec.training.quantise is not None:
+            rule = f"be left out for {entry.name}: quantised weights cannot be trained"
+            raise ArgumentError("training.quantise", rule, spec.training.quantise)
         known = ["modules"] if entry.name == PARTIAL else []
         for name, value in entry.fields.items():
             if name not in known:

@@ -103,6 +103,11 @@ class StockCandidate(Candidate):
         length: dict[str, Any] = {"total_step": steps} if needs_length else {}
         return self.kind(**(length | self.given))
 
+    def settled_from(self, steps: int) -> int:
+        """The last allocation of PEFT's AdaLoRA; other kinds keep their size."""
+        config = self.config(steps)
+        return steps - config.tfinal if isinstance(config, peft.AdaLoraConfig) else 0
+
     def attach(self, model: PreTrainedModel, steps: int) -> nn.Module:
         """The model with the adapter in it."""
         return get_peft_model(model, self.config(steps))

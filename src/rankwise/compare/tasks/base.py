@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from rankwise.compare.sections import File, Section, Text, Texts, broken_rule, has_unknown_key, rule
+from rankwise.compare.sections import Count, File, Section, Text, Texts, broken_rule, has_unknown_key, rule
 from rankwise.errors import ArgumentError
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ class Data(Section, ABC):
     """Examples that choices are made on; left out, a tenth of train is set aside."""
     dataset: Text | None = None
     """A data set of the hub with the splits train and test, instead of files."""
+    samples: Count | None = None
+    """How many training examples to draw, others for each seed and each label in its share; left out, all are used."""
 
     @model_validator(mode="before")
     @classmethod

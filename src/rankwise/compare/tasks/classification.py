@@ -7,9 +7,9 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from rankwise.compare.sections import Count, as_tuple, distinct, known_names, rule
+from rankwise.compare.sections import Count, as_tuple, broken_rule, distinct, known_names, rule
 from rankwise.compare.tasks.base import Data, DataSection, Examples, Splits
 from rankwise.compare.tasks.prediction import PredictionTask
 from rankwise.compare.tasks.sequence import SequenceTask, TextData
@@ -34,6 +34,12 @@ class LabelledData(Data):
 
     per_label: Count | None = None
     """How many training examples of each label to keep, for studies with few; left out, all."""
+
+    @model_validator(mode="after")
+    def _one_draw(self) -> LabelledData:
+        if self.samples is not None and self.per_label is not None:
+            broken_rule("be left out where data.samples is given", key="per_label", seen=self.per_label)
+        return self
 
     @property
     def examples_per_group(self) -> int | None:
