@@ -260,6 +260,11 @@ def test_reading_a_spec_imports_nothing_heavy() -> None:
 
 
 @pytest.mark.parametrize("task", TASKS)
+def test_every_task_measures_something(task: str) -> None:
+    assert TASKS[task]().metrics
+
+
+@pytest.mark.parametrize("task", TASKS)
 def test_the_starting_spec_of_every_task_is_read(task: str, tmp_path: Path) -> None:
     """It lists every key, and uncommenting nothing leaves every default as it is."""
     text = starting_spec(task)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from rankwise.compare.sections import Text, broken_rule
-from rankwise.compare.tasks.answers import AnswerTask
+from rankwise.compare.tasks.answers import AnswerTask, Metrics
 from rankwise.compare.tasks.base import Data, DataSection, Examples
 from rankwise.compare.tasks.responses import (
     Prompt,
@@ -63,6 +63,8 @@ class CausalLm(ResponseTask, AnswerTask):
     """A language model learns responses. Scores: loss per token of the response, and generated answers."""
 
     type: Literal["causal_lm"] = "causal_lm"
+    metrics: Metrics = ("loss",)  # again, since of two parents pydantic takes the first one's field
+    """What is measured; the first one ranks. Everything but the loss generates answers."""
 
     data_section: ClassVar[DataSection] = CausalLmData
 
