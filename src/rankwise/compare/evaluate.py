@@ -27,7 +27,7 @@ def evaluate_adapter(adapter: str | Path, spec: Spec) -> dict[str, dict[str, flo
 
     Args:
         adapter: a folder that PEFT loads: an adapter of rankwise, its export, or any other one.
-        spec: its model, data and task say what is scored and how; its methods and training do not matter.
+        spec: its model, data and task say what is scored and how; its methods do not matter.
 
     Returns:
         For each split, the task's metrics by name; the first one ranks.
@@ -37,11 +37,12 @@ def evaluate_adapter(adapter: str | Path, spec: Spec) -> dict[str, dict[str, flo
         DataError: the data is not what the SPEC says.
     """
     adapter = Path(adapter)
+    spec = spec.for_model()
     _check_files(adapter, spec.task)
     spec.task.check_packages()
     processor = spec.task.open_processor(spec.model)
     splits = load_splits(spec.data, spec.task)
-    base = open_for(spec.task, spec.model, splits, getattr(processor, "pad_token_id", None))
+    base = open_for(spec.task, spec.model, splits, getattr(processor, "pad_token_id", None), spec.training)
     model = _with_adapter(base, adapter)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _scorer(spec, splits, model, processor, folder)

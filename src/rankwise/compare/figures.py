@@ -106,6 +106,7 @@ def draw(results: Sequence[Result], metric: str, reference: str | None = None) -
     # and spectra.
     adapters = [method for method in methods if not method.row.is_floor and not method.row.is_ceiling]
     ranked = [method for method in adapters if method.typical.ranks]
+    measured = [method for method in methods if method.typical.validation_curve]
     rows = [method.row for method in methods]
     plots = [
         _score_plot(methods, metric, rows),
@@ -114,6 +115,9 @@ def draw(results: Sequence[Result], metric: str, reference: str | None = None) -
         *(_rank_plots(ranked) if ranked else []),
         _curve_plot(methods, "Training loss", "training loss", lambda run: run.train_loss),
         _curve_plot(methods, "Gradient norm", "gradient norm before clipping", lambda run: run.gradient_norm),
+        _curve_plot(measured, "Validation score", f"{metric} on the validation split", lambda run: run.validation_curve)
+        if measured
+        else None,
     ]
     return [plot for plot in plots if plot is not None]
 

@@ -27,8 +27,10 @@ from rankwise.compare.models import open_for
 from rankwise.compare.plan import Plan, Run
 from rankwise.compare.provenance import git_state, library_versions, machine
 from rankwise.compare.results import Parameters, Result
+from rankwise.compare.tasks import Splits
 from rankwise.compare.together import as_first, is_first, on_cpus, processes
 from rankwise.compare.tracking import Tracking
+from rankwise.compare.validation import Validation
 
 CHECKPOINTS = 5
 """Checkpoints a run writes on its way."""
@@ -57,10 +59,13 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
     set_seed(run.seed)
     candidate = candidate_of(plan.spec, run.entry)
     processor = plan.spec.task.open_processor(plan.spec.model)
+    splits = plan.splits_of(run.seed)
     pad = getattr(processor, "pad_token_id", None)
-    base: Any = open_for(plan.spec.task, plan.spec.model, plan.splits, pad)
+    base: Any = open_for(plan.spec.task, plan.spec.model, splits, pad, plan.spec.training)
     _forget_peak_memory()
-    loss_before = _general_loss(plan, base.to(_device()), processor)
+    if plan.spec.training.quantise is None:  # quantised weights are where they must be, and cannot be moved
+        base.to(_device())
+    loss_before = _general_loss(plan, base, processor)
     model = candidate.attach(base, plan.steps)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     initial_ranks = candidate.ranks(model)
@@ -68,18 +73,25 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
     clock = _Clock(on_step)
     tracking = _tracking(plan, run, candidate, model, output)
     callbacks = [clock, *candidate.callbacks(), *([] if tracking is None else [tracking])]
-    trainer = _trainer(plan, run, candidate, model, processor, output, callbacks)
+    trainer = _trainer(plan, run, candidate, model, processor, splits, output, callbacks)
+    validation = _validation(plan, run, candidate, trainer, splits, output)
     resumed = as_first(newest_complete(checkpoints_of(output, run), processes()))
     if candidate.trains:
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
+
+    # The weights to score are settled before anything is finished, measured or saved.
+    scored_step = trainer.state.global_step
+    if plan.spec.training.best == "validation":
+        trainer.accelerator.wait_for_everyone()  # the first process may still be writing them
+        scored_step = validation.restore_best(model, trainer.state)
 
     trained = model
     model = candidate.finish(trained, output, run.key, command)
     if model is not trained:
         trainer.model = trainer.model_wrapped = model
 
-    splits = {"validation": plan.splits.validation, "test": plan.splits.test}
-    scores = {name: plan.spec.task.score(trainer, split, plan.splits) for name, split in splits.items()}
+    parts = {"validation": splits.validation, "test": splits.test}
+    scores = {name: plan.spec.task.score(trainer, part, splits) for name, part in parts.items()}
     if tracking is not None:
         tracking.finish(scores)
     loss_after = _general_loss(plan, model, processor)
@@ -106,6 +118,8 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
         train_loss=_logged(trainer, "loss"),
         diverged=_diverged(trainer),
         gradient_norm=_logged(trainer, "grad_norm"),
+        validation_curve=validation.curve(trainer.state),
+        scored_step=scored_step,
         forgetting=None if loss_before is None or loss_after is None else loss_after - loss_before,
         parameters=Parameters(**measured.parameters),
         head_parameters=trainable - measured.parameters["initial"],
@@ -122,7 +136,7 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
         export=export,
         data_digest=plan.data_digest,
         git=git_state(plan.spec.folder),
-        versions=library_versions(),
+        versions=library_versions(quantised=plan.spec.training.quantise is not None),
         machine=machine(),
         command=command,
         created=datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -157,12 +171,34 @@ class _Clock(TrainerCallback):
             self._on_step(1)
 
 
+def _validation(
+    plan: Plan, run: Run, candidate: Candidate, trainer: Trainer, splits: Splits, output: Path
+) -> Validation:
+    """What measures the validation score on the way, as the SPEC asks, with the trainer that it belongs to."""
+    task, training = plan.spec.task, plan.spec.training
+
+    def score() -> float:
+        scores = task.score(trainer, splits.validation, splits)
+        return scores[task.metrics[0]]
+
+    validation = Validation(
+        training.evaluated_at(plan.steps),
+        score,
+        lower_is_better=task.lower_is_better,
+        folder=checkpoints_of(output, run) if training.best == "validation" else None,
+        first=candidate.settled_from(plan.steps),
+    )
+    trainer.add_callback(validation)
+    return validation
+
+
 def _trainer(
     plan: Plan,
     run: Run,
     candidate: Candidate,
     model: nn.Module,
     processor: Any,
+    splits: Splits,
     output: Path,
     callbacks: list[TrainerCallback],
 ) -> Trainer:
@@ -203,9 +239,9 @@ def _trainer(
         optimizers=(optimizer, None),
         processing_class=processor,
         callbacks=callbacks,
-        **task.trainer_data(plan.splits, processor),
+        **task.trainer_data(splits, processor),
     )
-    task.check_trainer(trainer, plan.splits)
+    task.check_trainer(trainer, splits)
     _silence(trainer)
     return trainer
 
