@@ -1,7 +1,8 @@
 """An adapter's folder as PEFT and servers want it, from one whose names, file or dtype they do not take.
 
 Training loops leave such folders behind: a wrapper's name in every key (torch.compile, FSDP, DDP), the adapter's own
-name, no prefix, a pickle, float8. No number changes, unless another dtype is asked for.
+name, no prefix, a pickle, float8; and years leave names that the base model's modules have no more. No number changes,
+unless another dtype is asked for.
 """
 
 from __future__ import annotations
@@ -9,14 +10,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from rankwise.adapters.tuner import PREFIX
 from rankwise.checks import require_room
@@ -30,6 +31,7 @@ from rankwise.export.known_base import KnownBase, known_base
 from rankwise.export.logits import logits_error
 from rankwise.export.lora import LOGITS
 from rankwise.export.lora_config import CONFIG, MORE_THAN_UPDATES, OURS, read_config
+from rankwise.export.names_today import base_at_hand, files_today
 from rankwise.export.pipeline_files import pipeline_file
 from rankwise.export.reader import (
     FOREIGN,
@@ -89,21 +91,23 @@ def fix_adapter(
 ) -> FixReport:
     """Write an adapter again as PEFT and servers take it, every number as it is: ΔW' = ΔW.
 
-    Wrappers' names and the adapter's own are taken out of the tensors' names, PEFT's prefix is put before them, and a
-    pickle becomes safetensors. What was written is read back and compared with the input, tensor by tensor.
+    Wrappers' names and the adapter's own are taken out of the tensors' names, PEFT's prefix is put before them, modules
+    get the names that they have in today's transformers, and a pickle becomes safetensors. What was written is read
+    back and compared with the input, tensor by tensor.
 
     Args:
         folder: a LoRA adapter of PEFT's, of any kind, or one of rankwise's.
         out: where to write; missing parents are made. Tokenizer, card and notes are copied.
         base: the base model: a folder, hub id or embedded model. PEFT must then load all that is written onto it, and
-            where it can load the input, it compares the logits of both.
+            where PEFT can load the input, the logits of both are compared. Where none is given, the base model that
+            the config names tells today's names of modules, if it lies on this machine.
         dtype: "float32", "bfloat16" or "float16" for all tensors of real numbers; by default each keeps its own.
         overwrite: replace an existing `out`.
 
     Raises:
         ArgumentError: `out` exists, `base` does not open, or an argument breaks its rule.
-        AdapterFileError: the folder holds no adapter, one of another kind, two names of one tensor, a tensor that is
-            no part of such an adapter, or something else that cannot be mended.
+        AdapterFileError: the folder holds no adapter, one of another kind, two names of one tensor or module, a tensor
+            that is no part of such an adapter, or something else that cannot be mended.
         RankwiseError: a pickle holds more than tensors; what was written does not read back as it is, or computes
             something else.
 
@@ -122,34 +126,44 @@ def fix_adapter(
     require_room("out", out, overwrite=overwrite, reads=[folder])
     config = _checked_config(folder, dtype)
     file, tensors = _read(folder)
+    known = None if base is None else known_base(base, config, folder)
+
     renamed = _renamed(tensors, file)
     mended_config, config_changes = _mended_config(config, renamed)
+    model = base_at_hand(None, config, folder) if known is None else known.models[0]
+    if model is not None:
+        mended_config, renamed, today_changes = _with_names_of(model, mended_config, renamed, folder)
+        config_changes += today_changes
+        # Whoever gives tensors other modules must know that these take them.
+        known = known_base(None, config, folder) if known is None and today_changes else known
 
-    changes = [f"read {PICKLE}, a pickle, and wrote {TENSORS}"] if file.name == PICKLE else []
-    changes += _changes_of_names(renamed)
-    left_out = dict(_left_out(renamed, tensors, config, file))
-    changes += left_out.values()
+    left_out = _left_out(renamed, tensors, mended_config, file)
     kept = {each.new: tensors[each.old] for each in renamed if each.old not in left_out}
     _check_tensors(AdapterFiles(folder, mended_config, kept), file)
     written = kept if dtype is None else {key: _in_dtype(t, DTYPES[dtype]) for key, t in kept.items()}
+
+    changes = [f"read {PICKLE}, a pickle, and wrote {TENSORS}"] if file.name == PICKLE else []
+    changes += _changes_of_names(renamed)
+    changes += left_out.values()
     changes += _changes_of_dtype(kept, written)
     changes += config_changes
 
-    known = None if base is None else known_base(base, config, folder)
     with whole_folder(out) as beside:
-        _write(beside, folder, written, None if mended_config == config else mended_config)
+        _copy_files_beside(folder, beside)
+        if mended_config != config:
+            (beside / CONFIG).write_text(json.dumps(mended_config, indent=2), encoding="utf-8")
+        _write_tensors(beside / TENSORS, written)
         if not (beside / CARD).exists():
             facts = {"Mended": "; ".join(changes) or "nothing"}
             write_card(beside, out.name, config.get("base_model_name_or_path"), "An adapter mended by rankwise", facts)
+
         _check_written(beside, written)
         _check_loads(beside, mended_config, known)
-        not_compared = None if known is None else _why_not_compared(known, folder)
-        error = None
-        if base is not None and not_compared is None:
-            error = logits_error(base, folder, beside)
-            # Only numbers that another dtype has rounded may give other logits.
-            if error > LOGITS and not _is_rounded(kept, written):
-                raise RankwiseError(f"the logits would differ from those of {folder} by {error:.1e} of their largest")
+        not_compared = None if base is None or known is None else _why_not_compared(known, folder)
+        error = None if base is None or not_compared else logits_error(base, folder, beside)
+        # Only numbers that another dtype has rounded may give other logits.
+        if error is not None and error > LOGITS and not _is_rounded(kept, written):
+            raise RankwiseError(f"the logits would differ from those of {folder} by {error:.1e} of their largest")
     return FixReport(out, tuple(changes), error, not_compared)
 
 
@@ -220,6 +234,27 @@ def _without_adapter_name(name: str) -> tuple[str, str]:
     return (f"{before}.{own}", adapter) if found and own else (name, "")
 
 
+def _with_names_of(
+    model: nn.Module, config: dict[str, Any], renamed: list[_Renamed], folder: Path
+) -> tuple[dict[str, Any], list[_Renamed], list[str]]:
+    """Config and names for the modules that the base model has today, and a sentence for each change.
+
+    Raises:
+        AdapterFileError: the adapter has one module under its old name and under its new one.
+    """
+    mended, today = files_today(model, config, [each.new for each in renamed], folder)
+    if not today:
+        return config, renamed, []
+    found = [each._replace(new=today.get(each.new, each.new)) for each in renamed]
+    old, new = next(iter(today.items()))
+    in_keys = f"{len(today)} {'key' if len(today) == 1 else 'keys'}, as {new!r} for {old!r}"
+    changes = [f"put the names that modules have today into {in_keys}"]
+    for entry, value in mended.items():
+        if value != config.get(entry):
+            changes.append(f"made {entry} in {CONFIG} fit the names that modules have today")
+    return mended, found, changes
+
+
 def _changes_of_names(renamed: Iterable[_Renamed]) -> list[str]:
     """What is changed in the tensors' names, a sentence for each kind of change."""
     by_wrapper: dict[str, list[str]] = {}
@@ -249,15 +284,17 @@ def _in_keys(keys: list[str]) -> str:
 
 def _left_out(
     renamed: Iterable[_Renamed], tensors: Mapping[str, Tensor], config: Mapping[str, Any], file: Path
-) -> Iterator[tuple[str, str]]:
-    """Old names of tensors that say nothing of their own, each with a sentence about it."""
+) -> dict[str, str]:
+    """A sentence about each tensor that says nothing of its own, by the tensor's old name."""
     files = AdapterFiles(file.parent, dict(config), {each.new: tensors[each.old] for each in renamed})
+    found: dict[str, str] = {}
     for each in renamed:
         told = parsed_key(each.new)
         if told.part == "alpha" and files.alphas.get(told.module) == files.alpha(told.module):
-            yield each.old, f"left out {each.old!r}, which repeats the lora_alpha of {CONFIG}"
+            found[each.old] = f"left out {each.old!r}, which repeats the lora_alpha of {CONFIG}"
         elif ORIGINAL in each.new:
-            yield each.old, f"left out {each.old!r}, the weight before training of a module trained in full"
+            found[each.old] = f"left out {each.old!r}, the weight before training of a module trained in full"
+    return found
 
 
 def _check_tensors(files: AdapterFiles, file: Path) -> None:
@@ -331,16 +368,20 @@ def _mended_config(config: dict[str, Any], renamed: Iterable[_Renamed]) -> tuple
 # --- writing and checking -------------------------------------------------------------------------------------------
 
 
-def _write(beside: Path, folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any] | None) -> None:
-    """The adapter's files, and what lay beside them; the config as it is unless another one is given."""
+def _copy_files_beside(folder: Path, beside: Path) -> None:
+    """Copy the config, and what lies beside the adapter and is no pickle."""
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.suffix in COPIED:
             shutil.copyfile(path, beside / path.name)
-    if config is not None:
-        (beside / CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")
-    # Cloned, since safetensors refuses tensors that share memory, as those of a pickle may.
-    plain = {key: t.clone(memory_format=torch.contiguous_format) for key, t in tensors.items()}
-    save_file(plain, beside / TENSORS, {"format": "pt"})
+
+
+def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write the adapter's tensors."""
+    # Those of a pickle may share memory, which safetensors refuses.
+    alone = {}
+    for key, tensor in tensors.items():
+        alone[key] = tensor.clone(memory_format=torch.contiguous_format)
+    save_file(alone, file, {"format": "pt"})
 
 
 def _check_written(beside: Path, wanted: Mapping[str, Tensor]) -> None:

@@ -1,23 +1,28 @@
 """Names that a model's modules had in older versions of transformers, and have no more.
 
-Stock PEFT maps them while it loads an adapter, so such files work; but whoever compares the names of two adapters, or
-writes a config that gives ranks by name, must use the names of today. PEFT's own mapping is asked.
+The files of a base model still have them, so that transformers maps them whenever it loads one, and its mapping is
+asked here. Stock PEFT maps some on loading an adapter (a language model's inside of LLaVA), and none of others (ViT,
+Qwen2.5-VL), whose updates it leaves out; nor does it map the config, or modules trained in full. Whoever compares the
+names of two adapters, or writes a config that gives ranks by name, must use the names of today.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from rankwise.errors import AdapterFileError
 from rankwise.export.adapter import Adapter
 from rankwise.export.keys import PEFT_PREFIX, parsed_key
-from rankwise.export.lora_config import CHOOSING_MODULES
+from rankwise.export.lora_config import CHOOSING_MODULES, alpha_of, rank_of
+
+WITHIN_MODULE = re.compile(r"\.(lora_|rankwise_|base_layer\.|token_adapter\.)")
+"""What an adapter puts behind a module's name, in the name of a tensor of the adapter's own."""
 
 
 def base_at_hand(base: str | Path | nn.Module | None, config: Mapping[str, Any], folder: Path) -> nn.Module | None:
@@ -58,58 +63,154 @@ def _lies_here(name: str | None, revision: str | None) -> bool:
 
 
 def with_names_of(model: nn.Module, adapter: Adapter, folder: Path) -> Adapter:
-    """A plain LoRA under the names that `model` has for its modules, as stock PEFT gives them on loading.
+    """A plain LoRA under the names that `model` has for its modules.
 
-    It stays as it is where PEFT has no name in this model for one of its modules: experts that have become one
-    parameter, or modules of another model.
+    Modules that have no name in this model keep theirs: experts that have become one parameter, or modules of another
+    model.
 
     Raises:
-        AdapterFileError: it updates one module under its old name and under its new one; `folder` is what held it.
+        AdapterFileError: it has one module under its old name and under its new one; `folder` is what held it.
     """
-    names = _names_today(model, adapter, folder)
-    if names is None or all(old == new for old, new in names.items()):
+    in_full = {_module_and_rest(key)[0] for key in adapter.others}
+    today = modules_today(model, [*adapter.updates, *in_full], folder)
+    if not today:
         return adapter
     return dataclasses.replace(
         adapter,
-        config=_config_for(adapter.config, list(names.values())),
-        updates={names[old]: update for old, update in adapter.updates.items()},
-        formats={names[old]: form for old, form in adapter.formats.items()},
-        names=tuple(names.values()),
+        config=config_today(adapter.config, adapter.updates, today),
+        updates={today.get(name, name): update for name, update in adapter.updates.items()},
+        others={key_today(key, today): tensor for key, tensor in adapter.others.items()},
+        formats={today.get(name, name): form for name, form in adapter.formats.items()},
+        names=tuple(today.get(name, name) for name in adapter.names),
     )
 
 
-def _names_today(model: nn.Module, adapter: Adapter, folder: Path) -> dict[str, str] | None:
-    """What `model` calls each of an adapter's modules; None where it does not have one of them."""
-    import peft
-    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+def files_today(
+    model: nn.Module, config: Mapping[str, Any], keys: Iterable[str], folder: Path
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The config and the keys of an adapter of any kind, under the names that `model` has for its modules.
+
+    Args:
+        model: the base model, with or without its weights.
+        config: the adapter's, as its JSON holds it.
+        keys: of its tensors, as PEFT writes them.
+        folder: the adapter's, for messages.
+
+    Returns:
+        The config, and a new key for each key that changes.
+
+    Raises:
+        AdapterFileError: the adapter has one module under its old name and under its new one.
+    """
+    listed = list(keys)
+    modules = dict.fromkeys(_module_and_rest(key)[0] for key in listed)
+    today = modules_today(model, modules, folder)
+    if not today:
+        return dict(config), {}
+    updated = dict.fromkeys(parsed_key(key).module for key in listed if parsed_key(key).part)
+    renamed = {key: key_today(key, today) for key in listed}
+    changed = {old: new for old, new in renamed.items() if old != new}
+    return config_today(config, updated, today), changed
+
+
+def key_today(key: str, today: Mapping[str, str]) -> str:
+    """The name of a tensor of an adapter's, with the name of today for its module."""
+    module, rest = _module_and_rest(key)
+    return f"{PEFT_PREFIX}{today[module]}{rest}" if module in today else key
+
+
+def _module_and_rest(key: str) -> tuple[str, str]:
+    """The module of the base model that a tensor belongs to, and what follows the module's name in the tensor's."""
+    name = key.removeprefix(PEFT_PREFIX)
+    found = WITHIN_MODULE.search(name)
+    end = found.start() if found else name.rfind(".")
+    return (name[:end], name[end:]) if end > 0 else (name, "")
+
+
+def modules_today(model: nn.Module, modules: Collection[str], folder: Path) -> dict[str, str]:
+    """What `model`, or the part of it without a head, calls those of some modules that it has under another name.
+
+    Raises:
+        AdapterFileError: two of them are one module of the model's; `folder` is what held them.
+    """
+    # Adapters trained on AutoModel name the modules of the model without its head.
+    without_head = getattr(model, "base_model", model)
+    found = _modules_of(model, modules)
+    if not found and without_head is not model:
+        found = _modules_of(without_head, modules)
+    homes = [found.get(name, name) for name in modules]
+    if len(set(homes)) < len(set(modules)):
+        raise AdapterFileError(f"{folder} has one module under its old name and under its new one")
+    return found
+
+
+def _modules_of(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:
+    """What `model` calls those of some modules that it has under another name."""
+    from transformers import PreTrainedModel
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
     here = {name for name, _ in model.named_modules()}
-    old_names = list(adapter.updates)
-    if here.issuperset(old_names):
-        return None
-    # PEFT maps tensors. Each of these holds the number of its module, so that the module is found again.
-    numbers = {
-        f"{PEFT_PREFIX}{name}.{adapter.formats[name].names[0]}": torch.full((1, 1), float(i))
-        for i, name in enumerate(old_names)
-    }
-    mapped = convert_peft_adapter_state_dict_for_transformers(model, peft.LoraConfig(), numbers)
-    if any(number.numel() != 1 for number in mapped.values()):
-        return None
-    if len(mapped) < len(numbers):
-        raise AdapterFileError(f"{folder} updates one module under its old name and under its new one")
-    found = {old_names[int(number)]: parsed_key(key).module for key, number in mapped.items()}
-    if not here.issuperset(found.values()):
-        return None
-    return {old: found[old] for old in old_names}
+    unknown = [name for name in modules if name not in here]
+    if not unknown or not isinstance(model, PreTrainedModel):
+        return {}
+    conversions = get_model_conversion_mapping(model)
+    renamings = [entry for entry in conversions if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in conversions if isinstance(entry, WeightConverter)]
+    found: dict[str, str] = {}
+    for name in unknown:
+        key, pattern = rename_source_key(f"{name}.weight", renamings, converters)
+        new_name = key.removesuffix(".weight")
+        # A weight that a converter takes is cut or joined with others, as experts are: its module has no name any more.
+        if pattern is None and new_name in here:
+            found[name] = new_name
+    return found
 
 
-def _config_for(config: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
-    """The config with the choice of modules that it has, if that still fits; else with their names."""
+def config_today(config: Mapping[str, Any], updated: Iterable[str], today: Mapping[str, str]) -> dict[str, Any]:
+    """The config of an adapter under the names of today; what still fits stays as it is.
+
+    Args:
+        config: the adapter's, as its JSON holds it.
+        updated: the modules that it updates, under their names in its file.
+        today: the names of today, for every module that has another.
+    """
+    names = {old: today.get(old, old) for old in updated}
+    changed = dict(config)
+    if names:
+        changed |= _choice_today(config, list(names.values()))
+    for entry, value_of in (("rank_pattern", rank_of), ("alpha_pattern", alpha_of)):
+        # A pattern may fit a module under its old name, and another one or none under the new name.
+        if any(value_of(config, old) != value_of(config, new) for old, new in names.items()):
+            usual = value_of(dict(config) | {entry: None}, "")
+            values = {new: value_of(config, old) for old, new in names.items()}
+            changed[entry] = {f"^{re.escape(name)}$": value for name, value in values.items() if value != usual}
+    for entry in ("modules_to_save", "trainable_token_indices"):
+        given = config.get(entry)
+        if isinstance(given, list) and all(isinstance(name, str) for name in given):
+            changed[entry] = [_ending_today(name, today) for name in given]
+        elif isinstance(given, dict):
+            changed[entry] = {_ending_today(name, today): value for name, value in given.items()}
+    return changed
+
+
+def _choice_today(config: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
+    """The entries that choose modules: those of the config where they choose these, else these by their names."""
     import peft
     from peft.tuners.tuners_utils import check_target_module_exists
 
     choice: dict[str, Any] = {entry: config.get(entry) for entry in CHOOSING_MODULES}
+    if not choice["target_modules"]:
+        return {}
     chosen = peft.LoraConfig(**choice)
     if all(check_target_module_exists(chosen, name) for name in names):
-        return dict(config)
-    return {**config, **dict.fromkeys(CHOOSING_MODULES), "target_modules": sorted(names)}
+        return {}
+    return dict.fromkeys(CHOOSING_MODULES) | {"target_modules": sorted(names)}
+
+
+def _ending_today(ending: str, today: Mapping[str, str]) -> str:
+    """The ending of modules' names, by which a config names modules; one that fits no more becomes the whole name."""
+    for old, new in today.items():
+        if f".{old}".endswith(f".{ending}") and not f".{new}".endswith(f".{ending}"):
+            return new
+    return ending

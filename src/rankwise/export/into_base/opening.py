@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from rankwise.export.base import trained_as
 from rankwise.export.into_base.adapted import Adapted
 from rankwise.export.into_base.model_config import resized
 from rankwise.export.into_base.saved import SavedAdapter
+from rankwise.export.names_today import files_today
 
 CONFIG = "config.json"
 
@@ -46,7 +48,7 @@ def opened(folder: Path, adapters: Sequence[SavedAdapter]) -> tuple[nn.Module, l
             if type(model) in tried:
                 continue
             tried.add(type(model))
-            changed = resized(told, model, first.tensors)
+            changed = resized(told, model, _with_names_of(model, first).tensors)
             if changed != told:
                 write_config(folder, changed)
                 model = bare_model(folder, **choice)
@@ -101,5 +103,23 @@ def _choices(adapter: SavedAdapter, told: dict[str, Any]) -> Iterator[dict[str, 
 
 
 def _adapted(folder: Path, adapter: SavedAdapter, choice: dict[str, Any]) -> Adapted:
+    model = bare_model(folder, **choice)
+    named = _with_names_of(model, adapter)
     # PEFT changes the config that it is given to what it has found in the model.
-    return Adapted(bare_model(folder, **choice), adapter.folder, copy.deepcopy(adapter.config), adapter.tensors)
+    return Adapted(model, adapter.folder, copy.deepcopy(named.config), named.tensors)
+
+
+def _with_names_of(model: nn.Module, adapter: SavedAdapter) -> SavedAdapter:
+    """An adapter under the names that the base model's modules have in today's transformers.
+
+    PEFT maps keys of updates by itself, but neither the config nor the keys of modules trained in full.
+    """
+    told, new_keys = files_today(model, adapter.told, adapter.tensors, adapter.folder)
+    if not new_keys:
+        return adapter
+    config: Any = copy.deepcopy(adapter.config)
+    for entry, value in told.items():
+        if value != adapter.told.get(entry):
+            setattr(config, entry, value)
+    tensors = {new_keys.get(key, key): tensor for key, tensor in adapter.tensors.items()}
+    return dataclasses.replace(adapter, config=config, told=told, tensors=tensors)
