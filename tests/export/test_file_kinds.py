@@ -28,9 +28,23 @@ import pipelines
 import rankwise
 from rankwise.cli.main import app
 from rankwise.errors import RankwiseError
-from tiny_models import PIXELS, TOKENS, answers, bert, gpt2, llama, llava, mixtral, saved_adapter, saved_base, vit
+from tiny_models import (
+    PIXELS,
+    TOKENS,
+    answers,
+    bert,
+    gpt2,
+    llama,
+    llava,
+    mixtral,
+    qwen2_5_vl,
+    saved_adapter,
+    saved_base,
+    vit,
+)
 
-Tensors, Config = dict[str, Tensor], dict[str, Any]
+Tensors = dict[str, Tensor]
+Config = dict[str, Any]
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 HEADING = ["kind of file", "`inspect`", "`shrink`", "`merge`", "`merge --into-base`", "`check-export`", "`fix`"]
 
@@ -55,7 +69,8 @@ class Kind:
         """The base model's folder and the adapter's, and beside it, as `meant`, what PEFT understands."""
         base = saved_base(folder / "base", self.make)
         model = self.cls.from_pretrained(base)
-        saved_adapter(folder / "meant", model, **{"target_modules": ["q_proj", "v_proj"]} | self.fields)
+        fields: Config = {"target_modules": ["q_proj", "v_proj"]} | self.fields
+        saved_adapter(folder / "meant", model, **fields)
         self.alter(folder)
         if self.is_read_by_peft:
             shutil.copytree(folder / "lora", folder / "meant", dirs_exist_ok=True)
@@ -111,6 +126,15 @@ def not_finite(tensors: Tensors, _: Config) -> Tensors:
     return {key: t * torch.nan for key, t in tensors.items()}
 
 
+def with_vits_names_of_old(tensors: Tensors, config: Config) -> Tensors:
+    config["target_modules"] = ["query", "value"]
+    names = {"vit.layers.": "vit.encoder.layer.", "attention.q_proj": "attention.attention.query"}
+    names["attention.v_proj"] = "attention.attention.value"
+    for new, old in names.items():
+        tensors = {key.replace(new, old): tensor for key, tensor in tensors.items()}
+    return tensors
+
+
 class Headless(Kind):
     """An adapter trained on the model without its head."""
 
@@ -152,25 +176,33 @@ class Ours(Kind):
 class OfPipeline(Kind):
     """A LoRA of a pipeline of diffusers'."""
 
-    def __init__(self, tensors: Callable[[pipelines.Updates], Tensors], header: Any = None, only: str = "") -> None:
+    def __init__(
+        self,
+        tensors: Callable[[pipelines.Updates], Tensors],
+        header: Any = None,
+        only: str = "",
+        tiny: pipelines.TinyPipeline = pipelines.SD,
+    ) -> None:
         super().__init__(server="diffusers")
-        self.tensors, self.header, self.only = tensors, header, only
+        self.tensors, self.header, self.only, self.tiny = tensors, header, only, tiny
 
     def write(self, folder: Path) -> tuple[Path, Path]:
-        for name, model in pipelines.components().items():
-            model.save_pretrained(folder / "base" / name)
-        (folder / "base" / "model_index.json").write_text("{}")
-        given = {name: pair for name, pair in pipelines.updates().items() if name.startswith(self.only)}
+        base = self.tiny.save(folder / "base")
+        given = {name: pair for name, pair in self.tiny.updates().items() if name.startswith(self.only)}
         pipelines.write(folder / "lora", self.tensors(given), self.header)
         (folder / "meant").symlink_to(folder / "lora")
-        return folder / "base", folder / "lora"
+        return base, folder / "lora"
 
     def answer(self, base: Path, adapter: Path) -> Tensor:
-        return torch.cat([t.flatten() for t in pipelines.loaded(adapter)])
+        return torch.cat([t.flatten() for t in self.tiny.loaded(adapter)])
+
+    def answer_merged(self, out: Path) -> Tensor:
+        found = {name: type(model).from_pretrained(out / name) for name, model in self.tiny.components().items()}
+        return torch.cat([t.flatten() for t in self.tiny.answers(found)])
 
     def weights(self, base: Path, adapter: Path) -> Tensors:
-        before = pipelines.components()
-        after = pipelines.fused(adapter)
+        before = self.tiny.components()
+        after = self.tiny.fused(adapter)
         return {
             f"{component}.{name}": dict(after[component].named_parameters())[name].detach() - p.detach()
             for component, model in before.items()
@@ -216,6 +248,19 @@ KINDS: dict[str, Kind] = {
         fields={"target_modules": r".*language_model.*q_proj"},
         change=keys(lambda key: key.replace("model.language_model.layers", "language_model.model.layers")),
     ),
+    "Qwen2.5-VL, names before transformers 4.52": Kind(
+        qwen2_5_vl,
+        tf.AutoModelForImageTextToText,
+        fields={"target_modules": ["q_proj", "v_proj"]},
+        change=keys(lambda key: key.replace("model.language_model.layers", "model.layers")),
+    ),
+    "ViT, names before transformers 5": Kind(
+        vit,
+        tf.AutoModelForImageClassification,
+        PIXELS,
+        {"target_modules": ["q_proj", "v_proj"]},
+        change=with_vits_names_of_old,
+    ),
     "trained on AutoModel": Headless(cls=tf.AutoModel),
     "embeddings saved beside it": WithEmbeddings(),
     "alphas beside the tensors": Kind(change=beside("alpha", lambda: torch.tensor(3.0))),
@@ -226,7 +271,10 @@ KINDS: dict[str, Kind] = {
     "diffusers, a UNet and a text encoder": OfPipeline(
         pipelines.in_diffusers_names, pipelines.headers(pipelines.TWO_HEADERS)
     ),
-    "kohya, with alphas": OfPipeline(lambda given: pipelines.in_kohyas_names(given, pipelines.two_alphas)),
+    "kohya, with alphas": OfPipeline(pipelines.in_kohyas_names_with_alphas),
+    "kohya of SDXL, with alphas": OfPipeline(
+        lambda given: pipelines.in_kohyas_names_of_sdxl(given, pipelines.two_alphas), tiny=pipelines.SDXL
+    ),
 }
 
 

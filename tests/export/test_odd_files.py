@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from typer.testing import CliRunner
 import rankwise
 from rankwise.cli.main import app
 from rankwise.errors import AdapterFileError, ArgumentError, RankwiseError
+from rankwise.export.into_base.merge import merge_into_base
 from rankwise.export.merge import merge_adapters
 from rankwise.export.shrink import shrink_adapter
 from tiny_models import TOKENS, answers, llama, off, saved_adapter, saved_base
@@ -189,6 +191,28 @@ def test_what_could_mean_two_things_is_refused_everywhere(kind: str, base: Path,
     assert message in str(error)
     assert rankwise.check_export(odd, "peft", base=base).problems
     assert {path.name for path in tmp_path.iterdir()} == {"odd"}
+
+
+@pytest.mark.parametrize(("alpha", "agrees"), [(3.0, True), (7.0, False)])
+def test_scales_beside_the_tensors_are_left_out_as_peft_leaves_them_out(
+    alpha: float, agrees: bool, base: Path, plain: Path, tmp_path: Path
+) -> None:
+    key = f"{PREFIX}model.layers.0.self_attn.q_proj.alpha"
+    odd = rewritten(plain, tmp_path / "odd", lambda tensors: tensors | {key: torch.tensor(alpha)})
+    wanted = answer(base, plain)
+    assert torch.equal(answer(base, odd), wanted)
+    for call in (
+        lambda: shrink_adapter(odd, tmp_path / "same", energy=1.0, overwrite=True),
+        lambda: merge_adapters([odd], tmp_path / "same", overwrite=True),
+        lambda: merge_into_base([odd], base, tmp_path / "model", overwrite=True),
+    ):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call()
+        told = [str(warning.message) for warning in caught if "which is left out: PEFT scales by" in str(warning)]
+        assert bool(told) != agrees
+    assert off(answer(base, tmp_path / "same"), wanted) <= 1e-5
+    assert off(answers(opened(tmp_path / "model"), TOKENS), wanted) <= 1e-5
 
 
 # --- dtypes -----------------------------------------------------------------------------------------------------------

@@ -137,6 +137,13 @@ def case_of(name: str, folder: Path) -> Case:
     return Case(base, today, given, cls, tiny.inputs)
 
 
+@pytest.mark.parametrize("name", ["ViT", "Qwen2.5-VL", "LLaVA, all of it"])
+def test_check_export_says_how_to_mend_what_peft_leaves_out(name: str, tmp_path: Path) -> None:
+    case = case_of(name, tmp_path)
+    sentences = [problem.sentence for problem in check_export(case.old, "peft", base=case.base).problems]
+    assert any("today, which `rankwise fix` writes" in sentence for sentence in sentences)
+
+
 @pytest.mark.parametrize("base_is_named", [True, False])
 @pytest.mark.parametrize("name", list(OLD))
 def test_a_mended_adapter_has_the_names_of_today(name: str, base_is_named: bool, tmp_path: Path) -> None:

@@ -8,33 +8,28 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import rankwise
 from pipelines import (
-    TWO_HEADERS,
+    BOTH,
+    RANKS,
+    SD,
+    SDXL,
     Scale,
+    Tensors,
     Updates,
-    added,
-    answers,
-    components,
     headers,
     in_diffusers_names,
     in_kohyas_names,
-    loaded,
+    in_kohyas_names_of_sdxl,
+    in_kohyas_names_with_alphas,
+    one,
     tiny_text_encoder,
-    tiny_unet,
     two_alphas,
     two_scales,
-    updates,
     write,
 )
-
-Tensors = dict[str, Tensor]
-
-
-def one(name: str) -> float:
-    return 1.0
+from tiny_unet import tiny_unet
 
 
 def convolutions_differ(name: str) -> float:
@@ -50,7 +45,7 @@ def text_attention_differs(name: str) -> float:
 
 
 def over_rank(alpha: Scale) -> Scale:
-    return lambda name: alpha(name) / (4 if name.startswith("unet") else 2)
+    return lambda name: alpha(name) / RANKS[name.partition(".")[0]]
 
 
 def with_old_names(given: Updates) -> Tensors:
@@ -70,11 +65,10 @@ def comfyui(given: Updates) -> Tensors:
 
 
 CONV = "unet.down_blocks.0.resnets.0.conv1.alpha"
-BOTH = headers(TWO_HEADERS)
 FILES: dict[str, tuple[Callable[[Updates], Tensors], dict[str, Any] | None, Scale, str | None]] = {
     "two components, a config of each": (in_diffusers_names, BOTH, two_scales, None),
     "two components, no config": (in_diffusers_names, None, one, None),
-    "kohya": (lambda u: in_kohyas_names(u, two_alphas), None, two_scales, None),
+    "kohya": (in_kohyas_names_with_alphas, None, two_scales, None),
     "kohya without alphas": (in_kohyas_names, None, one, None),
     "kohya, alphas of convolutions": (
         lambda u: in_kohyas_names(u, convolutions_differ),
@@ -94,9 +88,9 @@ FILES: dict[str, tuple[Callable[[Updates], Tensors], dict[str, Any] | None, Scal
         over_rank(text_attention_differs),
         "alphas of attention",
     ),
-    "kohya and a config": (lambda u: in_kohyas_names(u, two_alphas), BOTH, two_scales, "scales told twice"),
+    "kohya and a config": (in_kohyas_names_with_alphas, BOTH, two_scales, "scales told twice"),
     "kohya, a part of another kind": (
-        lambda u: in_kohyas_names(u, two_alphas) | {"lora_unet_conv_in.hada_w1_a": torch.ones(2, 2)},
+        lambda u: in_kohyas_names_with_alphas(u) | {"lora_unet_conv_in.hada_w1_a": torch.ones(2, 2)},
         None,
         two_scales,
         "converted names",
@@ -138,32 +132,33 @@ FILES: dict[str, tuple[Callable[[Updates], Tensors], dict[str, Any] | None, Scal
 @pytest.mark.parametrize("case", list(FILES))
 def test_a_file_is_right_where_diffusers_computes_what_it_means(case: str, tmp_path: Path) -> None:
     change, header, scale, broken = FILES[case]
-    given = updates()
+    given = SD.updates()
     folder = write(tmp_path / "lora", change(given), header)
     try:
-        right = loaded(folder).distance(added(given, scale)) < 1e-4
+        right = SD.loaded(folder).distance(SD.added(given, scale)) < 1e-4
     except (ValueError, RuntimeError, KeyError):
         right = False
     assert right == (broken is None)
 
-    for name, model in components().items():
-        model.save_pretrained(tmp_path / "base" / name)
-    (tmp_path / "base" / "model_index.json").write_text("{}")
-    report = rankwise.check_export(folder, "diffusers", base=tmp_path / "base")
+    report = rankwise.check_export(folder, "diffusers", base=SD.save(tmp_path / "base"))
     assert report.base_seen
     rules = {problem.rule for problem in report.problems}
     assert broken in rules if broken else not rules
 
 
 def test_names_of_older_versions_of_diffusers(tmp_path: Path) -> None:
-    given = {name: pair for name, pair in updates().items() if name.startswith("unet") and ".attn" in name}
+    given = {name: pair for name, pair in SD.updates().items() if name.startswith("unet") and ".attn" in name}
     folder = write(tmp_path / "lora", with_old_names(given))
-    assert loaded(folder).distance(added(given, one)) < 1e-4 < added(given, one).distance(answers(components()))
+    assert (
+        SD.loaded(folder).distance(SD.added(given, one))
+        < 1e-4
+        < SD.added(given, one).distance(SD.answers(SD.components()))
+    )
     assert rankwise.check_export(folder, "diffusers", base=tiny_unet()).problems == []
 
 
 def test_a_base_of_one_component_says_nothing_of_the_others(tmp_path: Path) -> None:
-    folder = write(tmp_path / "lora", in_diffusers_names(updates()), BOTH)
+    folder = write(tmp_path / "lora", in_diffusers_names(SD.updates()), BOTH)
     for base in (tiny_unet(), tiny_text_encoder()):
         assert rankwise.check_export(folder, "diffusers", base=base).problems == []
     report = rankwise.check_export(folder, "diffusers")
@@ -172,7 +167,44 @@ def test_a_base_of_one_component_says_nothing_of_the_others(tmp_path: Path) -> N
 
 
 def test_a_file_of_any_name_is_found(tmp_path: Path) -> None:
-    folder = write(tmp_path / "lora", in_kohyas_names(updates(), two_alphas), name="my style.safetensors")
+    folder = write(tmp_path / "lora", in_kohyas_names_with_alphas(SD.updates()), name="my style.safetensors")
     assert rankwise.check_export(folder, "diffusers", base=tiny_unet()).problems == []
     assert rankwise.check_export(folder / "my style.safetensors", "diffusers", base=tiny_unet()).problems == []
     assert "diffusers' file" in {problem.rule for problem in rankwise.check_export(folder, "peft").problems}
+
+
+# --- SDXL -------------------------------------------------------------------------------------------------------------
+
+
+def numbered_in_both_ways(given: Updates) -> Tensors:
+    """The same LoRA with kohya's two names for each module of the UNet."""
+    of_unet = {name: (A.clone(), B.clone()) for name, (A, B) in given.items() if name.startswith("unet")}
+    return in_kohyas_names_of_sdxl(given, two_alphas) | in_kohyas_names_with_alphas(of_unet)
+
+
+XL_FILES: dict[str, tuple[Callable[[Updates], Tensors], Scale, str | None]] = {
+    "diffusers": (in_diffusers_names, one, None),
+    "kohya": (lambda u: in_kohyas_names_of_sdxl(u, two_alphas), two_scales, None),
+    "kohya without alphas": (in_kohyas_names_of_sdxl, one, None),
+    "blocks numbered in both ways": (numbered_in_both_ways, two_scales, "blocks by two numberings"),
+    "a block that is not there": (
+        lambda u: {
+            key.replace("input_blocks_4_1", "input_blocks_9_1"): t for key, t in in_kohyas_names_of_sdxl(u).items()
+        },
+        one,
+        "converted names",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(XL_FILES))
+def test_a_file_of_sdxl_is_right_where_diffusers_computes_what_it_means(case: str, tmp_path: Path) -> None:
+    change, scale, broken = XL_FILES[case]
+    given = {name: pair for name, pair in SDXL.updates().items() if "text_encoder_2" not in name or "kohya" in case}
+    folder = write(tmp_path / "lora", change(given))
+    if broken is None:
+        assert SDXL.loaded(folder).distance(SDXL.added(given, scale)) < 1e-4
+        assert SDXL.added(given, scale).distance(SDXL.answers(SDXL.components())) > 1e-2
+    report = rankwise.check_export(folder, "diffusers", base=SDXL.save(tmp_path / "base"))
+    rules = {problem.rule for problem in report.problems}
+    assert broken in rules if broken else not rules

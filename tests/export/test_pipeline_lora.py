@@ -11,41 +11,32 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from typer.testing import CliRunner
 
 import rankwise
 from pipelines import (
+    BOTH,
     DIFFUSERS,
     METADATA,
+    SD,
+    SDXL,
     TWO_HEADERS,
     Scale,
+    Tensors,
     Updates,
-    added,
-    answers,
-    components,
     headers,
     in_diffusers_names,
     in_kohyas_names,
-    loaded,
+    in_kohyas_names_of_sdxl,
+    in_kohyas_names_with_alphas,
+    one,
     two_alphas,
     two_scales,
-    updates,
     write,
 )
+from rankwise.cli.main import app
 from rankwise.errors import AdapterFileError, RankwiseError
 from rankwise.export.merge import merge_adapters
-
-Tensors = dict[str, Tensor]
-BOTH = headers(TWO_HEADERS)
-
-
-def one(name: str) -> float:
-    return 1.0
-
-
-def in_kohyas_names_with_alphas(given: Updates) -> Tensors:
-    return in_kohyas_names(given, two_alphas)
-
 
 FORMS: dict[str, tuple[Callable[[Updates], Tensors], dict[str, Any] | None, Scale]] = {
     "configs in the header": (in_diffusers_names, BOTH, two_scales),
@@ -64,12 +55,12 @@ def header_of(folder: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("form", list(FORMS))
 def test_a_file_that_loses_nothing_computes_the_same(form: str, layout: str, tmp_path: Path) -> None:
     change, header, scale = FORMS[form]
-    given = updates()
+    given = SD.updates()
     folder = write(tmp_path / "lora", change(given), header)
     rankwise.shrink_adapter(folder, tmp_path / "small", energy=1.0, layout=layout)
-    found = loaded(tmp_path / "small")
-    assert found.distance(added(given, scale)) < 1e-4
-    assert found.distance(answers(components())) > 0.1
+    found = SD.loaded(tmp_path / "small")
+    assert found.distance(SD.added(given, scale)) < 1e-4
+    assert found.distance(SD.answers(SD.components())) > 0.1
     assert set(load_file(tmp_path / "small" / DIFFUSERS)) == set(load_file(folder / DIFFUSERS))
     assert {key.partition(".")[0] for key in header_of(tmp_path / "small")} == (set(TWO_HEADERS) if header else set())
 
@@ -77,7 +68,7 @@ def test_a_file_that_loses_nothing_computes_the_same(form: str, layout: str, tmp
 @pytest.mark.parametrize("form", list(FORMS))
 def test_a_smaller_file_holds_the_best_updates_of_its_ranks(form: str, tmp_path: Path) -> None:
     change, header, scale = FORMS[form]
-    given = updates()
+    given = SD.updates()
     folder = write(tmp_path / "lora", change(given), header)
     report = rankwise.shrink_adapter(folder, tmp_path / "small", rank=1)
     best, lost, whole = {}, 0.0, 0.0
@@ -86,33 +77,33 @@ def test_a_smaller_file_holds_the_best_updates_of_its_ranks(form: str, tmp_path:
         best[name] = (s[:1, None] * V[:1]).view(1, *A.shape[1:]), U[:, :1].view(-1, 1, *B.shape[2:])
         lost, whole = lost + float(s[1:].square().sum()), whole + float(s.square().sum())
     assert report.relative_error == pytest.approx((lost / whole) ** 0.5, rel=1e-4)
-    assert loaded(tmp_path / "small").distance(added(best, one)) < 1e-4
+    assert SD.loaded(tmp_path / "small").distance(SD.added(best, one)) < 1e-4
     assert rankwise.check_export(tmp_path / "small", "diffusers").problems == []
 
 
 @pytest.mark.parametrize("form", list(FORMS))
 def test_a_merge_adds_dense_updates(form: str, tmp_path: Path) -> None:
     change, header, scale = FORMS[form]
-    first, second = updates(0), updates(7)
+    first, second = SD.updates(0), SD.updates(7)
     folders = [write(tmp_path / str(n), change(given), header) for n, given in enumerate((first, second))]
     merge_adapters(folders, tmp_path / "sum", weights=[0.7, 0.3])
     sums = {
         name: (torch.cat([A, second[name][0]]), torch.cat([0.7 * B, 0.3 * second[name][1]], 1))
         for name, (A, B) in first.items()
     }
-    assert loaded(tmp_path / "sum").distance(added(sums, scale)) < 1e-4
+    assert SD.loaded(tmp_path / "sum").distance(SD.added(sums, scale)) < 1e-4
     assert {key.partition(".")[0] for key in header_of(tmp_path / "sum")} == (set(TWO_HEADERS) if header else set())
 
 
 def test_ranks_that_differ_between_modules(tmp_path: Path) -> None:
-    given = {name: (A[:1], B[:, :1]) if "to_q" in name else (A, B) for name, (A, B) in updates().items()}
+    given = {name: (A[:1], B[:, :1]) if "to_q" in name else (A, B) for name, (A, B) in SD.updates().items()}
     ranks = {name.partition(".")[2]: 1 for name in given if "to_q" in name}
     folder = write(tmp_path / "lora", in_diffusers_names(given), BOTH | {"unet.rank_pattern": ranks})
     scaled = {name: (A, B * (8.0 if "to_q" in name else two_scales(name))) for name, (A, B) in given.items()}
-    assert loaded(folder).distance(added(scaled, one)) < 1e-4
+    assert SD.loaded(folder).distance(SD.added(scaled, one)) < 1e-4
     for layout in ("uniform", "compact"):
         rankwise.shrink_adapter(folder, tmp_path / layout, energy=1.0, layout=layout)
-        assert loaded(tmp_path / layout).distance(added(scaled, one)) < 1e-4
+        assert SD.loaded(tmp_path / layout).distance(SD.added(scaled, one)) < 1e-4
 
 
 CONV = "lora_unet_down_blocks_0_resnets_0_conv1"
@@ -129,20 +120,20 @@ BROKEN: dict[str, tuple[Tensors, dict[str, Any] | None, str]] = {
 @pytest.mark.parametrize("case", list(BROKEN))
 def test_what_is_more_than_updates_is_refused_by_name(case: str, tmp_path: Path) -> None:
     extra, header, match = BROKEN[case]
-    folder = write(tmp_path / "lora", in_kohyas_names_with_alphas(updates()) | extra, header)
+    folder = write(tmp_path / "lora", in_kohyas_names_with_alphas(SD.updates()) | extra, header)
     with pytest.raises(AdapterFileError, match=match):
         rankwise.shrink_adapter(folder, tmp_path / "small", rank=1)
     assert not (tmp_path / "small").exists()
 
 
 def test_a_header_without_a_component_is_refused(tmp_path: Path) -> None:
-    folder = write(tmp_path / "lora", in_diffusers_names(updates()), headers({"unet": 8.0}))
+    folder = write(tmp_path / "lora", in_diffusers_names(SD.updates()), headers({"unet": 8.0}))
     with pytest.raises(AdapterFileError, match="holds configs, and none of text_encoder"):
         rankwise.shrink_adapter(folder, tmp_path / "small", rank=1)
 
 
 def test_what_cannot_be_added_is_not_merged(tmp_path: Path) -> None:
-    given = updates()
+    given = SD.updates()
     diffusers = write(tmp_path / "diffusers", in_diffusers_names(given))
     kohya = write(tmp_path / "kohya", in_kohyas_names(given))
     with pytest.raises(RankwiseError, match=r"names modules as diffusers does and .*kohya as kohya does"):
@@ -154,4 +145,49 @@ def test_what_cannot_be_added_is_not_merged(tmp_path: Path) -> None:
     save_file(pair, folder / "adapter_model.safetensors")
     with pytest.raises(RankwiseError, match=r"diffusers is the LoRA of a pipeline and .*peft is not"):
         merge_adapters([folder, diffusers], tmp_path / "sum")
+    assert not (tmp_path / "sum").exists()
+
+
+# --- SDXL -------------------------------------------------------------------------------------------------------------
+
+
+def of_sdxl(seed: int, folder: Path) -> tuple[Updates, Path]:
+    given = SDXL.updates(seed)
+    return given, write(folder, in_kohyas_names_of_sdxl(given, two_alphas))
+
+
+def test_kohyas_names_of_sdxl_are_inspected_shrunk_and_merged(tmp_path: Path) -> None:
+    first, folder = of_sdxl(0, tmp_path / "first")
+    second, other = of_sdxl(7, tmp_path / "second")
+    printed = CliRunner().invoke(app, ["inspect", str(folder)])
+    assert printed.exception is None
+    norm = sum(float((two_scales(name) * B.flatten(1) @ A.flatten(1)).square().sum()) for name, (A, B) in first.items())
+    assert f"‖ΔW‖_F {norm**0.5:.4g} over all modules" in printed.output
+
+    rankwise.shrink_adapter(folder, tmp_path / "same", energy=1.0)
+    assert SDXL.loaded(tmp_path / "same").distance(SDXL.added(first, two_scales)) < 1e-4
+    merge_adapters([folder, other], tmp_path / "sum", weights=[0.7, 0.3])
+    sums = {
+        name: (torch.cat([A, second[name][0]]), torch.cat([0.7 * B, 0.3 * second[name][1]], 1))
+        for name, (A, B) in first.items()
+    }
+    assert SDXL.loaded(tmp_path / "sum").distance(SDXL.added(sums, two_scales)) < 1e-4
+
+
+def test_two_names_of_one_module_are_not_merged(tmp_path: Path) -> None:
+    """diffusers would leave out one of them."""
+    given, folder = of_sdxl(0, tmp_path / "one")
+    of_unet = {name: pair for name, pair in given.items() if name.startswith("unet")}
+    other = write(tmp_path / "two", in_kohyas_names(of_unet, two_alphas))
+    with pytest.raises(
+        RankwiseError, match=r"one has a UNet's blocks by the numbers of Stability AI and .*two by those"
+    ):
+        merge_adapters([folder, other], tmp_path / "sum")
+    of_text = {name: pair for name, pair in given.items() if name.startswith("text_encoder.")}
+    texts = [
+        write(tmp_path / "te1", in_kohyas_names_of_sdxl(of_text)),
+        write(tmp_path / "te", {key.replace("te1", "te"): t for key, t in in_kohyas_names_of_sdxl(of_text).items()}),
+    ]
+    with pytest.raises(RankwiseError, match="two names of one module"):
+        merge_adapters(texts, tmp_path / "sum")
     assert not (tmp_path / "sum").exists()

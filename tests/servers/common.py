@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from tiny_unet import denoised as denoised
+from tiny_unet import tiny_unet as tiny_unet
 
 CACHE = Path(__file__).resolve().parents[2] / ".cache" / "servers"
 WORK = CACHE / "work"
@@ -24,14 +30,6 @@ def adapter(base: str, name: str) -> Path:
 def next_token(model: nn.Module) -> Tensor:
     """Log-probabilities of the next token, (prompts, vocabulary)."""
     return torch.stack([model(torch.tensor([ids])).logits[0, -1] for ids in PROMPTS]).log_softmax(-1)
-
-
-@torch.no_grad()
-def denoised(model: nn.Module) -> Tensor:
-    """The UNet's output at one step."""
-    draw = torch.Generator().manual_seed(3)
-    sample, text = torch.randn(2, 4, 8, 8, generator=draw), torch.randn(2, 5, 32, generator=draw)
-    return model(sample, 7, encoder_hidden_states=text).sample
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from common import CACHE, LAYOUTS, WORK, adapter, denoised, greedy, hand_over, next_token
+from common import CACHE, LAYOUTS, WORK, adapter, denoised, greedy, hand_over, next_token, tiny_unet
 
 sys.path.append(str(Path(__file__).parents[1] / "methods"))
 
@@ -70,18 +70,8 @@ def llama() -> LlamaForCausalLM:
 
 
 def unet() -> UNet2DConditionModel:
-    """One block with attention each way, of weights that let attention matter."""
-    torch.manual_seed(0)
-    model = UNet2DConditionModel(
-        sample_size=8,
-        block_out_channels=(32, 64),
-        layers_per_block=1,
-        cross_attention_dim=32,
-        attention_head_dim=8,
-        norm_num_groups=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    ).eval()
+    """Of weights that let attention matter."""
+    model = tiny_unet()
     for name, parameter in model.named_parameters():
         if ".attn" in name or name == "conv_out.weight":
             parameter.data *= 4

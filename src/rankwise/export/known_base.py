@@ -15,7 +15,8 @@ from torch import nn
 
 from rankwise.base_models import skeleton
 from rankwise.errors import AdapterFileError, RankwiseError
-from rankwise.export.base import formats_of, opened_base, told_base
+from rankwise.export.base import formats_of, opened_base, told_base, trained_as
+from rankwise.export.names_today import modules_today
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,15 @@ class KnownBase:
     """The modules of that class."""
     components: frozenset[str] = frozenset()
     """Of a pipeline's model: the components whose modules are known. Their names stand before those of modules."""
+    unet_config: Any = None
+    """Of a pipeline's model: the UNet's config, which tells diffusers how its blocks were once numbered."""
     models: tuple[nn.Module, ...] = ()
     """The models, without weights, that somebody may load the adapter onto: the task's, and the same without a head."""
+
+    def name_today(self, name: str) -> str | None:
+        """What the base model calls a module that older versions of transformers knew by this name."""
+        found = (modules_today(model, [name]).get(name) for model in self.models)
+        return next((today for today in found if today), None)
 
     def left_out_by_peft(self, folder: Path) -> list[str] | None:
         """What stock PEFT would leave out of the adapter in `folder`, a sentence each; None where that is not known.
@@ -66,9 +74,10 @@ def known_base(base: str | Path | nn.Module | None, config: Mapping[str, Any], f
     if isinstance(base, nn.Module):
         is_quantised = getattr(model, "is_quantized", False)
         return KnownBase(frozenset(names), shapes, models=() if is_quantised else (model,))
-    # Adapters trained on AutoModel name the modules of the model without its head.
+    # Adapters trained on AutoModel name the modules of the model without its head, unless they say another class.
     without_head = getattr(model, "base_model", model)
-    models = (model,) if without_head is model else (model, without_head)
+    is_class_told = trained_as(config) == type(model).__name__
+    models = (model,) if is_class_told or without_head is model else (model, without_head)
     return KnownBase(frozenset(names), shapes, *class_in_config(base, config, folder), models=models)
 
 

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rankwise.base_models import skeleton
+from rankwise.errors import AdapterFileError
 from rankwise.export.base import formats_of
 from rankwise.export.known_base import KnownBase
 from rankwise.export.pipeline_files import COMPONENTS, PipelineFiles, component_of
+
+UNET_LOADERS = ("StableDiffusionLoraLoaderMixin", "StableDiffusionXLLoraLoaderMixin")
+"""diffusers' loaders of LoRAs of a UNet."""
+CANNOT_CONVERT = (ValueError, KeyError, IndexError, AttributeError, RuntimeError)
+"""What diffusers' loaders raise for names that they do not know."""
 
 
 def known_pipeline(base: str | Path | nn.Module | None) -> KnownBase | None:
@@ -33,7 +41,8 @@ def known_pipeline(base: str | Path | nn.Module | None) -> KnownBase | None:
         formats, own_names = formats_of(model)
         names |= {f"{start}.{name}" for start in before for name in own_names}
         shapes |= {f"{start}.{name}": form.shape for start in before for name, form in formats.items()}
-    return KnownBase(frozenset(names), shapes, components=frozenset(found))
+    unet_config = getattr(found.get("unet"), "config", None)
+    return KnownBase(frozenset(names), shapes, components=frozenset(found), unet_config=unet_config)
 
 
 def _components(base: str | Path | nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -70,9 +79,12 @@ def unconverted_by_diffusers(files: PipelineFiles) -> str | None:
     # Those of Stable Diffusion know kohya's names, and would misread those of other pipelines only without a base.
     names = sorted(name for name in dir(loaders) if name.endswith("LoraLoaderMixin"))
     for name in sorted(names, key=lambda name: not name.startswith("StableDiffusion")):
+        # SDXL's LoRAs may have the blocks' numbers of old, which depend on the UNet.
+        unet_config = None if files.base is None else files.base.unet_config
+        told = {"unet_config": unet_config} if name in UNET_LOADERS else {}
         try:
-            converted = getattr(loaders, name).lora_state_dict(dict(files.tensors))
-        except (ValueError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+            converted = getattr(loaders, name).lora_state_dict(dict(files.tensors), **told)
+        except CANNOT_CONVERT as error:
             if name.startswith("StableDiffusion"):
                 reason = f"its loader cannot convert the names: {' '.join(str(error).split())[:120]}"
             continue
@@ -81,6 +93,39 @@ def unconverted_by_diffusers(files: PipelineFiles) -> str | None:
         if modules and all(_may_be_meant(module, files) for module in modules):
             return None
     return reason
+
+
+def names_in_diffusers(modules: Iterable[str], unet_config: Any) -> dict[str, str]:
+    """What diffusers calls the modules of a kohya LoRA of a UNet and text encoders, their component's name in front.
+
+    Args:
+        modules: by kohya's names.
+        unet_config: the UNet's, since the numbers that blocks had of old depend on it.
+
+    Raises:
+        AdapterFileError: diffusers is not installed, or does not convert such names.
+    """
+    old_names = list(modules)
+    # diffusers converts files. Each tensor of this one holds the number of its module, so that it is found again.
+    numbers: dict[str, Tensor] = {}
+    for i, name in enumerate(old_names):
+        number = torch.full((1, 1), float(i))
+        numbers |= {f"{name}.lora_down.weight": number, f"{name}.lora_up.weight": number}
+    try:
+        loader = importlib.import_module("diffusers.loaders").StableDiffusionXLLoraLoaderMixin
+        converted, _ = loader.lora_state_dict(numbers, unet_config=unet_config)
+    except ImportError as error:
+        raise AdapterFileError("kohya's names are read with diffusers, which is not installed") from error
+    except CANNOT_CONVERT as error:
+        reason = " ".join(str(error).split())[:120]
+        raise AdapterFileError(f"diffusers cannot convert kohya's names of this LoRA: {reason}") from error
+    found: dict[str, str] = {}
+    for name, parts in PipelineFiles(Path(), {}, converted).modules.items():
+        found[old_names[int(parts["A"])]] = name
+    for old in old_names:
+        if old not in found:
+            raise AdapterFileError(f"diffusers leaves out {old!r} where it converts kohya's names of this LoRA")
+    return found
 
 
 def _may_be_meant(module: str, files: PipelineFiles) -> bool:

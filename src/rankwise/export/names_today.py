@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +72,11 @@ def with_names_of(model: nn.Module, adapter: Adapter, folder: Path) -> Adapter:
         AdapterFileError: it has one module under its old name and under its new one; `folder` is what held it.
     """
     in_full = {_module_and_rest(key)[0] for key in adapter.others}
-    today = modules_today(model, [*adapter.updates, *in_full], folder)
+    modules = [*adapter.updates, *in_full]
+    today = modules_today(model, modules)
     if not today:
         return adapter
+    _check_one_name_each(modules, today, folder)
     return dataclasses.replace(
         adapter,
         config=config_today(adapter.config, adapter.updates, today),
@@ -103,10 +105,11 @@ def files_today(
         AdapterFileError: the adapter has one module under its old name and under its new one.
     """
     listed = list(keys)
-    modules = dict.fromkeys(_module_and_rest(key)[0] for key in listed)
-    today = modules_today(model, modules, folder)
+    modules = [_module_and_rest(key)[0] for key in listed]
+    today = modules_today(model, modules)
     if not today:
         return dict(config), {}
+    _check_one_name_each(modules, today, folder)
     updated = dict.fromkeys(parsed_key(key).module for key in listed if parsed_key(key).part)
     renamed = {key: key_today(key, today) for key in listed}
     changed = {old: new for old, new in renamed.items() if old != new}
@@ -127,21 +130,22 @@ def _module_and_rest(key: str) -> tuple[str, str]:
     return (name[:end], name[end:]) if end > 0 else (name, "")
 
 
-def modules_today(model: nn.Module, modules: Collection[str], folder: Path) -> dict[str, str]:
-    """What `model`, or the part of it without a head, calls those of some modules that it has under another name.
-
-    Raises:
-        AdapterFileError: two of them are one module of the model's; `folder` is what held them.
-    """
+def modules_today(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:
+    """What `model`, or the part of it without a head, calls those of some modules that it has under another name."""
+    listed = list(modules)
+    found = _modules_of(model, listed)
     # Adapters trained on AutoModel name the modules of the model without its head.
     without_head = getattr(model, "base_model", model)
-    found = _modules_of(model, modules)
     if not found and without_head is not model:
-        found = _modules_of(without_head, modules)
-    homes = [found.get(name, name) for name in modules]
-    if len(set(homes)) < len(set(modules)):
-        raise AdapterFileError(f"{folder} has one module under its old name and under its new one")
+        found = _modules_of(without_head, listed)
     return found
+
+
+def _check_one_name_each(modules: Iterable[str], today: Mapping[str, str], folder: Path) -> None:
+    """Raise `AdapterFileError` where two of some modules are one module of the base model's."""
+    given = set(modules)
+    if len({today.get(name, name) for name in given}) < len(given):
+        raise AdapterFileError(f"{folder} has one module under its old name and under its new one")
 
 
 def _modules_of(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:

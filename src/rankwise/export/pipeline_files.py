@@ -37,6 +37,11 @@ COMPONENTS = (
 """The components of pipelines that diffusers loads LoRAs into."""
 KOHYA = ("lora_unet_", "lora_transformer_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_")
 """What kohya's keys begin with."""
+NUMBERINGS = {
+    "Stability AI": ("lora_unet_input_blocks_", "lora_unet_middle_block_", "lora_unet_output_blocks_"),
+    "diffusers": ("lora_unet_down_blocks_", "lora_unet_mid_block_", "lora_unet_up_blocks_"),
+}
+"""What kohya's keys of a UNet's blocks begin with, by who numbered the blocks: kohya's scripts know both."""
 COMFYUI = ("diffusion_model.", "text_encoders.")
 """What ComfyUI's keys begin with."""
 FACTOR = re.compile(
@@ -132,6 +137,12 @@ def spelling_of(keys: Iterable[str]) -> str:
     if any(key.startswith(KOHYA) for key in listed):
         return "kohya"
     return "ComfyUI" if any(key.startswith(COMFYUI) for key in listed) else "diffusers"
+
+
+def numberings_of(names: Iterable[str]) -> list[str]:
+    """By whose numbers kohya's keys name a UNet's blocks."""
+    listed = list(names)
+    return [who for who, starts in NUMBERINGS.items() if any(name.startswith(starts) for name in listed)]
 
 
 def _name_today(module: str, link: str) -> str:

@@ -24,6 +24,7 @@ from rankwise.export.pipeline_files import (
     Keys,
     PipelineFiles,
     component_of,
+    numberings_of,
     own_name,
     pipeline_file,
     read_pipeline_files,
@@ -194,6 +195,7 @@ def merged_like(adapters: Sequence[Adapter], merged: Adapter, folders: Sequence[
                 f"{folders[0]} names modules as {first.spelling} does and {folder} as {adapter.spelling} does: "
                 "convert one of them first"
             )
+    _check_one_name_each(of_pipelines, folders)
     keys: dict[str, Keys] = {}
     headers: dict[str, dict[str, Any]] = {}
     for adapter in reversed(of_pipelines):
@@ -213,6 +215,25 @@ def merged_like(adapters: Sequence[Adapter], merged: Adapter, folders: Sequence[
         headers=headers,
         has_alphas=any(adapter.has_alphas for adapter in of_pipelines) and not headers,
     )
+
+
+def _check_one_name_each(adapters: Sequence[PipelineLora], folders: Sequence[str | Path]) -> None:
+    """Raise `RankwiseError` where kohya's scripts have given one module two names in different files."""
+    first_numbers: tuple[str, str | Path] | None = None
+    first_names: dict[str, str] = {}
+    for adapter, folder in zip(adapters, folders, strict=True):
+        for who in numberings_of(adapter.updates):
+            first_numbers = first_numbers or (who, folder)
+            if who != first_numbers[0]:
+                raise RankwiseError(
+                    f"{first_numbers[1]} has a UNet's blocks by the numbers of {first_numbers[0]} and {folder} by "
+                    f"those of {who}: convert one of them first"
+                )
+        for name in adapter.updates:
+            # An only text encoder is te or te1.
+            first = first_names.setdefault(re.sub("^lora_te_", "lora_te1_", name), name)
+            if first != name:
+                raise RankwiseError(f"{folder} has {name!r} and another adapter {first!r}, two names of one module")
 
 
 def rename_for_diffusers(folder: Path, base_class: str) -> None:

@@ -226,16 +226,20 @@ def common_dtype(modules: Mapping[str, Mapping[str, Tensor]]) -> torch.dtype:
     return torch.float32 if common == torch.float64 else common
 
 
-def read_clean_tensors(folder: Path) -> dict[str, Tensor]:
+def read_clean_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The tensors of an adapter of any kind under PEFT's own names; float8, with which nobody calculates, as float32.
+
+    Scales beside the tensors, of which PEFT knows nothing, are left out.
 
     Raises:
         AdapterFileError: the file is missing or broken, or one tensor has two names.
     """
-    files = AdapterFiles(folder, {}, read_tensors(folder / TENSORS))
+    files = AdapterFiles(folder, dict(config), read_tensors(folder / TENSORS))
     check_names(files, folder / TENSORS)
     _say_what_was_left_out(files, folder / TENSORS)
-    return {clean_key(key): widened(tensor) for key, tensor in files.tensors.items()}
+    alphas = {f"{PEFT_PREFIX}{name}.alpha" for name in files.alphas}
+    tensors = {clean_key(key): widened(tensor) for key, tensor in files.tensors.items()}
+    return {key: tensor for key, tensor in tensors.items() if key not in alphas}
 
 
 def _check_keys(files: AdapterFiles) -> None:
@@ -276,6 +280,14 @@ def _say_what_was_left_out(files: AdapterFiles, file: Path) -> None:
     ):
         if keys:
             warnings.warn(f"{file} holds {what}, in {len(keys)} of its keys, as in {keys[0]!r}", stacklevel=4)
+    for name, alpha in files.alphas.items():
+        if alpha != files.alpha(name):
+            warnings.warn(
+                f"{file} holds {name + '.alpha'!r}, {alpha:g}, which is left out: PEFT scales by the config's "
+                f"lora_alpha, {files.alpha(name)}",
+                stacklevel=4,
+            )
+            break
 
 
 def check_module(name: str, parts: dict[str, Tensor], file: Path) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from rankwise.errors import AdapterFileError
 from rankwise.export.adapter import key_not_finite
 from rankwise.export.lora_config import CONFIG, ONLY_UPDATES, OURS, STARTS, read_config
-from rankwise.export.pipeline_files import pipeline_file
 from rankwise.export.reader import TENSORS, read_clean_tensors
 from rankwise.export.trained import opened_config
 
@@ -40,16 +39,12 @@ def read_saved(folder: Path) -> SavedAdapter:
         AdapterFileError: it is missing, broken, not finite, no LoRA, or of a kind whose update no weight can hold.
     """
     if not (folder / CONFIG).is_file():
-        if pipeline_file(folder) is not None:
-            raise AdapterFileError(
-                f"{folder} holds the LoRA of a pipeline, which diffusers adds by pipeline.fuse_lora()"
-            )
         raise AdapterFileError(f"{folder} holds no LoRA adapter: {CONFIG} is missing")
     told = read_config(folder)
     if not str(told.get("peft_type")).startswith(OURS):
         _check_plain(told, folder)
     config: Any = opened_config(folder)  # there is one, and it has been read as JSON
-    tensors = read_clean_tensors(folder)
+    tensors = read_clean_tensors(folder, told)
     broken = key_not_finite(tensors)
     if broken:
         raise AdapterFileError(f"{folder / TENSORS} holds NaN or infinity in {broken!r}")

@@ -52,6 +52,16 @@ def unconverted_names(files: AdapterFiles) -> Iterator[str]:
                 yield f"it has {found.spelling}'s names, and {reason}"
 
 
+@rule("blocks by two numberings")
+def blocks_by_two_numberings(files: AdapterFiles) -> Iterator[str]:
+    """Of the two ways in which kohya's scripts number a UNet's blocks, diffusers takes one, its own, where both are."""
+    from rankwise.export.pipeline_files import numberings_of
+
+    for found in pipeline(files):
+        if len(numberings_of(found.modules)) > 1:
+            yield "a UNet's blocks have Stability AI's numbers and diffusers' own; it would leave out the former"
+
+
 @rule("component without a config")
 def component_without_config(files: AdapterFiles) -> Iterator[str]:
     """Where the header holds configs, diffusers takes a component's from it alone."""
@@ -155,6 +165,7 @@ class Diffusers(Server):
         rules.unknown_module,
         rules.another_width,
         unconverted_names,
+        blocks_by_two_numberings,
         component_without_config,
         alpha_among_its_own_names,
         scales_told_twice,

@@ -138,7 +138,9 @@ def unknown_module(files: AdapterFiles) -> Iterator[str]:
     """What matches no module of the base model is left out in silence."""
     for name in files.modules:
         if files.lacks(name):
-            yield f"the base model has no module {name!r}, so its update would be left out"
+            today = None if files.base is None else files.base.name_today(name)
+            hint = f": it is {today!r} today, which `rankwise fix` writes" if today else ""
+            yield f"the base model has no module {name!r}, so its update would be left out{hint}"
 
 
 @rule("width")
