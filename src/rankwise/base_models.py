@@ -108,7 +108,11 @@ def skeleton(
                 return getattr(importlib.import_module("diffusers"), told["_class_name"]).from_config(told)
             config = AutoConfig.from_pretrained(place, revision=revision or "main", **settings)
             cls = model_class(config, task, trained_as)
-            return cls.from_config(config) if hasattr(cls, "from_config") else cls(config)
+            if hasattr(cls, "from_config"):
+                return cls.from_config(config)
+            # The language model of a multimodal model takes a part of its config.
+            is_text_alone = cls.config_class == config.sub_configs.get("text_config")
+            return cls(config.get_text_config() if is_text_alone else config)
     except (OSError, ValueError, AttributeError) as error:
         raise ArgumentError(argument, f"{PLACES} that opens", _with_revision(name, revision)) from error
     except ImportError as error:

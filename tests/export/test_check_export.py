@@ -138,6 +138,11 @@ TRAPS: dict[str, tuple[str, set[str], Callable[[Config, Tensors], Any]]] = {
     "q without v": ("modules kept together", {"sglang"}, dropped("v_proj")),
     "k and v without q": ("modules kept together", {"sglang"}, dropped("q_proj")),
     "up without gate": ("modules kept together", {"sglang"}, dropped("gate_proj")),
+    "a vision tower beside the language model": (
+        "one place for two modules",
+        {"sglang"},
+        lambda _, t: t.update({key.replace(".layers.", ".tower.layers."): tensor + 1 for key, tensor in t.items()}),
+    ),
     "a path for a name": ("odd names", ALL, renamed("q_proj", "../../q_proj")),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,10 @@ def test_other_base_models_are_warned_about(tmp_path: Path) -> None:
         file.write_text(text)
     with pytest.warns(UserWarning, match="different base models: a, b"):
         merge_adapters(folders, tmp_path / "out")
+    file = folders[0] / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": "b", "revision": "v2"}))
+    with pytest.warns(UserWarning, match="different base models: b, b at revision v2"):
+        merge_adapters(folders, tmp_path / "out", overwrite=True)
 
 
 def app() -> typer.Typer:

@@ -215,6 +215,41 @@ def test_scales_beside_the_tensors_are_left_out_as_peft_leaves_them_out(
     assert off(answers(opened(tmp_path / "model"), TOKENS), wanted) <= 1e-5
 
 
+def with_a_grown_vocabulary(base: Path) -> Any:
+    model = opened(base)
+    model.resize_token_embeddings(70)
+    return model
+
+
+def test_copies_that_peft_saves_beside_grown_embeddings_are_left_out(base: Path, tmp_path: Path) -> None:
+    model = with_a_grown_vocabulary(base)
+    fields: Any = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}
+    saved = saved_adapter(tmp_path / "lora", model, task_type="CAUSAL_LM", **fields)
+    copies = {key for key in load_file(saved / TENSORS) if ".modules_to_save." in key or ".original_module." in key}
+    assert len(copies) == 4
+    inputs = {"input_ids": torch.tensor([[3, 69, 5, 64]])}
+    wanted = answers(model, inputs)
+    merged = opened(merge_into_base([saved], base, tmp_path / "model"))
+    assert off(answers(merged, inputs), wanted) <= 1e-5
+
+    shrink_adapter(saved, tmp_path / "same", energy=1.0)
+    merge_adapters([saved, saved], tmp_path / "sum")
+    rankwise.fix_adapter(saved, tmp_path / "mended")
+    for name in ("same", "sum", "mended"):
+        assert not copies & load_file(tmp_path / name / TENSORS).keys()
+        peft_model = PeftModel.from_pretrained(with_a_grown_vocabulary(base), str(tmp_path / name))
+        assert off(answers(peft_model, inputs), wanted) <= 1e-5
+
+    other = rewritten(saved, tmp_path / "other", lambda t: {k: v + (".modules_to_save." in k) for k, v in t.items()})
+    for call in (
+        lambda: shrink_adapter(other, tmp_path / "out", rank=1),
+        lambda: merge_into_base([other], base, tmp_path / "out"),
+        lambda: rankwise.fix_adapter(other, tmp_path / "out"),
+    ):
+        with pytest.raises(AdapterFileError, match=r"holds one tensor under two names, '.*lm_head.weight' and '.*save"):
+            call()
+
+
 # --- dtypes -----------------------------------------------------------------------------------------------------------
 
 NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float8": torch.float8_e4m3fn}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,19 @@ def read_adapters(folders: Sequence[str | Path], base: str | Path | nn.Module | 
                 adapter = adapter if model is None else with_names_of(model, adapter, path)
         check_adapter(adapter, str(path))
         found.append(adapter)
-    _warn_of_different_bases(found)
+    warn_of_different_bases(adapter.config for adapter in found)
     return found
 
 
-def _warn_of_different_bases(adapters: Sequence[Adapter]) -> None:
-    names = {adapter.config.get("base_model_name_or_path") for adapter in adapters} - {None, ""}
-    if len(names) > 1:
-        warnings.warn(f"the adapters say different base models: {', '.join(sorted(map(str, names)))}", stacklevel=4)
+def warn_of_different_bases(configs: Iterable[Mapping[str, Any]]) -> None:
+    """Say where adapters' configs name different base models, or different revisions of one."""
+    named: set[str] = set()
+    for config in configs:
+        name, revision = config.get("base_model_name_or_path"), config.get("revision")
+        if name:
+            named.add(f"{name} at revision {revision}" if revision else str(name))
+    if len(named) > 1:
+        warnings.warn(f"the adapters say different base models: {', '.join(sorted(named))}", stacklevel=4)
 
 
 def combined(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:

@@ -34,10 +34,12 @@ from rankwise.export.lora_config import CONFIG, MORE_THAN_UPDATES, OURS, read_co
 from rankwise.export.names_today import base_at_hand, files_today
 from rankwise.export.pipeline_files import pipeline_file
 from rankwise.export.reader import (
+    COPIES,
     FOREIGN,
     TENSORS,
     AdapterFiles,
     check_names,
+    needless_copies,
     read_tensors,
     widened,
 )
@@ -54,8 +56,6 @@ PARAMETERS = ("lora_magnitude_vector", "trainable_tokens_delta")
 """Parts of a tensor's path behind which PEFT has the adapter's name, or nothing."""
 CONTAINERS = ("lora_A", "lora_B", f"{PREFIX}tensors")
 """Parts behind which PEFT has the adapter's name and the tensor's own, or the latter alone."""
-ORIGINAL, IN_FULL = ".original_module.", ".modules_to_save."
-"""In the names of the two copies of a module trained in full: as it was, and as it is."""
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def _without_adapter_name(name: str) -> tuple[str, str]:
         if part in PARAMETERS and adapter != "weight":
             return f"{before}.{part}".removeprefix("."), adapter
     # PEFT saves a module trained in full under the name that it has in the base model.
-    before, found, behind = name.partition(IN_FULL)
+    before, found, behind = name.partition(COPIES[1])
     adapter, _, own = behind.partition(".")
     return (f"{before}.{own}", adapter) if found and own else (name, "")
 
@@ -287,13 +287,16 @@ def _left_out(
 ) -> dict[str, str]:
     """A sentence about each tensor that says nothing of its own, by the tensor's old name."""
     files = AdapterFiles(file.parent, dict(config), {each.new: tensors[each.old] for each in renamed})
+    copies = needless_copies(files.tensors, file)
     found: dict[str, str] = {}
     for each in renamed:
         told = parsed_key(each.new)
         if told.part == "alpha" and files.alphas.get(told.module) == files.alpha(told.module):
             found[each.old] = f"left out {each.old!r}, which repeats the lora_alpha of {CONFIG}"
-        elif ORIGINAL in each.new:
+        elif COPIES[0] in each.new:
             found[each.old] = f"left out {each.old!r}, the weight before training of a module trained in full"
+        elif each.new in copies:
+            found[each.old] = f"left out {each.old!r}, a second copy of a module trained in full"
     return found
 
 

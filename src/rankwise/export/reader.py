@@ -46,6 +46,11 @@ FOREIGN = re.compile(r"(^|\.)lora_")
 """In keys that belong to a LoRA and are neither A nor B, as DoRA's magnitudes."""
 
 
+COPIES = (".original_module.", ".modules_to_save.")
+"""In names of what PEFT saves beside a module trained in full where the vocabulary has grown: the module as it was
+before training, and once more as it is."""
+
+
 def widened(tensor: Tensor) -> Tensor:
     """A tensor in a dtype that can be calculated with: float8, which cannot, as float32."""
     return tensor.float() if tensor.is_floating_point() and tensor.dtype.itemsize == 1 else tensor
@@ -205,6 +210,8 @@ def read_lora(folder: Path) -> Adapter:
     }
     updates = {name: _update(files, name) for name in files.modules}
     others = {PEFT_PREFIX + name: tensor for name, tensor in files.others.items()}
+    for key in needless_copies(others, folder / TENSORS):
+        del others[key]
     return Adapter(
         config=config,
         updates=updates,
@@ -237,9 +244,29 @@ def read_clean_tensors(folder: Path, config: Mapping[str, Any]) -> dict[str, Ten
     files = AdapterFiles(folder, dict(config), read_tensors(folder / TENSORS))
     check_names(files, folder / TENSORS)
     _say_what_was_left_out(files, folder / TENSORS)
-    alphas = {f"{PEFT_PREFIX}{name}.alpha" for name in files.alphas}
     tensors = {clean_key(key): widened(tensor) for key, tensor in files.tensors.items()}
-    return {key: tensor for key, tensor in tensors.items() if key not in alphas}
+    needless = {f"{PEFT_PREFIX}{name}.alpha" for name in files.alphas}
+    needless |= needless_copies(tensors, folder / TENSORS)
+    return {key: tensor for key, tensor in tensors.items() if key not in needless}
+
+
+def needless_copies(tensors: Mapping[str, Tensor], file: Path) -> set[str]:
+    """The keys of the copies that `file` holds of modules trained in full.
+
+    Raises:
+        AdapterFileError: one differs from the module as it is.
+    """
+    before_training, once_more = COPIES
+    found: set[str] = set()
+    for key, tensor in tensors.items():
+        if key.replace(before_training, ".") != key and key.replace(before_training, ".") in tensors:
+            found.add(key)
+        original = key.replace(once_more, ".")
+        if original != key and original in tensors:
+            if not torch.equal(widened(tensors[original]), widened(tensor)):
+                raise AdapterFileError(f"{file} holds one tensor under two names, {original!r} and {key!r}")
+            found.add(key)
+    return found
 
 
 def _check_keys(files: AdapterFiles) -> None:

@@ -7,7 +7,6 @@ files' names.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,11 +14,11 @@ from rankwise.base_models import model_folder
 from rankwise.checks import require_room
 from rankwise.export.base import told_base
 from rankwise.export.card import write_card
-from rankwise.export.combine import given_weights
+from rankwise.export.combine import given_weights, warn_of_different_bases
 from rankwise.export.dtypes import check_dtype
 from rankwise.export.into_base.checkpoint import FILES, INDEX
 from rankwise.export.into_base.pipeline import merge_into_pipeline
-from rankwise.export.into_base.saved import SavedAdapter, read_saved
+from rankwise.export.into_base.saved import read_saved
 from rankwise.export.into_base.whole_model import check_mergeable, library_of, load_code, write_merged
 from rankwise.export.lora_config import saved_config
 from rankwise.export.pipeline_files import pipeline_file
@@ -83,7 +82,7 @@ def merge_into_base(
     model_at = _fetched(source, revision)
     require_room("out", out, overwrite=overwrite, reads=[*folders, model_at])
     adapters = [read_saved(Path(folder)) for folder in folders]
-    _warn_of_other_bases(adapters)
+    warn_of_different_bases(adapter.told for adapter in adapters)
     check_mergeable(model_at)
     with whole_folder(out) as beside:
         model = write_merged(beside, model_at, adapters, given, dtype)
@@ -103,14 +102,3 @@ def _fetched(source: str, revision: str | None) -> Path:
     if any((folder / (name + ending)).is_file() for name in FILES for ending in ("", INDEX)):
         return folder
     return model_folder(source, revision, files=[*WANTED, "*.bin"])
-
-
-def _warn_of_other_bases(adapters: Sequence[SavedAdapter]) -> None:
-    """Say where adapters name different base models, or different revisions of one."""
-    named = {}
-    for adapter in adapters:
-        name, revision = adapter.told.get("base_model_name_or_path"), adapter.told.get("revision")
-        if name:
-            named[f"{name} at revision {revision}" if revision else str(name)] = adapter.folder
-    if len(named) > 1:
-        warnings.warn(f"the adapters say different base models: {', '.join(sorted(named))}", stacklevel=3)

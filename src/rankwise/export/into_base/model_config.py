@@ -34,7 +34,8 @@ def resized(told: Mapping[str, Any], skeleton: nn.Module, tensors: Mapping[str, 
         before, after = shapes.get(own_name(key.removeprefix(PEFT_PREFIX))), tuple(tensor.shape)
         if not before or before == after or before[1:] != after[1:]:
             continue
-        vocabularies = [path for path, part in _parts(config) if getattr(part, "vocab_size", None) == before[0]]
+        parts = _parts(config, _place_of(config, told))
+        vocabularies = [path for path, part in parts if getattr(part, "vocab_size", None) == before[0]]
         for path in vocabularies:
             _entries(changed, path)["vocab_size"] = after[0]
         if not vocabularies and before[0] == config.num_labels:
@@ -47,7 +48,7 @@ def resized(told: Mapping[str, Any], skeleton: nn.Module, tensors: Mapping[str, 
 def untied(told: Mapping[str, Any], config: PretrainedConfig) -> dict[str, Any]:
     """A config that ties no embeddings: neither the model's nor those of a model inside of it."""
     changed = copy.deepcopy(dict(told))
-    for path, part in _parts(config):
+    for path, part in _parts(config, _place_of(config, told)):
         if getattr(part, TIE, False):
             _entries(changed, path)[TIE] = False
     return changed
@@ -57,6 +58,16 @@ def with_dtype(told: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """A config that says `dtype` wherever it said one."""
     changed = {key: with_dtype(value, dtype) if isinstance(value, dict) else value for key, value in told.items()}
     return changed | {key: dtype for key in ("dtype", "torch_dtype") if key in changed}
+
+
+def _place_of(config: PretrainedConfig, told: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names that lead to a model's config in a config file, which may be that of a model around it."""
+    if told.get("model_type") == config.model_type:
+        return ()
+    for name, entries in told.items():
+        if isinstance(entries, dict) and entries.get("model_type") == config.model_type:
+            return (name,)
+    return ()
 
 
 def _parts(config: PretrainedConfig, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], PretrainedConfig]]:

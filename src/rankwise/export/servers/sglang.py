@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,9 @@ from rankwise.export.servers.base import Server, rule
 
 if TYPE_CHECKING:
     from rankwise.export.reader import AdapterFiles
+
+LAYER = re.compile(r"layers\.(\d+)\.")
+"""Where it reads the number of a layer from (`get_layer_id`)."""
 
 
 def missing_beside(names: set[str]) -> list[str]:
@@ -68,6 +72,19 @@ def part_of_a_buffer(files: AdapterFiles) -> Iterator[str]:
             yield f"{parent!r} adapts {', '.join(sorted(names))} and not {name}, which it keeps in one buffer with them"
 
 
+@rule("one place for two modules")
+def two_modules_of_one_place(files: AdapterFiles) -> Iterator[str]:
+    """It finds a module by the number of its layer and its own name, whatever model inside the base that is of."""
+    first_of_place: dict[tuple[str, str], str] = {}
+    for name in files.modules:
+        layer = LAYER.search(name)
+        if layer is None or ".experts." in name:
+            continue
+        first = first_of_place.setdefault((layer[1], name.rpartition(".")[2]), name)
+        if first != name:
+            yield f"{first!r} and {name!r} are of one number and one name, and it would take one update for both"
+
+
 class SGLang(Server):
     """Loads PEFT's folders at one rank, and keeps q, k and v, or gate and up, in one buffer."""
 
@@ -84,6 +101,7 @@ class SGLang(Server):
         added_tokens,
         regular_expression,
         part_of_a_buffer,
+        two_modules_of_one_place,
     )
     has_rank_limit = True
     layouts = ("uniform",)
