@@ -255,7 +255,7 @@ def test_rows_that_mean_nothing_are_named():
     results = [
         made("head", score=0.5, starting_scale=None, **head),
         made("lora", score=0.6),
-        made("sora", score=0.5),
+        made("sora", score=0.5, validation_curve=[[30, 0.4], [60, 0.5]]),
         made("nnm", score=0.7, train_loss=flat),
     ]
     rows = summarise(results)
@@ -263,6 +263,7 @@ def test_rows_that_mean_nothing_are_named():
     assert said == [
         "sora is not better than the floor, the head alone on the frozen model: its adapter has added nothing",
         "nnm has not learnt anything at this rate (0.001): its loss did not fall",
+        "sora was still improving on the validation split when it ended: more steps may help",
         "one seed: a first impression, not a ranking",
     ]
     text = markdown(rows, "accuracy")

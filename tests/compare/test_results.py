@@ -253,6 +253,23 @@ def test_a_run_has_learnt_if_its_loss_ends_below_its_beginning(losses, learnt):
     assert made(train_loss=list(enumerate(losses, start=1))).has_learnt is learnt
 
 
+@pytest.mark.parametrize(
+    ("scores", "lower_is_better", "improving"),
+    [
+        ([0.1, 0.2, 0.3], False, True),
+        ([0.1, 0.3, 0.3], False, False),
+        ([0.1, 0.3, 0.2], False, False),
+        ([0.3, 0.2, 0.1], True, True),
+        ([0.1, 0.2, 0.3], True, False),
+        ([0.3], False, False),
+        ([], False, False),
+    ],
+)
+def test_a_run_was_still_improving_if_its_last_validation_score_is_its_best(scores, lower_is_better, improving):
+    curve = list(enumerate(scores, start=1))
+    assert made(validation_curve=curve, lower_is_better=lower_is_better).still_improving is improving
+
+
 def test_a_run_whose_loss_was_not_finite_has_not_learnt():
     assert not made(diverged=True).has_learnt
 

@@ -12,6 +12,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     """Sentences that have to stand beside the table: what it does not show, and which of its rows mean nothing."""
     found = [_floor_note(row) for row in rows if row.above_floor is False]
     found += [_unlearnt_note(row) for row in rows if row.unlearnt]
+    found += [_improving_note(row) for row in rows if row.still_improving]
     found += [_edge_note(row) for row in rows if row.rate_at_edge]
     found += _seeds_note(min(row.seeds for row in rows))
     found += _reference_note(rows)
@@ -28,6 +29,11 @@ def _floor_note(row: Row) -> str:
 def _unlearnt_note(row: Row) -> str:
     seeds = "" if row.seeds == 1 else f" in {row.unlearnt} of {row.seeds} seeds"
     return f"{row.label} has not learnt anything at this rate ({row.learning_rate:g}): its loss did not fall{seeds}"
+
+
+def _improving_note(row: Row) -> str:
+    seeds = "" if row.seeds == 1 else f" in {row.still_improving} of {row.seeds} seeds"
+    return f"{row.label} was still improving on the validation split when it ended{seeds}: more steps may help"
 
 
 def _edge_note(row: Row) -> str:

@@ -150,6 +150,15 @@ class Result(BaseModel):
         return -self.validation_score if self.lower_is_better else self.validation_score
 
     @property
+    def still_improving(self) -> bool:
+        """Whether the last score on the validation split is better than every earlier one: more steps may help."""
+        values = [value for _, value in self.validation_curve]
+        if len(values) < 2:
+            return False
+        *earlier, last = values
+        return last < min(earlier) if self.lower_is_better else last > max(earlier)
+
+    @property
     def has_learnt(self) -> bool:
         """Whether the training loss stayed finite and ended below where it began.
 

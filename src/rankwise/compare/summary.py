@@ -84,6 +84,8 @@ class Row:
     """Summed over the seeds."""
     unlearnt: int
     """Seeds whose training loss did not fall."""
+    still_improving: int
+    """Seeds whose score on the validation split was at its best at the end."""
     is_floor: bool
     is_ceiling: bool
     floor: str | None
@@ -232,6 +234,7 @@ def _row(
         rate_at_edge=bool(curve) and runs[0].learning_rate in (min(curve), max(curve)),
         steps_skipped=sum(run.steps_skipped for run in runs),
         unlearnt=sum(not run.has_learnt for run in runs),
+        still_improving=sum(run.still_improving for run in runs),
         is_floor=is_floor,
         is_ceiling=runs[0].method == CEILING,
         floor=floor[0].method if floor else None,
