@@ -8,7 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from rankwise.compare.report import markdown
+from rankwise.compare.results import read_results
 from rankwise.compare.spec import parse_spec
+from rankwise.compare.summary import summarise
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -50,6 +53,15 @@ def test_the_learning_rates_on_the_page_are_those_of_the_result_files() -> None:
     search = importlib.util.module_from_spec(source)
     source.loader.exec_module(search)
     assert search.summary() in (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+
+
+def test_the_table_of_clinc150_is_that_of_the_result_files() -> None:
+    folder = ROOT / "bench" / "results" / "clinc150"
+    results = read_results(folder / "results")
+    table = markdown(summarise(results), results[0].metric)
+    assert table == (folder / "table.md").read_text(encoding="utf-8")
+    assert table in (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    assert len(results) == 30
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))

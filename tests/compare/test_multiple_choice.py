@@ -174,6 +174,13 @@ def test_what_a_head_does_not_know(task: dict[str, Any], message: str, tiny: Pat
         make_plan(parse_spec(head_table(tiny, tmp_path, **task), tmp_path))
 
 
+def test_a_head_forgets_no_text(tiny: Path, tmp_path: Path) -> None:
+    spec = head_table(tiny, tmp_path)
+    spec["data"]["general_text"] = "text.jsonl"
+    with pytest.raises(ArgumentError, match=r"^`data.general_text` must be left out where a head chooses"):
+        make_plan(parse_spec(spec, tmp_path))
+
+
 def test_a_model_without_a_multiple_choice_head(tiny_llama: Path, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=r"^`model` must be .* that can be trained for multiple_choice; found"):
         make_plan(parse_spec(table(tiny_llama, by="head"), tmp_path))

@@ -6,11 +6,12 @@ The answer with the largest number is chosen; training takes the softmax over th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rankwise.compare.tasks.base import Examples, Splits, TextTask
+from rankwise.compare.tasks.base import Data, Examples, Splits, TextTask
 from rankwise.compare.tasks.multiple_choice import MultipleChoice
-from rankwise.errors import DataError
+from rankwise.errors import ArgumentError, DataError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,6 +29,18 @@ class ChoiceByHead(MultipleChoice):
     def title(self) -> str:
         """How the model chooses."""
         return f"{self.type} by head"
+
+    def general_text(self, data: Data) -> Path | None:
+        """Refuse it: an encoder with a head gives no likelihood of text.
+
+        Raises:
+            ArgumentError: the SPEC names general text.
+        """
+        file = super().general_text(data)
+        if file is not None:
+            told = "be left out where a head chooses: it is for language models"
+            raise ArgumentError("data.general_text", told, str(file))
+        return None
 
     def packages(self) -> list[tuple[str, str, str]]:
         """Nothing beside rankwise."""

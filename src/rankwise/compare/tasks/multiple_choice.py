@@ -93,19 +93,16 @@ class MultipleChoice(ResponseTask):
 
         by = self.by
         if by is None:
-            by = (
-                "head"
-                if model_type(model, argument="model") in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
-                else "likelihood"
-            )
+            has_head = model_type(model, argument="model") in MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES
+            by = "head" if has_head else "likelihood"
         if by == "likelihood":
             return self.model_copy(update={"by": by})
         for key in ("normalise", "template", "packing"):
             if key in self.model_fields_set:
                 rule_told = 'be left out where a head chooses (`task.by` is "head", or left out for an encoder)'
                 raise ArgumentError(f"task.{key}", rule_told, getattr(self, key))
-        given = {key: getattr(self, key) for key in self.model_fields_set}
-        return ChoiceByHead(**given | {"by": by})
+        given: dict[str, Any] = {key: getattr(self, key) for key in self.model_fields_set}
+        return ChoiceByHead.model_validate(given | {"by": by})
 
     def read(self, table: Table, data: Data) -> Examples:
         """Questions, their answers, and the right one as the response to learn."""
