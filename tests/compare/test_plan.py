@@ -18,6 +18,7 @@ import rankwise
 from rankwise.adapters.configs import CONFIGS
 from rankwise.compare import models, provenance, runner
 from rankwise.compare import plan as planning
+from rankwise.compare.engines import here
 from rankwise.compare.plan import Plan, make_plan
 from rankwise.compare.spec import read_spec
 from rankwise.compare.train import train_run
@@ -38,7 +39,7 @@ def nothing_trains(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("weights were loaded or a run was started")
 
     monkeypatch.setattr(PreTrainedModel, "from_pretrained", too_late)
-    monkeypatch.setattr(runner, "train_run", too_late)
+    monkeypatch.setattr(here, "train_run", too_late)
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""A plan is run whole on a tiny model; what is finished is kept, and several processes share one folder."""
+"""A plan is run whole on a tiny model; what is finished is kept, and one process works on a folder at a time."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import multiprocessing
 import os
 import re
 import signal
-import socket
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +18,7 @@ import peft
 import pytest
 import torch
 import transformers
+from filelock import FileLock, Timeout
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
@@ -27,14 +26,18 @@ from transformers import Trainer, TrainerCallback
 import rankwise
 from rankwise.adapters.configs import CONFIGS
 from rankwise.base_models import open_tokenizer
-from rankwise.compare import runner, train
+from rankwise.compare import train
 from rankwise.compare.candidates.adapter import AdapterCandidate
+from rankwise.compare.engines import Ended, Engine, Watch, here
+from rankwise.compare.failures import FailedRunsError, Failure
+from rankwise.compare.lock import LOCK
 from rankwise.compare.models import open_for
 from rankwise.compare.plan import Plan, Run, make_plan
 from rankwise.compare.results import Result, read_results
 from rankwise.compare.runner import run_plan
 from rankwise.compare.spec import read_spec
 from rankwise.compare.tasks.classification import Classification
+from rankwise.errors import RankwiseError
 
 pytest_plugins = ["tiny_comparison"]
 
@@ -42,6 +45,22 @@ METHODS = list(CONFIGS)
 COMMAND = "rankwise compare spec.toml"
 
 WriteSpec = Callable[..., Path]
+
+
+class Told(Watch):
+    """Keeps the key of each run with each step, score and error that it is told of."""
+
+    def __init__(self) -> None:
+        self.log: list[tuple[str, object]] = []
+
+    def at_step(self, run: Run, step: int) -> None:
+        self.log.append((run.key, step))
+
+    def finished(self, run: Run, result: Result) -> None:
+        self.log.append((run.key, result.score))
+
+    def failed(self, run: Run, failure: Failure) -> None:
+        self.log.append((run.key, failure.error))
 
 
 @dataclass(frozen=True)
@@ -52,7 +71,7 @@ class Comparison:
     results: list[Result]
     predictions: dict[str, np.ndarray]
     """By a run's key: the trained model's outputs on the test split."""
-    watched: list[tuple[str, int]]
+    told: list[tuple[str, object]]
 
     @property
     def output(self) -> Path:
@@ -70,7 +89,7 @@ def comparison(write_spec: WriteSpec, tmp_path_factory: pytest.TempPathFactory) 
     spec = read_spec(write_spec(tmp_path_factory.mktemp("comparison"), methods=METHODS))
     plan = make_plan(spec.with_floor())
     predictions: dict[str, np.ndarray] = {}
-    watched: list[tuple[str, int]] = []
+    told = Told()
     original = Trainer.predict
 
     def predict(self: Trainer, data: Any, *rest: Any, **named: Any) -> Any:
@@ -81,8 +100,8 @@ def comparison(write_spec: WriteSpec, tmp_path_factory: pytest.TempPathFactory) 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "predict", predict)
-        results = run_plan(plan, COMMAND, lambda run, steps: watched.append((run.key, steps)))
-    return Comparison(plan, results, predictions, watched)
+        results = run_plan(plan, COMMAND, told)
+    return Comparison(plan, results, predictions, told.log)
 
 
 @dataclass
@@ -101,16 +120,17 @@ def trained(monkeypatch: pytest.MonkeyPatch, comparison: Comparison) -> Trained:
 
     def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callable[[int], None]) -> Result:
         log.keys.append(run.key)
-        assert (output / "results" / f"{run.key}.claim").exists()
+        with pytest.raises(Timeout):
+            FileLock(output / LOCK).acquire(timeout=0)
         if log.error is not None and len(log.keys) == log.breaks:
             raise log.error
-        for _ in range(plan.steps):
-            on_step(1)
+        for step in range(1, plan.steps + 1):
+            on_step(step)
         return comparison.result("lora").model_copy(
             update={"label": run.label, "method": run.entry.name, "seed": run.seed}
         )
 
-    monkeypatch.setattr(runner, "train_run", train_run)
+    monkeypatch.setattr(here, "train_run", train_run)
     return log
 
 
@@ -118,20 +138,6 @@ def trained(monkeypatch: pytest.MonkeyPatch, comparison: Comparison) -> Trained:
 def four(write_spec: WriteSpec, tmp_path: Path) -> Plan:
     """A plan of four runs."""
     return make_plan(read_spec(write_spec(tmp_path, methods=["lora", "nnm"], seeds=[0, 1])))
-
-
-def claim_of(plan: Plan, run: Run) -> Path:
-    return plan.spec.output / "results" / f"{run.key}.claim"
-
-
-def held(plan: Plan, run: Run, age: float) -> Path:
-    """A claim on a run by another process, whose last sign of life is `age` seconds old."""
-    claim = claim_of(plan, run)
-    claim.parent.mkdir(parents=True, exist_ok=True)
-    claim.write_text("elsewhere 1\n")
-    then = time.time() - age
-    os.utime(claim, (then, then))
-    return claim
 
 
 def outputs(model: torch.nn.Module, plan: Plan) -> np.ndarray:
@@ -191,8 +197,8 @@ def test_nothing_half_done_is_left(comparison: Comparison) -> None:
     expected = {run.key for run in comparison.plan.runs if run.label != "head"}  # the floor leaves a result alone
     for folder in ("adapters", "exports"):
         assert {path.name for path in (comparison.output / folder).iterdir()} == expected
-    left = [path.name for path in comparison.output.rglob("*") if path.name.startswith(".") or path.suffix == ".claim"]
-    assert left == []
+    assert [path.name for path in comparison.output.rglob("*") if path.name.startswith(".")] == [LOCK]
+    assert not (comparison.output / "failed").exists()
 
 
 def test_the_table_and_the_page_show_every_method(comparison: Comparison) -> None:
@@ -207,7 +213,12 @@ def test_the_table_and_the_page_show_every_method(comparison: Comparison) -> Non
 
 
 def test_progress_is_told_step_by_step(comparison: Comparison) -> None:
-    assert comparison.watched == [(run.key, 1) for run in comparison.plan.runs for _ in range(12)]
+    expected: list[tuple[str, object]] = []
+    for run in comparison.plan.runs:
+        expected += [(run.key, 0)]  # before the model is loaded
+        expected += [(run.key, step) for step in range(1, 13)]
+        expected += [(run.key, comparison.result(run.label).score)]
+    assert comparison.told == expected
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -224,7 +235,9 @@ def test_adapters_reload_with_the_same_predictions(comparison: Comparison, metho
 
 @pytest.mark.parametrize("method", METHODS)
 def test_exports_are_plain_loras_with_the_same_predictions(comparison: Comparison, method: str) -> None:
-    folder = comparison.output / comparison.result(method).export
+    export = comparison.result(method).export
+    assert export is not None
+    folder = comparison.output / export
     assert folder == comparison.output / "exports" / comparison.run(method).key
     written = json.loads((folder / "adapter_config.json").read_text())
     assert written["peft_type"] == "LORA"
@@ -307,10 +320,10 @@ def test_a_second_run_trains_nothing(comparison: Comparison, trained: Trained) -
     trained.breaks, trained.error = 1, AssertionError("a finished run was trained again")
     page = comparison.output / "report.html"
     page.unlink()
-    watched: list[tuple[str, int]] = []
-    assert run_plan(comparison.plan, COMMAND, lambda run, steps: watched.append((run.key, steps))) == comparison.results
+    told = Told()
+    assert run_plan(comparison.plan, COMMAND, told) == comparison.results
     assert trained.keys == []
-    assert watched == [(run.key, 12) for run in comparison.plan.runs]
+    assert told.log == [(run.key, comparison.result(run.label).score) for run in comparison.plan.runs]
     assert page.exists()
 
 
@@ -326,10 +339,9 @@ def test_what_an_edited_spec_left_is_not_shown(comparison: Comparison, write_spe
     assert "adalora" in (comparison.output / "table.md").read_text()
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt()])
-def test_a_crash_keeps_what_is_finished(four: Plan, trained: Trained, error: BaseException) -> None:
-    trained.breaks, trained.error = 2, error
-    with pytest.raises(type(error)):
+def test_an_interrupt_keeps_what_is_finished(four: Plan, trained: Trained) -> None:
+    trained.breaks, trained.error = 2, KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
         run_plan(four, COMMAND)
     results = four.spec.output / "results"
     (kept,) = results.iterdir()
@@ -345,7 +357,77 @@ def test_a_crash_keeps_what_is_finished(four: Plan, trained: Trained, error: Bas
     assert {path.suffix for path in results.iterdir()} == {".json"}
 
 
-def test_a_run_that_crashed_after_its_export_is_done_again(
+# --- runs that fail --------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_run_is_recorded_and_the_others_run(four: Plan, trained: Trained) -> None:
+    trained.breaks, trained.error = 2, RuntimeError("out of memory: tried to get\n17 GiB <here>")
+    told = Told()
+    with pytest.raises(FailedRunsError, match=r"^1 run failed; .*failed has the whole errors") as raised:
+        run_plan(four, COMMAND, told)
+    assert trained.keys == [run.key for run in four.runs]
+    failed = four.runs[1]
+    sentence = f"failed: {failed.label}, seed 0, learning rate 0.02: RuntimeError: out of memory: tried to get"
+    assert raised.value.notes == [sentence]
+    assert str(raised.value).endswith(sentence)
+    assert (failed.key, "RuntimeError: out of memory: tried to get") in told.log
+    others = [run for run in four.runs if run is not failed]
+    assert {(result.label, result.seed) for result in raised.value.results} == {(run.label, run.seed) for run in others}
+
+    (record,) = (four.spec.output / "failed").iterdir()
+    assert record.name == f"{failed.key}.json"
+    written = json.loads(record.read_text())
+    assert (written["label"], written["seed"], written["learning_rate"]) == (failed.label, 0, 2e-2)
+    assert written["traceback"].startswith("Traceback (most recent call last)")
+    assert "17 GiB <here>" in written["traceback"]
+    for page in ("table.md", "report.html"):
+        assert "failed: nnm, seed 0" in (four.spec.output / page).read_text()
+    assert "<li>failed: nnm, seed 0" in (four.spec.output / "report.html").read_text()
+
+
+def test_a_failed_run_is_tried_again(four: Plan, trained: Trained) -> None:
+    trained.breaks, trained.error = 2, RuntimeError("out of memory")
+    for _ in range(2):  # it fails again
+        with pytest.raises(FailedRunsError):
+            run_plan(four, COMMAND)
+        trained.breaks = 1
+        assert len(list((four.spec.output / "failed").iterdir())) == 1
+        trained.keys.clear()
+    trained.error = None
+    assert len(run_plan(four, COMMAND)) == 4
+    assert trained.keys == [four.runs[1].key]
+    assert not (four.spec.output / "failed").exists()
+    for page in ("table.md", "report.html"):
+        assert "failed" not in (four.spec.output / page).read_text()
+
+
+def test_where_all_runs_fail_there_is_no_page(four: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train_run(*_: object) -> Result:
+        raise OSError
+
+    monkeypatch.setattr(here, "train_run", train_run)
+    with pytest.raises(FailedRunsError, match=r"^4 runs failed; .*OSError: no message$") as raised:
+        run_plan(four, COMMAND)
+    assert raised.value.results == []
+    assert len(list((four.spec.output / "failed").iterdir())) == 4
+    assert not (four.spec.output / "report.html").exists()
+
+
+def test_a_result_that_is_not_finite_is_a_failure(
+    four: Plan, trained: Trained, comparison: Comparison, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_run(plan: Plan, run: Run, *_: object) -> Result:
+        score = float("nan") if run is four.runs[0] else 0.5
+        return comparison.result("lora").model_copy(update={"label": run.label, "seed": run.seed, "score": score})
+
+    monkeypatch.setattr(here, "train_run", train_run)
+    with pytest.raises(FailedRunsError, match="holds a number that is not finite") as raised:
+        run_plan(four, COMMAND)
+    assert [failure.key for failure in raised.value.failures] == [four.runs[0].key]
+    assert len(raised.value.results) == 3
+
+
+def test_a_run_that_failed_after_its_export_is_done_again(
     write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan = make_plan(read_spec(write_spec(tmp_path, training={"steps": 2})))
@@ -356,94 +438,34 @@ def test_a_run_that_crashed_after_its_export_is_done_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(AdapterCandidate, "measure", full)
-        with pytest.raises(OSError, match="no space"):
+        with pytest.raises(FailedRunsError, match="no space"):
             run_plan(plan, COMMAND)
     assert [path.name for path in exports.iterdir()] == [plan.runs[0].key]
-    assert not list((plan.spec.output / "results").iterdir())
+    assert not (plan.spec.output / "results").exists()
     (result,) = run_plan(plan, COMMAND)
+    assert result.export is not None
     assert (plan.spec.output / result.export / "adapter_model.safetensors").exists()
 
 
-# --- several processes over one folder -------------------------------------------------------------------------------
+# --- one process over a folder ---------------------------------------------------------------------------------------
 
 
-def test_a_run_that_another_process_works_on_is_left_to_it(four: Plan, trained: Trained) -> None:
-    claim = held(four, four.runs[1], age=runner.STALE / 2)
-    watched: dict[str, int] = {}
-    found = run_plan(four, COMMAND, lambda run, steps: watched.update({run.key: watched.get(run.key, 0) + steps}))
-    others = [run for run in four.runs if run is not four.runs[1]]
-    assert trained.keys == [run.key for run in others]
-    assert {(result.label, result.seed) for result in found} == {(run.label, run.seed) for run in others}
-    assert claim.read_text() == "elsewhere 1\n"
-    assert watched == {run.key: four.steps for run in four.runs}  # the progress ends at its total
-
-
-def test_a_stale_claim_is_taken_over(four: Plan, trained: Trained) -> None:
-    claim = held(four, four.runs[1], age=runner.STALE + 60)
-    found = run_plan(four, COMMAND)
-    assert trained.keys == [run.key for run in four.runs]
-    assert len(found) == 4
-    assert not claim.exists()
-
-
-def test_all_runs_elsewhere_is_no_result_and_no_page(four: Plan, trained: Trained) -> None:
-    for run in four.runs:
-        held(four, run, age=0)
-    assert run_plan(four, COMMAND) == []
-    assert trained.keys == []
-    assert not (four.spec.output / "report.html").exists()
-
-
-def test_a_run_that_another_process_finished_meanwhile_is_not_done_again(
-    four: Plan, trained: Trained, monkeypatch: pytest.MonkeyPatch, comparison: Comparison
-) -> None:
-    theirs = four.runs[2]
-    claimed = runner._claimed
-
-    def late(claim: Path) -> Any:
-        if claim == claim_of(four, theirs):  # finished after the look at its file, before the claim
-            result = comparison.result("lora").model_copy(
-                update={"label": theirs.label, "seed": theirs.seed, "score": 0.125}
-            )
-            runner.write_result(result, claim.with_suffix(".json"))
-        return claimed(claim)
-
-    monkeypatch.setattr(runner, "_claimed", late)
-    found = run_plan(four, COMMAND)
-    assert theirs.key not in trained.keys
-    assert [result.score for result in found if (result.label, result.seed) == (theirs.label, theirs.seed)] == [0.125]
-
-
-def test_the_claim_of_a_dead_process_here_is_taken_over_at_once(four: Plan, trained: Trained) -> None:
-    dead = held(four, four.runs[0], 0.0)
-    dead.write_text(f"{socket.gethostname()} {2**22 + 1}\n")  # above any process id there is
-    run_plan(four, COMMAND)
-    assert four.runs[0].key in trained.keys
-    assert not dead.exists()
-
-
-def test_the_claim_of_a_living_process_here_is_left_to_it(four: Plan, trained: Trained) -> None:
-    held(four, four.runs[0], 0.0).write_text(f"{socket.gethostname()} {os.getpid()}\n")
-    run_plan(four, COMMAND)
-    assert four.runs[0].key not in trained.keys
-
-
-def test_a_claim_shows_signs_of_life(four: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    class StopHereError(Exception):
-        pass
-
-    def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callable[[int], None]) -> Result:
-        claim = claim_of(plan, run)
-        assert claim.read_text().split()[1] == str(os.getpid())
-        os.utime(claim, (1.0, 1.0))
-        time.sleep(0.3)
-        assert claim.stat().st_mtime > time.time() - 60
-        raise StopHereError
-
-    monkeypatch.setattr(runner, "train_run", train_run)
-    monkeypatch.setattr(runner, "STALE", 1.0)
-    with pytest.raises(StopHereError):
+def test_a_folder_that_another_process_works_on_is_refused(four: Plan, trained: Trained) -> None:
+    four.spec.output.mkdir()
+    other = FileLock(four.spec.output / LOCK)
+    with other, pytest.raises(RankwiseError) as raised:
         run_plan(four, COMMAND)
+    assert str(raised.value) == f"{four.spec.output} is in use by another process: wait for its end, or write elsewhere"
+    assert trained.keys == []
+    assert len(run_plan(four, COMMAND)) == 4
+
+
+def test_a_folder_is_free_again_after_an_error(four: Plan, trained: Trained) -> None:
+    trained.breaks, trained.error = 1, KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        run_plan(four, COMMAND)
+    with FileLock(four.spec.output / LOCK).acquire(timeout=0):
+        pass
 
 
 # --- what reaches training -------------------------------------------------------------------------------------------
@@ -543,19 +565,20 @@ def kill_at(plan: Plan, step: int) -> None:
     torch.set_num_threads(1)
     if step < 0:
         Classification.score = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign]
-    seen: list[int] = []
 
-    def watch(run: Run, steps: int) -> None:
-        seen.append(steps)
-        if len(seen) == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+    kill_at_step = step
 
-    run_plan(plan, COMMAND, watch)
+    class Kill(Watch):
+        def at_step(self, run: Run, step: int) -> None:
+            if step == kill_at_step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    run_plan(plan, COMMAND, Kill())
 
 
 @pytest.mark.parametrize("step", [4, 9, -1])
 def test_a_killed_run_goes_on_from_its_checkpoint(step: int, write_spec: WriteSpec, tmp_path: Path) -> None:
-    """The claim of the dead process is taken over, and the adapter ends with the same bits."""
+    """The lock of the dead process holds nobody up, and the adapter ends with the same bits."""
     ends = []
     for name in ("whole", "killed"):
         (tmp_path / name).mkdir()
@@ -565,11 +588,13 @@ def test_a_killed_run_goes_on_from_its_checkpoint(step: int, write_spec: WriteSp
             child.start()
             child.join()
             assert child.exitcode == -signal.SIGKILL
-            assert list((plan.spec.output / "results").glob("*.claim"))
-        told: list[int] = []
-        (result,) = run_plan(plan, COMMAND, lambda run, steps, told=told: told.append(steps))
-        assert sum(told) == 12
-        assert name == "whole" or told[0] > 1, "it did not start from the beginning"
+            assert (plan.spec.output / LOCK).exists()
+        told = Told()
+        (result,) = run_plan(plan, COMMAND, told)
+        (_, loading), (_, first), *_, (_, last), _ = told.log
+        assert (loading, last) == (0, 12)
+        assert isinstance(first, int)
+        assert (first > 1) == (name == "killed"), "it started from the beginning"
         assert not list((plan.spec.output / "checkpoints").glob("*"))
         (folder,) = (plan.spec.output / "adapters").iterdir()
         ends.append(load_file(folder / "adapter_model.safetensors"))
@@ -592,11 +617,102 @@ def test_a_list_of_rates_is_searched_with_the_first_seed(write_spec: WriteSpec, 
         )
     )
     plan = make_plan(spec.with_floor())
-    watched: list[str] = []
-    results = run_plan(plan, COMMAND, lambda run, steps: watched.append(run.key))
-    told = sorted((result.label, result.seed, result.learning_rate) for result in results)
-    assert told == [("head", 0, 2e-2), ("head", 1, 2e-2), ("lora", 0, 1e-6), ("lora", 0, 2e-2), ("lora", 1, 2e-2)]
-    assert plan.count == len(results) == len(set(watched))
+    told = Told()
+    results = run_plan(plan, COMMAND, told)
+    ran = sorted((result.label, result.seed, result.learning_rate) for result in results)
+    assert ran == [("head", 0, 2e-2), ("head", 1, 2e-2), ("lora", 0, 1e-6), ("lora", 0, 2e-2), ("lora", 1, 2e-2)]
+    assert plan.count == len(results) == len({key for key, _ in told.log})
     page = (spec.output / "report.html").read_text()
     assert "Score by learning rate" in page
     assert run_plan(plan, COMMAND) == results
+
+
+@dataclass
+class Search:
+    """Two methods, each with two rates and two seeds, and what was trained of them."""
+
+    plan: Plan
+    trained: list[tuple[str, int, float]]
+
+
+@pytest.fixture
+def search(write_spec: WriteSpec, tmp_path: Path, comparison: Comparison, monkeypatch: pytest.MonkeyPatch) -> Search:
+    """In place of training: the larger rate is the better one, but for LoRA it fails at seed 0."""
+    spec = write_spec(tmp_path, methods=["lora", "nnm"], seeds=[0, 1], training={"learning_rate": [1e-3, 1e-2]})
+    found = Search(make_plan(read_spec(spec)), [])
+
+    def train_run(plan: Plan, run: Run, *_: object) -> Result:
+        found.trained.append((run.label, run.seed, run.learning_rate))
+        if (run.label, run.seed, run.learning_rate) == ("lora", 0, 1e-2):
+            raise RuntimeError("it diverged")
+        about = {"label": run.label, "method": run.entry.name, "seed": run.seed}
+        rate = {"learning_rate": run.learning_rate, "validation_score": run.learning_rate}
+        return comparison.result("lora").model_copy(update=about | rate)
+
+    monkeypatch.setattr(here, "train_run", train_run)
+    return found
+
+
+def test_a_search_goes_on_without_a_rate_that_failed_and_says_so(search: Search) -> None:
+    with pytest.raises(FailedRunsError) as raised:
+        run_plan(search.plan, COMMAND)
+    first_seed = [("lora", 0, 1e-3), ("lora", 0, 1e-2), ("nnm", 0, 1e-3), ("nnm", 0, 1e-2)]
+    assert search.trained == [*first_seed, ("lora", 1, 1e-3), ("nnm", 1, 1e-2)]
+    assert raised.value.notes == [
+        "failed: lora, seed 0, learning rate 0.01: RuntimeError: it diverged",
+        "lora: its learning rate is the best of those that ran; 1 failed",
+    ]
+    assert len(raised.value.results) == 5
+
+
+def test_a_search_in_which_every_rate_failed_ends_there(
+    search: Search, monkeypatch: pytest.MonkeyPatch, comparison: Comparison
+) -> None:
+    def train_run(plan: Plan, run: Run, *_: object) -> Result:
+        raise RuntimeError("nothing works")
+
+    monkeypatch.setattr(here, "train_run", train_run)
+    with pytest.raises(FailedRunsError, match=r"^4 runs failed") as raised:
+        run_plan(search.plan, COMMAND)
+    assert raised.value.notes[4:] == [
+        f"{method}: its other seeds have not run, since every rate of its search failed" for method in ("lora", "nnm")
+    ]
+
+
+def test_other_seeds_start_as_soon_as_their_own_search_has_ended(search: Search, comparison: Comparison) -> None:
+    log: list[tuple[str, str, int, float]] = []
+
+    class InTurns(Engine):
+        """Ends runs in their order, and gives each its rate as its score."""
+
+        runs: list[Run]
+
+        def start(self, plan: Plan, command: str, watch: Watch) -> None:
+            self.runs = []
+
+        def submit(self, run: Run) -> None:
+            log.append(("submitted", run.label, run.seed, run.learning_rate))
+            self.runs.append(run)
+
+        def next_ended(self) -> Ended:
+            run = self.runs.pop(0)
+            log.append(("ended", run.label, run.seed, run.learning_rate))
+            about = {"label": run.label, "seed": run.seed, "learning_rate": run.learning_rate}
+            about |= {"validation_score": run.learning_rate}
+            result = comparison.result("lora").model_copy(update=about)
+            return Ended(run, result)
+
+        def stop(self) -> None:
+            self.runs = []
+
+    assert len(run_plan(search.plan, COMMAND, engine=InTurns())) == 6
+    assert log[4:] == [
+        ("ended", "lora", 0, 1e-3),
+        ("ended", "lora", 0, 1e-2),
+        ("submitted", "lora", 1, 1e-2),
+        ("ended", "nnm", 0, 1e-3),
+        ("ended", "nnm", 0, 1e-2),
+        ("submitted", "nnm", 1, 1e-2),
+        ("ended", "lora", 1, 1e-2),
+        ("ended", "nnm", 1, 1e-2),
+    ]

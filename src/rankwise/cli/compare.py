@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from rankwise.cli.output import Watching
-
 if TYPE_CHECKING:
+    from rankwise.compare.engines import Engine
     from rankwise.compare.spec import Spec
     from rankwise.compare.summary import Row
 
@@ -18,23 +17,45 @@ if TYPE_CHECKING:
 def compare(
     spec: Path = typer.Argument(..., help="The SPEC, a TOML file."),
     out: Path | None = typer.Option(None, "--out", help="Write here instead of the SPEC's `output`."),
+    workers: int | None = typer.Option(None, "--workers", help="Run so many at a time on this machine, by Ray."),
+    on: str | None = typer.Option(
+        None, "--on", help="`ray`: as many at a time as this machine has room for; `ray=HOST:PORT`: on that cluster."
+    ),
+    cpus_per_run: int | None = typer.Option(
+        None, "--cpus-per-run", help="Cores (threads) of each run; left out, an equal share of them, or 1 on a cluster."
+    ),
+    gpus_per_run: float | None = typer.Option(
+        None, "--gpus-per-run", help="Share of a GPU for each run; left out, a whole one where there are GPUs."
+    ),
 ) -> None:
     """Train several methods and seeds under equal budgets; write a table and a page of plots.
 
     The head alone on the frozen model is trained too, for every seed: a method that is not above it has added nothing.
-    Finished runs are kept: the same command goes on after a crash, and may run on several machines over one folder.
+    Finished runs are kept, and one that fails does not stop the others: the same command goes on after a crash, and
+    tries failed runs again.
 
-    Example: `rankwise compare spec.toml`
+    Example: `rankwise compare spec.toml --workers 2`
     """
+    from rankwise.compare.engines import engine_for
     from rankwise.compare.spec import read_spec
 
     read = read_spec(spec)
     read = read if out is None else read.with_output(out)
-    run_and_show(read.with_floor(), f"rankwise compare {spec}", Watching)
+    engine = engine_for(workers, on, cpus_per_run, gpus_per_run)
+    options = {
+        "--workers": workers,
+        "--on": on,
+        "--cpus-per-run": cpus_per_run,
+        "--gpus-per-run": gpus_per_run,
+    }
+    given = [f" {name} {value}" for name, value in options.items() if value is not None]
+    run_and_show(read.with_floor(), f"rankwise compare {spec}{''.join(given)}", engine)
 
 
-def run_and_show(spec: Spec, command: str, watching: type[Watching]) -> None:
-    """Plan, run with progress, print the table and where everything is."""
+def run_and_show(spec: Spec, command: str, engine: Engine | None = None) -> None:
+    """Plan, run with progress, print the table and where everything is; exit code 1 where a run failed."""
+    from rankwise.cli.progress import Watching
+    from rankwise.compare.failures import FailedRunsError
     from rankwise.compare.plan import make_plan
     from rankwise.compare.runner import run_plan
     from rankwise.compare.summary import summarise
@@ -45,18 +66,24 @@ def run_and_show(spec: Spec, command: str, watching: type[Watching]) -> None:
     if not is_first():
         run_plan(plan, command)
         return
-    with watching(plan.count, plan.steps) as watch:
-        results = run_plan(plan, command, watch)
+    failed = None
+    with Watching(plan) as watch:
+        try:
+            results = run_plan(plan, command, watch, engine)
+        except FailedRunsError as error:
+            failed = error
+            results = error.results
     if results:
-        print_table(summarise(results, spec.reference), results[0].metric)
-    if len(results) < plan.count:
-        typer.echo(f"under way elsewhere: {plan.count - len(results)}; the same command shows them once finished")
-    if results:
+        more_notes = failed.notes if failed else ()
+        print_table(summarise(results, spec.reference), results[0].metric, more_notes)
         typer.echo(f"page     {spec.output / 'report.html'}")
         typer.echo(f"adapters {spec.output / 'exports'} (plain LoRA), {spec.output / 'adapters'} (to train on)")
+    if failed:
+        typer.echo(f"rankwise: {failed}", err=True)
+        raise typer.Exit(1)
 
 
-def print_table(rows: Sequence[Row], metric: str) -> None:
+def print_table(rows: Sequence[Row], metric: str, more_notes: Sequence[str] = ()) -> None:
     """The table, and what has to be said about it."""
     from rich.console import Console
 
@@ -64,7 +91,7 @@ def print_table(rows: Sequence[Row], metric: str) -> None:
     from rankwise.compare.report import table
 
     Console().print(table(rows, metric))
-    for note in notes(rows):
+    for note in [*notes(rows), *more_notes]:
         typer.echo(f"- {note}")
 
 

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import typer
 
-from rankwise.cli.output import Watching
-
 
 def demo(
     out: Path = typer.Option(Path("runs/demo"), "--out", help="Folder for results, adapters and the page."),
@@ -25,4 +23,4 @@ def demo(
     from rankwise.compare.demo import demo_spec
 
     command = "rankwise demo --all" if every else "rankwise demo"
-    run_and_show(demo_spec(out, every=every).with_floor(), command, Watching)
+    run_and_show(demo_spec(out, every=every).with_floor(), command)

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
-from rankwise.cli.output import Watching
-
 if TYPE_CHECKING:
     from rankwise.compare.spec import Spec
 
@@ -38,13 +36,14 @@ def train(
     read = read if out is None else read.with_output(out)
     if processes > 1:
         _launch(spec, out, processes, read)
-    run_and_show(read, f"rankwise train {spec}", Watching)
+    run_and_show(read, f"rankwise train {spec}")
 
 
 def _launch(spec: Path, out: Path | None, processes: int, read: Spec) -> NoReturn:
     import torch
 
     from rankwise.cli.compare import quiet_libraries
+    from rankwise.compare.lock import locked
     from rankwise.compare.plan import make_plan
     from rankwise.compare.together import launch
     from rankwise.errors import ArgumentError
@@ -56,5 +55,8 @@ def _launch(spec: Path, out: Path | None, processes: int, read: Spec) -> NoRetur
     if 0 < gpus < processes:
         raise ArgumentError("processes", f"be at most the number of GPUs, {gpus}", processes)
     quiet_libraries()
-    make_plan(read)  # what is wrong is said once, before processes start
+    # What is wrong is said once, before processes start.
+    make_plan(read)
+    with locked(read.output):
+        pass
     raise typer.Exit(launch(processes, ["train", str(spec), *([] if out is None else ["--out", str(out)])]))

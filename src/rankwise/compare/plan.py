@@ -89,21 +89,20 @@ class Plan:
         """The data of the runs with one seed, whose training examples may be a draw of that seed."""
         return draw(self.splits, self.spec.task, self.spec.data.samples, seed)
 
-    def chosen_runs(self, results: Sequence[Result]) -> tuple[Run, ...]:
-        """The other seeds of the methods whose rate was searched, at the best rate of each.
+    def search_of(self, choice: Choice) -> list[Run]:
+        """The runs that find the best learning rate of a method: those of the first seed."""
+        return choice.runs_with(self.spec.seeds[0])
+
+    def chosen_runs(self, choice: Choice, results: Sequence[Result]) -> tuple[Run, ...]:
+        """The other seeds of a method whose rate was searched, at its best rate.
 
         Args:
-            results: the finished runs of the plan.
+            choice: the method.
+            results: the finished runs of its search, at least one.
         """
-        best = best_rates(results)
-        searched = [choice for choice in self.choices if not choice.settled and choice.label in best]
-        return tuple(
-            run
-            for seed in self.spec.seeds[1:]
-            for choice in searched
-            for run in choice.runs_with(seed)
-            if run.learning_rate == best[choice.label]
-        )
+        best = best_rates(results)[choice.label]
+        others = [run for seed in self.spec.seeds[1:] for run in choice.runs_with(seed)]
+        return tuple(run for run in others if run.learning_rate == best)
 
 
 def make_plan(spec: Spec) -> Plan:

@@ -112,13 +112,13 @@ def table(rows: Sequence[Row], metric: str) -> Table:
     return shown
 
 
-def markdown(rows: Sequence[Row], metric: str) -> str:
-    """The comparison as a Markdown table, for README files."""
+def markdown(rows: Sequence[Row], metric: str, more_notes: Sequence[str] = ()) -> str:
+    """The comparison as a Markdown table, for README files, with its own notes and `more_notes` below."""
     columns = _columns(rows, metric)
     lines = [[column.heading for column in columns], [":---", *["---:"] * (len(columns) - 1)]]
     lines += [[_markdown_cell(column.cell(row)) for column in columns] for row in rows]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    told = "".join(f"- {_escape(note)}\n" for note in notes(rows))
+    told = "".join(f"- {_escape(note)}\n" for note in [*notes(rows), *more_notes])
     return f"{table}\n{told}" if told else table
 
 
@@ -176,7 +176,13 @@ svg * { stroke-linejoin: round; stroke-linecap: butt; }
 """
 
 
-def write_page(results: Sequence[Result], path: str | Path, title: str, reference: str | None = None) -> Path:
+def write_page(
+    results: Sequence[Result],
+    path: str | Path,
+    title: str,
+    reference: str | None = None,
+    more_notes: Sequence[str] = (),
+) -> Path:
     """Write the comparison as one self-contained HTML page, whole or not at all.
 
     Args:
@@ -184,6 +190,7 @@ def write_page(results: Sequence[Result], path: str | Path, title: str, referenc
         path: where to write.
         title: the page's.
         reference: the label that all others are compared with; None for plain LoRA, where it was run.
+        more_notes: told below the table, after what the results themselves have to say.
 
     Returns:
         Where the page is.
@@ -199,12 +206,13 @@ def write_page(results: Sequence[Result], path: str | Path, title: str, referenc
             _section(plot, place) for place, plot in enumerate(draw(results, metric, reference), start=1)
         )
     rows = summarise(results, reference)
+    told = [*notes(rows), *more_notes]
     facts = "\n".join(f"<dt>{_escape(name)}</dt><dd>{_escape(fact)}</dd>" for name, fact in _facts(results, rows))
     page = (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{_escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<h1>{_escape(title)}</h1>\n"
-        f"<dl>\n{facts}\n</dl>\n<h2>Results</h2>\n{_html_table(rows, metric)}\n{_html_notes(rows)}\n{figures}\n"
+        f"<dl>\n{facts}\n</dl>\n<h2>Results</h2>\n{_html_table(rows, metric)}\n{_html_notes(told)}\n{figures}\n"
         f"</body>\n</html>\n"
     )
     write_whole(path, page)
@@ -268,8 +276,8 @@ def _by_value(values_and_labels: Sequence[tuple[str, str]]) -> str:
     return "; ".join(f"{value} ({', '.join(labels[value])})" for value in values)
 
 
-def _html_notes(rows: Sequence[Row]) -> str:
-    items = "\n".join(f"<li>{_escape(note)}</li>" for note in notes(rows))
+def _html_notes(told: Sequence[str]) -> str:
+    items = "\n".join(f"<li>{_escape(note)}</li>" for note in told)
     return f'<ul class="note">\n{items}\n</ul>' if items else ""
 
 

@@ -1,69 +1,143 @@
-"""Running a plan: finished runs are kept and skipped, and several machines may share one output folder."""
+"""Running a plan: what is finished is skipped, what fails is recorded, and every result is written at once."""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import shutil
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 
-from rankwise.compare.plan import Plan, Run
+from rankwise.compare.engines.base import Engine, Watch
+from rankwise.compare.engines.here import Here
+from rankwise.compare.failures import (
+    FailedRunsError,
+    Failure,
+    failure_file,
+    failure_notes,
+    forget_failure,
+    write_failure,
+)
+from rankwise.compare.lock import locked
+from rankwise.compare.plan import Choice, Plan, Run
 from rankwise.compare.report import markdown, write_page
 from rankwise.compare.results import Result, read_results, write_result
 from rankwise.compare.summary import summarise
 from rankwise.compare.together import as_first, is_first
-from rankwise.compare.train import checkpoints_of, train_run
+from rankwise.compare.train import checkpoints_of
+from rankwise.errors import DataError
 from rankwise.files import write_whole
 
-STALE = 600.0
-"""Seconds without a sign of life after which another machine's claim on a run is taken over."""
 
-Watch = Callable[[Run, int], None]
-"""Told of progress: the run, and optimiser steps newly done (those of a run found finished at once)."""
-
-
-def run_plan(plan: Plan, command: str, watch: Watch = lambda run, steps: None) -> list[Result]:
+def run_plan(plan: Plan, command: str = "", watch: Watch | None = None, engine: Engine | None = None) -> list[Result]:
     """Train every run of the plan that is not finished yet, and write the table and the page.
 
-    Each finished run is written at once and whole to output/results; a run that another process works on is left to
-    it. Start the same command again, here or on another machine that shares the folder, to go on.
+    Each finished run is written at once and whole to output/results, and each failed one, with its error, to
+    output/failed. Start the same command again to go on, and to try failed runs again.
+
+    Args:
+        plan: the checked SPEC.
+        command: what the user typed, kept with each result.
+        watch: told of progress.
+        engine: what carries out the runs; by default this process does, one after another.
 
     Returns:
-        The results of this plan that exist by now.
+        The results of this plan.
+
+    Raises:
+        RankwiseError: another process works on the same folder.
+        FailedRunsError: some runs failed; raised once all others have run, and table and page are written.
     """
-    for run in plan.runs:
-        _settle(plan, run, command, watch)
-    # A method whose rate is searched goes on with its other seeds once the rate is known.
-    for run in plan.chosen_runs(finished(plan)):
-        _settle(plan, run, command, watch)
-    results = finished(plan)
-    if results and is_first():
-        output = plan.spec.output
-        reference = plan.spec.reference
-        write_whole(output / "table.md", markdown(summarise(results, reference), results[0].metric))
-        write_page(results, output / "report.html", title=f"rankwise: {output.name}", reference=reference)
+    watch = Watch() if watch is None else watch
+    engine = Here() if engine is None else engine
+    output = plan.spec.output
+    with locked(output) if is_first() else contextlib.nullcontext():
+        running = _Running(plan, engine, watch)
+        try:
+            engine.start(plan, command, watch)
+            running.run_all()
+        finally:
+            engine.stop()
+        failures = list(running.failures.values())
+        notes = failure_notes(plan, failures)
+        results = finished(plan)
+        if results and is_first():
+            reference = plan.spec.reference
+            write_whole(output / "table.md", markdown(summarise(results, reference), results[0].metric, notes))
+            write_page(results, output / "report.html", f"rankwise: {output.name}", reference, notes)
+    if failures:
+        raise FailedRunsError(failures, results, notes, output / "failed")
     return results
 
 
-def _settle(plan: Plan, run: Run, command: str, watch: Watch) -> None:
-    """Train a run, unless it is finished or another process works on it."""
-    output = plan.spec.output
-    file = _file(output, run)
-    if as_first(file.exists()):
-        watch(run, plan.steps)
-        return
-    with _claimed(file.with_suffix(".claim")) if is_first() else contextlib.nullcontext(False) as mine:
-        if not as_first(mine and not file.exists()):
-            watch(run, plan.steps)
-            return
-        result = train_run(plan, run, output, command, lambda steps: watch(run, steps))
+class _Running:
+    """The runs of a plan on their way through an engine."""
+
+    def __init__(self, plan: Plan, engine: Engine, watch: Watch) -> None:
+        self._plan = plan
+        self._engine = engine
+        self._watch = watch
+        self._under_way = 0
+        self.results: dict[str, Result] = {}
+        """Finished runs, by key."""
+        self.failures: dict[str, Failure] = {}
+        """Failed runs, by key."""
+
+    def run_all(self) -> None:
+        """Run what is not finished; the other seeds of a searched method follow as soon as its own search has ended."""
+        searching = [choice for choice in self._plan.choices if not choice.settled]
+        self._submit(self._plan.runs)
+        while True:
+            for choice in [choice for choice in searching if self._has_searched(choice)]:
+                searching.remove(choice)
+                self._submit(self._chosen(choice))
+            if self._under_way == 0:
+                return
+            ended = self._engine.next_ended()
+            self._under_way -= 1
+            if isinstance(ended.outcome, Failure):
+                self._fail(ended.run, ended.outcome)
+            else:
+                self._finish(ended.run, ended.outcome)
+
+    def _submit(self, runs: Iterable[Run]) -> None:
+        """Hand runs to the engine, but for those that are finished already."""
+        for run in runs:
+            file = _file(self._plan.spec.output, run)
+            if as_first(file.exists()):
+                (self.results[run.key],) = read_results(file.parent, [run.key])
+                self._watch.finished(run, self.results[run.key])
+            else:
+                self._engine.submit(run)
+                self._under_way += 1
+
+    def _has_searched(self, choice: Choice) -> bool:
+        return all(run.key in self.results or run.key in self.failures for run in self._plan.search_of(choice))
+
+    def _chosen(self, choice: Choice) -> tuple[Run, ...]:
+        """The other seeds of a method whose search has ended, at the best rate; none where every rate failed."""
+        found = [self.results[run.key] for run in self._plan.search_of(choice) if run.key in self.results]
+        return self._plan.chosen_runs(choice, found) if found else ()
+
+    def _finish(self, run: Run, result: Result) -> None:
+        """Write a result; its checkpoints and an earlier failure are of no use any more."""
+        output = self._plan.spec.output
         if is_first():
-            write_result(result, file)
+            try:
+                write_result(result, _file(output, run))
+            except DataError as error:
+                self._fail(run, Failure.of(run, error))
+                return
             shutil.rmtree(checkpoints_of(output, run), ignore_errors=True)
+            forget_failure(failure_file(output, run))
+        self.results[run.key] = result
+        self._watch.finished(run, result)
+
+    def _fail(self, run: Run, failure: Failure) -> None:
+        """Write a failure down, and go on with the others."""
+        self.failures[run.key] = failure
+        if is_first():
+            write_failure(failure, failure_file(self._plan.spec.output, run))
+        self._watch.failed(run, failure)
 
 
 def finished(plan: Plan) -> list[Result]:
@@ -76,51 +150,3 @@ def finished(plan: Plan) -> list[Result]:
 
 def _file(output: Path, run: Run) -> Path:
     return output / "results" / f"{run.key}.json"
-
-
-@contextlib.contextmanager
-def _claimed(claim: Path) -> Iterator[bool]:
-    """Hold a run for this process; False if a living process holds it."""
-    claim.parent.mkdir(parents=True, exist_ok=True)
-    owner = f"{socket.gethostname()} {os.getpid()}\n"
-    with contextlib.suppress(FileNotFoundError):
-        if _is_dead(claim):
-            claim.unlink()
-    try:
-        with claim.open("x") as mark:
-            mark.write(owner)
-    except FileExistsError:
-        yield False
-        return
-    released = threading.Event()
-    threading.Thread(target=_keep_alive, args=(claim, released), daemon=True).start()
-    try:
-        yield True
-    finally:
-        released.set()
-        with contextlib.suppress(FileNotFoundError):
-            if claim.read_text() == owner:  # not so where it went stale and another process took over
-                claim.unlink()
-
-
-def _keep_alive(claim: Path, released: threading.Event) -> None:
-    """A sign of life every minute, also while a run scores, saves or loads."""
-    while not released.wait(STALE / 10):
-        with contextlib.suppress(OSError):
-            os.utime(claim)
-
-
-def _is_dead(claim: Path) -> bool:
-    """Whether the claim's process is known to be gone: on this machine by its id, elsewhere by its silence."""
-    if time.time() - claim.stat().st_mtime > STALE:
-        return True
-    host, _, process = claim.read_text().strip().rpartition(" ")
-    if host != socket.gethostname() or not process.isdigit():
-        return False
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:
-        return False
-    return False

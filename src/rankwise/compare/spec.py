@@ -261,6 +261,10 @@ class Spec(Section, Generic[AnyTask, AnyData]):
         """The same SPEC, writing to another folder."""
         return self.model_copy(update={"output": output.absolute()})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled by its kind of task: the class of each kind is made on demand, and has no name to import it by."""
+        return _restored, (self.task.type, self.__getstate__())
+
     def to_dict(self) -> dict[str, Any]:
         """The SPEC as JSON values, paths as they were written, so that moving the folder changes no digest."""
         table = self.model_dump(mode="json", exclude={"methods", "method"}, context={"folder": self._folder})
@@ -314,6 +318,14 @@ def spec_class(task_type: str) -> type[Spec]:
     """The SPEC of one kind of task, whose [task] and [data] sections have that task's keys."""
     task = TASKS[task_type]
     return Spec[task, task.data_section]
+
+
+def _restored(task_type: str, state: dict[Any, Any]) -> Spec:
+    """A SPEC from its pickled state."""
+    kind = spec_class(task_type)
+    spec = kind.__new__(kind)
+    spec.__setstate__(state)
+    return spec
 
 
 def schema() -> dict[str, Any]:

@@ -52,7 +52,7 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
         run: which of its runs.
         output: the SPEC's output folder.
         command: what the user typed, kept with the result.
-        on_step: told how many more optimiser steps are done.
+        on_step: told how many optimiser steps are done.
     """
     began = time.perf_counter()
     # The head is made before anything is attached, so that all candidates of one seed start with the same one.
@@ -168,7 +168,7 @@ class _Clock(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_save = False  # a Trainer resumed from its very end would take one step more
         if self._on_step:
-            self._on_step(1)
+            self._on_step(state.global_step)
 
 
 def _validation(
