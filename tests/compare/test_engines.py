@@ -27,7 +27,7 @@ pytest_plugins = ["tiny_comparison"]
 
 WriteSpec = Callable[..., Path]
 COMMAND = "rankwise compare spec.toml"
-OF_THE_OCCASION = ("seconds", "seconds_per_step", "created", "machine", "git")
+OF_THE_OCCASION = ("seconds", "seconds_per_step", "created", "machine")
 """What a result says of its own time and place."""
 
 

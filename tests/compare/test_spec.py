@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -292,3 +293,13 @@ def test_the_schema_knows_the_specs_of_this_project() -> None:
         assert read_spec(file).entries
     wrong = tomllib.loads((root / "examples/clinc150.toml").read_text()) | {"modle": "x"}
     assert not validator.is_valid(wrong)
+
+
+@pytest.mark.parametrize("name", list(TASKS))
+def test_a_spec_travels_to_another_process(name: str, tmp_path: Path) -> None:
+    """It is pickled for the processes that Ray starts, and means there what it means here."""
+    spec = parse_spec(tomllib.loads(starting_spec(name)), tmp_path).with_output(tmp_path / "elsewhere")
+    copied = pickle.loads(pickle.dumps(spec))
+    assert type(copied) is spec_class(name)
+    assert copied == spec
+    assert copied.to_dict() == spec.to_dict()

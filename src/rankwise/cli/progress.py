@@ -67,7 +67,8 @@ class TimeLeft:
 class Watching(Watch):
     """Shows how the runs of a plan get on.
 
-    On a terminal it is a table of methods and seeds above a bar of all steps; elsewhere a line now and then.
+    On a terminal it is a bar of all steps above a table of methods and seeds, whose last rows a low window cuts off;
+    elsewhere a line now and then.
 
     Args:
         plan: the runs.
@@ -90,7 +91,7 @@ class Watching(Watch):
         self._bar = Progress(*columns, TextColumn("{task.fields[left]}"), console=self._console)
         self._task = self._bar.add_task("", total=self._total, left="")
         self._live = Live(
-            get_renderable=lambda: Group(self.table(), self._bar),
+            get_renderable=lambda: Group(self._bar, self.table()),
             console=self._console,
             refresh_per_second=REFRESHES_PER_SECOND,
         )

@@ -28,6 +28,12 @@ RETRIES = 3
 """How often a run is taken up again after its process died."""
 ANSWER_SECONDS = 20.0
 """How long a cluster may take to answer; Ray itself would wait for minutes."""
+SETTINGS = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # nothing is reported about this use of Ray
+    "RAY_task_oom_retries": str(RETRIES),  # Ray would start a run anew without end whose memory it ran out of
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a run without a GPU hides GPUs itself, and Ray need not warn
+}
+"""Settings of a cluster that is started here, where the environment does not say otherwise."""
 POLL_SECONDS = 0.5
 """How often progress is asked for, and told by a run at most."""
 
@@ -105,8 +111,8 @@ class OnRay(Engine):
             raise ArgumentError("--cpus-per-run", f"be at most the machine's cores, {cores}", self._cpus_per_run)
         shared_by = self._workers or cores
         self._threads = self._cpus_per_run or max(1, cores // shared_by)
-        # Nothing is reported about this use of Ray.
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        for name, value in SETTINGS.items():
+            os.environ.setdefault(name, value)
         logical_cpus = cores if self._workers is None else self._workers * self._threads
         ray.init(
             address="local",
