@@ -93,7 +93,7 @@ class OnRay(Engine):
         else:
             self._connect(self._address)
         self._gpus = self._checked_resources()
-        self._versions = library_versions()
+        self._versions = library_versions(quantised=plan.spec.training.quantise is not None)
         board: Any = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(Board)
         self._board: Any = board.remote()
         self._plan = ray.put(plan)
@@ -243,11 +243,11 @@ def _check_machine(output: Path, versions: dict[str, str]) -> None:
         RankwiseError: other versions of libraries, or another file system.
     """
     from rankwise.compare.lock import LOCK
-    from rankwise.compare.provenance import library_versions
+    from rankwise.compare.provenance import QUANTISES, library_versions
 
     if not (output / LOCK).exists():
         raise RankwiseError(f"{output} is not the folder of the command: all machines must share it")
-    here = library_versions()
+    here = library_versions(quantised=QUANTISES in versions)
     for name, version in versions.items():
         if here.get(name) != version:
             raise RankwiseError(f"this machine has {name} {here.get(name)}, and the one of the command {version}")
