@@ -261,7 +261,7 @@ def test_a_missing_spec(tmp_path: Path, refused: Callable[..., str]) -> None:
     [
         (
             {"methods": ["adalor"]},
-            "rankwise: `methods` must be methods of rankwise, full, partial, head, pretrained or a config class",
+            "rankwise: `methods` must be methods of rankwise, shrunk, full, partial, head, pretrained or a config",
         ),
         ({"budget": {"r": 0}}, "rankwise: `budget.r` must be an integer of at least 1; found 0"),
         ({"model": "./no-such-model"}, "rankwise: `model` must be a folder, hub id or embedded model "),
@@ -511,7 +511,7 @@ def planned(labels: list[str], steps: int, seeds: tuple[int, ...] = (0,), rates:
     ]
     spec: Any = SimpleNamespace(seeds=seeds)
     splits: Any = None
-    return Plan(spec, splits, steps, tuple(choices))
+    return Plan(spec, splits, steps, tuple(choices), data_digest="")
 
 
 def result_of(run: Run, score: float) -> Any:
