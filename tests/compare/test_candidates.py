@@ -192,7 +192,10 @@ def test_plain_lora_has_ranks_and_spectra(stock: tuple[Plan, list[Result]]) -> N
             {"name": "pretrained"},
             r"`methods` must be a method that trains the head, since classification",
         ),
-        ({"name": "dora"}, r"`methods` must be methods of rankwise, full, partial, head, pretrained or a config class"),
+        (
+            {"name": "dora"},
+            r"`methods` must be methods of rankwise, shrunk, full, partial, head, pretrained or a config class",
+        ),
     ],
 )
 def test_mistakes_are_told_before_training(

@@ -47,8 +47,9 @@ class Tagging(Task):
 
     data_section: ClassVar[DataSection] = TagData
     opens_as: ClassVar[str] = "TOKEN_CLS"
-    peft_type: ClassVar[str | None] = "TOKEN_CLS"
-    head_modules: ClassVar[tuple[str, ...]] = ("classifier", "score")
+    # PEFT has a name for the task, under which "all-linear" would adapt the head that it also trains in full.
+    peft_type: ClassVar[str | None] = None
+    head_modules: ClassVar[tuple[str, ...]] = ("classifier",)
 
     def read(self, table: Table, data: Data) -> Examples:
         assert isinstance(data, TagData)

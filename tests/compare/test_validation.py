@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from rankwise.compare.engines import Watch
 from rankwise.compare.models import open_for
 from rankwise.compare.plan import Plan, Run, make_plan
 from rankwise.compare.results import Result
@@ -115,14 +116,24 @@ def test_full_fine_tuning_keeps_its_best_too(write_spec: WriteSpec, tmp_path: Pa
 def kill_at(plan: Plan, step: int) -> None:
     """In a process of its own: run the plan, and die at a step of the run."""
     torch.set_num_threads(1)
-    seen: list[int] = []
+    kill_at_step = step
 
-    def watch(run: Run, steps: int) -> None:
-        seen.append(steps)
-        if len(seen) == step:
-            os.kill(os.getpid(), signal.SIGKILL)
+    class Kill(Watch):
+        def at_step(self, run: Run, step: int) -> None:
+            if step == kill_at_step:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-    run_plan(plan, "a test", watch)
+    run_plan(plan, "a test", Kill())
+
+
+class Told(Watch):
+    """The steps that were told of."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def at_step(self, run: Run, step: int) -> None:
+        self.steps.append(step)
 
 
 @pytest.mark.parametrize("step", [4, 9])
@@ -135,9 +146,11 @@ def test_a_killed_run_ends_with_the_same_best_weights(
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
-    told: list[int] = []
-    (found,) = run_plan(plan, "a test", lambda run, steps: told.append(steps))
-    assert told[0] > 1, "it did not start from the beginning"
+    told = Told()
+    (found,) = run_plan(plan, "a test", told)
+    loading, first, *_ = told.steps
+    assert loading == 0
+    assert first > 1, "it did not start from the beginning"
     assert found.validation_curve == expected.validation_curve
     assert (found.scored_step, found.score) == (expected.scored_step, expected.score)
     assert same(adapter(plan), adapter(never_stopped))
