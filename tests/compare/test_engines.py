@@ -201,6 +201,7 @@ def test_an_error_in_one_run_leaves_the_others(write_spec: WriteSpec, tmp_path: 
     assert "in train_run" in written["traceback"]
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_again_and_again_is_a_failure(
     write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
