@@ -81,7 +81,8 @@ class Result(BaseModel):
     extra_metrics: dict[str, float]
     """The task's other metrics on the test split."""
     train_tokens: int | None
-    """Tokens that were trained on, padding left out; None where they were not counted, as for images."""
+    """Tokens that were trained on, padding left out; None where they were not counted: for images, and on
+    accelerators, which counting would stop at every batch."""
     train_loss: Curve
     """Training loss as the Trainer logged it."""
     diverged: bool

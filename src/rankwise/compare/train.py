@@ -221,7 +221,8 @@ def _trainer(
             "weight_decay": training.weight_decay,
             "max_grad_norm": training.clip,
             "logging_steps": max(1, plan.steps // 50),
-            "include_num_input_tokens_seen": "non_padding",
+            # Counting reads a number back at every batch, for which an accelerator would have to be waited for.
+            "include_num_input_tokens_seen": "non_padding" if _device() == "cpu" else "no",
             "logging_nan_inf_filter": False,  # a loss that is not finite must not pass for a good one
             "save_strategy": "steps" if candidate.keeps_checkpoints else "no",
             "save_steps": max(1, plan.steps // CHECKPOINTS),
