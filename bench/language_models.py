@@ -9,7 +9,8 @@
 trains a SPEC twice with `rankwise train`: once from end to end, once killed by SIGKILL at the first whole checkpoint
 and started again. It says whether both end with the same bits, and prints what stock PEFT generates with the export.
 
-FOLDER holds gsm8k, e2e and arc_easy, each with gzip-compressed JSON Lines. A run takes about ten minutes on one core.
+FOLDER holds gsm8k, e2e, arc_easy and clinc150, each with gzip-compressed JSON Lines. A run takes about ten minutes on
+one core.
 """
 
 from __future__ import annotations
@@ -34,11 +35,15 @@ from transformers import AutoTokenizer
 SPECS = Path(__file__).resolve().parent / "specs"
 SPLITS = {
     # E2E comes without its training split: its validation split trains.
-    "gsm8k": {"train": ("train", None), "test": ("test", 60)},
-    "e2e": {"train": ("validation", None), "test": ("test", 60)},
-    "arc_easy": {"train": ("train", None), "test": ("test", 500)},
+    "gsm8k": ("gsm8k", {"train": ("train", None), "test": ("test", 60)}),
+    "e2e": ("e2e", {"train": ("validation", None), "test": ("test", 60)}),
+    "arc_easy": ("arc_easy", {"train": ("train", None), "test": ("test", 500)}),
+    "everything": (
+        "clinc150",
+        {"train": ("train", None), "validation": ("validation", 1000), "test": ("test", 1500)},
+    ),
 }
-"""For each SPEC, its splits: the file that each comes from, and how many rows are drawn."""
+"""For each SPEC, the data and its splits: the file that each comes from, and how many rows are drawn."""
 GENERATED = 3
 """Test prompts that stock PEFT continues."""
 
@@ -50,9 +55,9 @@ def prepare(folder: Path, data: Path) -> None:
     """The model, the data and the SPECs in one folder."""
     folder.mkdir(parents=True, exist_ok=True)
     save_model(folder / "smollm2")
-    for name, splits in SPLITS.items():
-        for split, (source, rows) in splits.items():
-            lines = gzip.decompress((data / name / f"{source}.jsonl.gz").read_bytes()).decode().splitlines()
+    for name, (source, splits) in SPLITS.items():
+        for split, (file, rows) in splits.items():
+            lines = gzip.decompress((data / source / f"{file}.jsonl.gz").read_bytes()).decode().strip("\n").split("\n")
             drawn = lines if rows is None else random.Random(0).sample(lines, rows)
             (folder / f"{name}_{split}.jsonl").write_text("\n".join(drawn) + "\n", encoding="utf-8")
         shutil.copy(SPECS / f"{name}.toml", folder)
@@ -128,7 +133,7 @@ def generated(spec: Path, output: Path) -> list[dict[str, str]]:
     """What the base with the export says to the first test prompts, in a process that has only PEFT."""
     (export,) = (output / "exports").iterdir()
     table = tomllib.loads(spec.read_text(encoding="utf-8"))
-    rows = [json.loads(line) for line in (spec.parent / table["data"]["test"]).read_text().splitlines()[:GENERATED]]
+    rows = [json.loads(line) for line in (spec.parent / table["data"]["test"]).read_text().split("\n")[:GENERATED]]
     template = table["data"]["prompt"]
     prompts = [template.format(**row) if "{" in template else row[template] for row in rows]
     asked = json.dumps({"base": str(spec.parent / "smollm2"), "export": str(export), "prompts": prompts})
@@ -160,7 +165,7 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     first = commands.add_parser("prepare", help="save the model, draw the data, copy the SPECs")
     first.add_argument("folder", type=Path)
-    first.add_argument("--data", type=Path, required=True, help="the folder with gsm8k, e2e and arc_easy")
+    first.add_argument("--data", type=Path, required=True, help="the folder with gsm8k, e2e, arc_easy and clinc150")
     second = commands.add_parser("run", help="train a SPEC whole and killed, and generate")
     second.add_argument("spec", type=Path)
     second.add_argument("--packing", action="store_true", help="fill every sequence with several examples")
