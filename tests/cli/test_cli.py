@@ -9,6 +9,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -434,6 +435,27 @@ def test_a_folder_in_use_is_one_sentence(write_spec: WriteSpec, tmp_path: Path, 
         for command in (["compare"], ["train"], ["train", "--processes", "2"]):
             sentence = refused(*command, str(path))
             assert sentence.startswith(f"rankwise: {tmp_path / 'out'} is in use by another process")
+
+
+@pytest.mark.slow
+def test_two_commands_over_one_folder(write_spec: WriteSpec, tmp_path: Path) -> None:
+    """The second is refused while the first one trains, and takes the folder over when the first one has died."""
+    path = write_spec(tmp_path, methods=["lora"], training={"steps": 300})
+    command = [str(Path(sys.executable).with_name("rankwise")), "train", str(path)]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not list((tmp_path / "out").glob("checkpoints/*/checkpoint-*/trainer_state.json")):
+            assert first.poll() is None, "it ended before it was caught training"
+            time.sleep(0.1)
+        second = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert second.returncode == 2
+        assert second.stderr.splitlines()[-1].startswith(f"rankwise: {tmp_path / 'out'} is in use by another process")
+    finally:
+        first.kill()
+        first.wait()
+    third = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert third.returncode == 0, third.stderr
+    assert len(list((tmp_path / "out" / "results").iterdir())) == 1
 
 
 @pytest.mark.parametrize(
