@@ -6,16 +6,15 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 
 import rankwise  # noqa: F401  PEFT then knows our adapters by their type
 from rankwise.compare.data import load_splits
 from rankwise.compare.models import open_for
+from rankwise.compare.scoring import scoring_arguments
 from rankwise.compare.spec import Spec
 from rankwise.compare.tasks import Splits, Task
-from rankwise.compare.together import on_cpus
 from rankwise.errors import ArgumentError
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -76,17 +75,7 @@ def _with_adapter(base: Any, adapter: Path) -> PeftModel:
 
 def _scorer(spec: Spec, splits: Splits, model: PeftModel, processor: Any, folder: str) -> Any:
     """The task's trainer, which is only asked to score."""
-    arguments = spec.task.arguments(
-        {
-            "output_dir": folder,
-            "bf16": spec.training.precision == "bfloat16",
-            "use_cpu": bool(on_cpus()) or not torch.accelerator.is_available(),
-            "per_device_eval_batch_size": 2 * spec.training.batch_size // spec.training.accumulation,
-            "report_to": "none",
-            "disable_tqdm": True,
-            "dataloader_pin_memory": torch.cuda.is_available(),
-        }
-    )
+    arguments = spec.task.arguments({"output_dir": folder, **scoring_arguments(spec.training)})
     return spec.task.trainer_class(
         model=model,  # type: ignore[arg-type]
         args=arguments,

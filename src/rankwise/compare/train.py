@@ -27,6 +27,7 @@ from rankwise.compare.models import open_for
 from rankwise.compare.plan import Plan, Run
 from rankwise.compare.provenance import git_state, library_versions, machine
 from rankwise.compare.results import Parameters, Result
+from rankwise.compare.scoring import scoring_arguments
 from rankwise.compare.tasks import Splits
 from rankwise.compare.together import as_first, is_first, on_cpus, processes
 from rankwise.compare.tracking import Tracking
@@ -206,15 +207,13 @@ def _trainer(
     task, training = plan.spec.task, plan.spec.training
     arguments = task.arguments(
         {
+            **scoring_arguments(training),
             "output_dir": str(checkpoints_of(output, run)),
             "max_steps": plan.steps,
             "per_device_train_batch_size": training.batch_size // processes() // training.accumulation,
             "gradient_accumulation_steps": training.accumulation,
             "gradient_checkpointing": training.gradient_checkpointing,
-            "bf16": training.precision == "bfloat16",
             "average_tokens_across_devices": False,  # it multiplies a mean by the number of processes
-            "use_cpu": bool(on_cpus()) or not torch.accelerator.is_available(),
-            "per_device_eval_batch_size": 2 * training.batch_size // training.accumulation,
             "learning_rate": run.learning_rate,
             "warmup_steps": round(training.warmup * plan.steps),
             "lr_scheduler_type": SCHEDULERS[training.scheduler],
@@ -227,10 +226,7 @@ def _trainer(
             "save_strategy": "steps" if candidate.keeps_checkpoints else "no",
             "save_steps": max(1, plan.steps // CHECKPOINTS),
             "save_total_limit": 2,
-            "report_to": "none",
-            "disable_tqdm": True,
             "seed": run.seed,
-            "dataloader_pin_memory": torch.cuda.is_available(),
         }
     )
     optimizer = _optimizer(plan, run, candidate, model, arguments) if candidate.trains else None
