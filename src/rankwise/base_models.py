@@ -49,7 +49,7 @@ def locate(name: str | Path, *, argument: str = "base") -> str:
     package, folder, extra = EMBEDDED[str(name)]
     found = importlib.util.find_spec(package)
     if found is None or found.origin is None:
-        raise ArgumentError(argument, f'be installed (pip install "rankwise[{extra}]")', str(name))
+        raise ArgumentError(argument, f"be installed: rankwise's extra {extra!r} brings it", str(name))
     return str(Path(found.origin).parent / folder)
 
 

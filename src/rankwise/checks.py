@@ -50,7 +50,7 @@ def require_room(argument: str, out: Path, *, overwrite: bool, reads: Iterable[s
         if out.resolve() in (at, *at.parents):
             raise ArgumentError(argument, f"be another folder than {str(read)!r}, and not one around it", str(out))
     if (out.exists() or out.is_symlink()) and not overwrite:
-        raise ArgumentError(argument, "not exist yet, or be replaced with overwrite", str(out))
+        raise ArgumentError(argument, "not exist yet, unless it may be replaced (--force, or overwrite=True)", str(out))
     if out.is_symlink() or (out.exists() and not out.is_dir()):
         raise ArgumentError(argument, "be a folder", str(out))
 

@@ -23,6 +23,12 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("LoraConfig", {"lora_dropout": 1.0}, r"`lora_dropout` must be a number in [0, 1); found 1.0"),
     ("LoraConfig", {"bias": "some"}, '`bias` must be "none", "all" or "lora_only"; found \'some\''),
     ("LoraConfig", {"rank_pattern": {"q": 0}}, "must be a whole number ≥ 1 (leave modules out with exclude_modules)"),
+    (
+        "LoraConfig",
+        {"use_dora": True},
+        "`use_dora` must be left out of LoraConfig: it belongs to PEFT's LoraConfig alone",
+    ),
+    ("SoraConfig", {"lora_bias": False}, "`lora_bias` must be left out of SoraConfig"),
     ("LoraConfig", {"init_lora_weights": "pissa"}, "`init_lora_weights` must be True or False"),
     (
         "LoraConfig",

@@ -356,7 +356,7 @@ def test_train(write_spec: WriteSpec, tmp_path: Path) -> None:
     page = tmp_path / "elsewhere" / "report.html"
     assert page.is_file()
     assert f"page     {page}\n" in done.output
-    assert f"adapters {tmp_path / 'elsewhere' / 'exports'} (plain LoRA)" in done.output
+    assert f"adapters {tmp_path / 'elsewhere' / 'exports'} (to serve, a plain LoRA each)" in done.output
     (adapter,) = (tmp_path / "elsewhere" / "adapters").iterdir()
     assert json.loads((adapter / "adapter_config.json").read_text())["peft_type"] == "RANKWISE_SORA"
     (export,) = (tmp_path / "elsewhere" / "exports").iterdir()
@@ -439,22 +439,26 @@ def test_a_folder_in_use_is_one_sentence(write_spec: WriteSpec, tmp_path: Path, 
 
 @pytest.mark.slow
 def test_two_commands_over_one_folder(write_spec: WriteSpec, tmp_path: Path) -> None:
-    """The second is refused while the first one trains, and takes the folder over when the first one has died."""
-    path = write_spec(tmp_path, methods=["lora"], training={"steps": 300})
-    command = [str(Path(sys.executable).with_name("rankwise")), "train", str(path)]
-    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    """The second is refused while the first one trains, and has the folder when the first one has died."""
+    commands = []
+    for name, steps in (("endless", 1_000_000), ("short", 2)):
+        spec = write_spec(tmp_path / name, methods=["lora"], training={"steps": steps})
+        program = str(Path(sys.executable).with_name("rankwise"))
+        commands.append([program, "train", str(spec), "--out", str(tmp_path / "out")])
+    endless, short = commands
+    first = subprocess.Popen(endless, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        while not list((tmp_path / "out").glob("checkpoints/*/checkpoint-*/trainer_state.json")):
-            assert first.poll() is None, "it ended before it was caught training"
+        while not (tmp_path / "out" / LOCK).exists():
+            assert first.poll() is None, "it ended before it had the folder"
             time.sleep(0.1)
-        second = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert second.returncode == 2
-        assert second.stderr.splitlines()[-1].startswith(f"rankwise: {tmp_path / 'out'} is in use by another process")
+        refused = subprocess.run(short, capture_output=True, text=True, check=False)
+        assert refused.returncode == 2
+        assert refused.stderr.splitlines()[-1].startswith(f"rankwise: {tmp_path / 'out'} is in use by another process")
     finally:
         first.kill()
         first.wait()
-    third = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert third.returncode == 0, third.stderr
+    done = subprocess.run(short, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "out" / "results").iterdir())) == 1
 
 

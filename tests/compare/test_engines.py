@@ -61,8 +61,8 @@ def test_options_that_cannot_be(options: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"workers": 2}, r'^`--workers` must come with Ray installed \(pip install "rankwise\[ray\]"\); found 2$'),
-        ({"on": "ray"}, r'^`--on` must come with Ray installed \(pip install "rankwise\[ray\]"\); found \'ray\'$'),
+        ({"workers": 2}, r"^`--workers` must come with Ray installed: rankwise's extra 'ray' brings it; found 2$"),
+        ({"on": "ray"}, r"^`--on` must come with Ray installed: rankwise's extra 'ray' brings it; found 'ray'$"),
     ],
 )
 def test_without_ray(options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch) -> None:

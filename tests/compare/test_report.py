@@ -104,6 +104,8 @@ def test_markdown_has_a_row_per_method_and_no_spread_for_one_seed():
         "| lora | 0.812 | 147,456 | 120,000 | 131,072 | 8.0 | 0.200 | 1.00 |\n"
         "| a\\|b &lt;i&gt; | 0.500 | 147,456 | 120,000 | 131,072 | 8.0 | 0.200 | 1.00 |\n"
         "\n"
+        "- learning rates not searched on this data, at others the order may differ: "
+        "lora 0.001, a|b &lt;i&gt; 0.001\n"
         "- one seed: a first impression, not a ranking\n"
     )
 
@@ -153,7 +155,7 @@ def test_the_page_is_whole_and_has_all_that_was_run(tmp_path):
     assert "lora: all 15 modules keep rank 8" in text
     for fact in ("tiny-encoder", "rankwise compare spec.toml", "torch 2.13.0", "x86_64, 2 cores", "0, 1, 2", "57,750"):
         assert fact in text
-    assert "sora against lora on 3 common seeds: median difference +0.000 (95 % interval +0.000 to +0.000)" in text
+    assert "sora against lora on 3 common seeds: median difference +0.000 (from +0.000 to +0.000)" in text
     assert "3 seeds: fewer than 5 show differences, and prove none" in text
     figures = [attributes for tag, attributes in elements(text) if tag == "svg"]
     assert len(figures) == 7
@@ -264,6 +266,7 @@ def test_rows_that_mean_nothing_are_named():
         "sora is not better than the floor, the head alone on the frozen model: its adapter has added nothing",
         "nnm has not learnt anything at this rate (0.001): its loss did not fall",
         "sora was still improving on the validation split when it ended: more steps may help",
+        "learning rates not searched on this data, at others the order may differ: nnm 0.001, lora 0.001, sora 0.001",
         "one seed: a first impression, not a ranking",
     ]
     text = markdown(rows, "accuracy")
@@ -300,6 +303,7 @@ def test_the_search_of_rates_is_drawn_and_its_edge_told(tmp_path: Path) -> None:
     text = write_page(runs, tmp_path / "report.html", "A comparison").read_text()
     assert "Score by learning rate" in text
     assert "lora was best at 0.01, the edge of its list of learning rates" in text
+    assert "not searched on this data" not in text
     alone = write_page(runs[:1], tmp_path / "alone.html", "A comparison").read_text()
     assert "Score by learning rate" not in alone
 

@@ -291,7 +291,7 @@ def _nothing() -> Any:
 def test_an_existing_folder_is_refused_unless_overwritten(tmp_path: Path) -> None:
     model = adapted()
     rankwise.export_lora(model, tmp_path / "deep" / "out")
-    with pytest.raises(ArgumentError, match="`folder` must not exist yet, or be replaced with overwrite"):
+    with pytest.raises(ArgumentError, match="`folder` must not exist yet, unless it may be replaced"):
         rankwise.export_lora(model, tmp_path / "deep" / "out")
     rankwise.export_lora(model, tmp_path / "deep" / "out", overwrite=True)
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["out"], "nothing is left beside it"

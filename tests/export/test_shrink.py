@@ -247,7 +247,7 @@ def ones(**changed: Tensor) -> dict[str, Tensor]:
         ),
         ({"rank": 2, "out": "lora"}, "`out` must be another folder than"),
         ({"rank": 2, "out": ".", "overwrite": True}, "`out` must be another folder .* not one around it"),
-        ({"rank": 2, "out": "there"}, "`out` must not exist yet, or be replaced with overwrite"),
+        ({"rank": 2, "out": "there"}, "`out` must not exist yet, unless it may be replaced"),
         ({"rank": 2, "second_moments": {}}, "`second_moments` must hold those of every module .*'none of "),
         (
             {"rank": 2, "second_moments": ones(mid=torch.ones(3))},

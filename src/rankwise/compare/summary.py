@@ -78,6 +78,8 @@ class Row:
     seconds_per_step: float
     starting_scale: float | None
     learning_rate: float
+    rate_searched: bool
+    """Whether the learning rate was chosen among several on this data."""
     rate_at_edge: bool
     """Whether the best learning rate of the search was the least or the largest that was tried."""
     steps_skipped: int
@@ -231,6 +233,7 @@ def _row(
         seconds_per_step=seconds,
         starting_scale=runs[0].starting_scale,
         learning_rate=runs[0].learning_rate,
+        rate_searched=len(curve) > 1,
         rate_at_edge=bool(curve) and runs[0].learning_rate in (min(curve), max(curve)),
         steps_skipped=sum(run.steps_skipped for run in runs),
         unlearnt=sum(not run.has_learnt for run in runs),

@@ -157,7 +157,9 @@ def _require_paths(matrix: Path, out: Path, overwrite: bool) -> None:
     if out.resolve() == matrix.resolve():
         raise ArgumentError("out", "be another file than the matrix's", str(out))
     if out.exists() and (not overwrite or not out.is_file()):
-        raise ArgumentError("out", "not exist yet, or be a file to be replaced with overwrite", str(out))
+        raise ArgumentError(
+            "out", "not exist yet, unless it is a file that may be replaced (--force, or overwrite=True)", str(out)
+        )
 
 
 def _matrix(array: np.ndarray, file: Path) -> np.ndarray:

@@ -50,7 +50,7 @@ def engine_for(
         raise ArgumentError("--workers", rule, workers)
     if importlib.util.find_spec(RAY) is None:
         name, value = ("--workers", workers) if on is None else ("--on", on)
-        raise ArgumentError(name, 'come with Ray installed (pip install "rankwise[ray]")', value)
+        raise ArgumentError(name, "come with Ray installed: rankwise's extra 'ray' brings it", value)
 
     from rankwise.compare.engines.on_ray import OnRay
 

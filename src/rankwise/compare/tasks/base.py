@@ -158,7 +158,7 @@ class Task(Section, ABC):
         """
         for key, value, package in self.packages():
             if importlib.util.find_spec(package) is None:
-                raise ArgumentError(key, f'come with {package} installed (pip install "rankwise[llm]")', value)
+                raise ArgumentError(key, f"come with {package} installed: rankwise's extra 'llm' brings it", value)
 
     # --- data ---------------------------------------------------------------------------------------------------------
 
