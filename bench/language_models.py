@@ -153,7 +153,7 @@ answers = []
 for prompt in asked["prompts"]:
     chat = [{"role": "user", "content": prompt}]
     tokens = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    answer = model.generate(**tokens, max_new_tokens=96, do_sample=False)[0, tokens["input_ids"].shape[1]:]
+    answer = model.generate(**tokens, max_new_tokens=64, do_sample=False)[0, tokens["input_ids"].shape[1]:]
     answers.append({"prompt": prompt, "answer": tokenizer.decode(answer, skip_special_tokens=True)})
 assert "rankwise" not in sys.modules
 json.dump(answers, sys.stdout)
