@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -57,15 +58,21 @@ def by_descent(data: Entries, plan: Plan) -> Solution:
     train, held = split(data, plan.share, seed=plan.seed) if plan.hold_out else (data, None)
     width = min(2 * plan.rank, *data.shape)
     chain = compressed_start(train, width, plan.depth, plan.scale, seed=plan.seed)
-    rate = plan.rate * train.shape[0] * train.shape[1] / train.count
-    steps = descent(train, chain, rate=rate, outer_ratio=plan.outer_ratio, center=plan.center)
-    whole = size(train.data)
-    some = enumerate(itertools.islice(steps, 0, None, STEPS))
-    looks = (Look(now, math.sqrt(2 * loss) / whole, STEPS * i) for i, (now, loss) in some)
-    fitted = watched(looks, lambda errors: errors[-1] <= plan.tol, train, held, plan)
+    share = train.count / (train.shape[0] * train.shape[1])
+    steps = descent(train, chain, rate=plan.rate / share, outer_ratio=plan.outer_ratio, center=plan.center)
+
+    fitted = watched(_looks(steps, train), lambda errors: errors[-1] <= plan.tol, train, held, plan)
     P, Q = balanced(*sides(fitted.chain))
-    offset = float(residual(train, P, Q, center=plan.center)[1])
-    return Solution(P, Q, offset, fitted.losses, fitted.done, fitted.settled, fitted.held_error)
+    _, offset = residual(train, P, Q, center=plan.center)
+    return Solution(P, Q, float(offset), fitted.losses, fitted.done, fitted.settled, fitted.held_error)
+
+
+def _looks(steps: Iterator[tuple[list[Tensor], float]], train: Entries) -> Iterator[Look]:
+    """Every STEPS-th step of a descent: its factors, its relative error, its number."""
+    whole = size(train.data)
+    for i, (factors, loss) in enumerate(itertools.islice(steps, 0, None, STEPS)):
+        relative_error = math.sqrt(2 * loss) / whole
+        yield Look(factors, relative_error, STEPS * i)
 
 
 def by_polish(data: Entries, plan: Plan) -> Solution:
@@ -135,10 +142,16 @@ def _product(train: Entries, held: Entries | None, plan: Plan) -> tuple[Fitted, 
     factors = [factor.contiguous().clone().requires_grad_() for factor in chain]
     losses = quasi_newton(factors, lambda: misfit(train, *sides(factors), center=plan.center))
     whole = size(train.data)
-    now = [factor.detach() for factor in factors]  # the same memory
-    looks = (Look(now, math.sqrt(2 * loss) / whole, EACH * i) for i, loss in enumerate(losses, 1))
-    fitted = watched(looks, _told, train, held, plan)
-    return fitted, *balanced(*sides(fitted.chain))
+    in_place = [factor.detach() for factor in factors]  # the same memory: L-BFGS moves them
+
+    def looks() -> Iterator[Look]:
+        for i, loss in enumerate(losses, 1):
+            relative_error = math.sqrt(2 * loss) / whole
+            yield Look(in_place, relative_error, EACH * i)
+
+    fitted = watched(looks(), _told, train, held, plan)
+    P, Q = balanced(*sides(fitted.chain))
+    return fitted, P, Q
 
 
 def _told(errors: list[float]) -> bool:

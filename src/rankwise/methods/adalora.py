@@ -87,13 +87,18 @@ class AdaLora(Phased):
 
     def slots(self, size: Size) -> dict[str, Slot]:
         """P (out, r), Λ (r), Q (r, in), the kept set, what is closed once it is final, and Ī and Ū where used."""
-        shapes = {"P": (size.out, size.r), "Lambda": (size.r,), "Q": (size.r, size.into)}
-        slots = {name: Slot(shape, exact=name == "Lambda") for name, shape in shapes.items()}
+        slots = {
+            "P": Slot((size.out, size.r)),
+            "Lambda": Slot((size.r,), exact=True),
+            "Q": Slot((size.r, size.into)),
+        }
+        averages = {}
         if self.importance == "smoothed":
-            for name, shape in shapes.items():
-                slots[f"{name}_mean"] = Slot(shape, trained=False, exact=True)
-                slots[f"{name}_deviation"] = Slot(shape, trained=False, exact=True)
-        return slots | {"kept": Slot((size.r,), trained=False, dtype=torch.bool)} | closed_slot(size)
+            for name, slot in slots.items():
+                averages[f"{name}_mean"] = Slot(slot.shape, trained=False, exact=True)
+                averages[f"{name}_deviation"] = Slot(slot.shape, trained=False, exact=True)
+        kept = Slot((size.r,), trained=False, dtype=torch.bool)
+        return slots | averages | {"kept": kept} | closed_slot(size)
 
     def start(self, size: Size, weight: Callable[[], Tensor], *, zero: bool = True) -> dict[str, Tensor]:
         """P, Q ~ N(0, 0.02²), Λ = 0."""
@@ -122,14 +127,21 @@ class AdaLora(Phased):
 
     def before_step(self, stacks: Sequence[Stack], step: Step) -> Updates:
         """Smooth the sensitivities and, when an allocation is due, choose the kept set."""
-        budget = self.budget([size for layers in stacks for size in layers.sizes], step.total)
-        if step.finalized or (step.number > budget.final and not budget.due(step.last, step.number)):
+        sizes = [size for layers in stacks for size in layers.sizes]
+        budget = self.budget(sizes, step.total)
+        is_due = budget.due(step.last, step.number)
+        # Sensitivities are of use up to the last allocation only.
+        if step.finalized or (step.number > budget.final and not is_due):
             return []
+
         measured = [self._measure(layers) for layers in stacks]
-        if budget.due(step.last, step.number):
-            keep = keep_top([self._scores(m) for m in measured], budget.at(step.number))
-            measured = [m | {"kept": mask} for m, mask in zip(measured, keep, strict=True)]
-        return [{name: t for name, t in m.items() if name != "importance"} for m in measured]
+        if is_due:
+            scores = [self._scores(found) for found in measured]
+            keep = keep_top(scores, budget.at(step.number))
+            measured = [found | {"kept": mask} for found, mask in zip(measured, keep, strict=True)]
+        for found in measured:
+            found.pop("importance", None)  # what the scores are made of, which nothing stores
+        return measured
 
     def after_step(self, stacks: Sequence[Stack], step: Step) -> Updates:
         """Λ = 0 outside the kept set (eq. 6): at allocations, and at every step once the kept set is final."""
