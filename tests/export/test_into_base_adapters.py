@@ -338,6 +338,39 @@ def test_a_vocabulary_that_has_grown(make: Callable[[], Any], trained: str, tmp_
     assert not lacking
 
 
+TIED_AND_GROWN: dict[str, tuple[str, list[str]]] = {
+    "llama": ("llama", ["embed_tokens", "q_proj"]),
+    "llama, both adapted": ("llama", ["embed_tokens", "lm_head"]),
+    "gpt2": ("gpt2", ["wte", "c_attn"]),
+    "gemma3": ("gemma3", ["embed_tokens"]),
+    "whisper": ("whisper", ["embed_tokens", "q_proj"]),
+    "t5": ("t5", ["shared", "q"]),
+}
+
+
+@pytest.mark.parametrize("case", TIED_AND_GROWN)
+def test_an_adapted_embedding_of_a_vocabulary_that_has_grown(case: str, tmp_path: Path) -> None:
+    """The output layer has the new rows too, which only the adapter's file holds."""
+    name, targets = TIED_AND_GROWN[case]
+    make = tied if name == "llama" else MODELS[name].make
+    base, cls = saved_base(tmp_path / "base", make), type(make())
+
+    def grown() -> Any:
+        model = opened(base, cls)[0]
+        torch.manual_seed(3)
+        model.resize_token_embeddings(70)
+        return model
+
+    saved_adapter(tmp_path / "lora", grown(), target_modules=targets)
+    inputs = MODELS[name].inputs
+    wanted = answers(PeftModel.from_pretrained(grown(), str(tmp_path / "lora")), inputs)
+    merged, lacking = opened(merge_into_base([tmp_path / "lora"], base, tmp_path / "out"), cls)
+    found = answers(merged, inputs)
+    assert found.shape[-1] == 70
+    assert off(found, wanted) <= 1e-5
+    assert not lacking
+
+
 # --- several adapters -------------------------------------------------------------------------------------------------
 
 

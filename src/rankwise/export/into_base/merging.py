@@ -72,7 +72,7 @@ class Merging:
         total: dict[str, Tensor] = {}
         share: dict[str, float] = defaultdict(float)
         for adapter, weight in zip(self._adapted, self._weights, strict=True):
-            before |= {name: widened(adapter.frozen[name]) for name in group if name in adapter.frozen}
+            before |= self._frozen(adapter, group)
             after = {name: adapter.given[name] for name in group if name in adapter.given}
             for module in dict.fromkeys(adapter.module_of[name] for name in group if name in adapter.module_of):
                 after |= adapter.merged(module, before)
@@ -84,6 +84,16 @@ class Merging:
             rest = 1 - share[name]
             before[name] = tensor if abs(rest) <= TOLERANCE else tensor + rest * before[name]
         return before
+
+    def _frozen(self, adapter: Adapted, group: Collection[str]) -> dict[str, Tensor]:
+        """The base model's weights that an adapter holds itself, for their own names and for those tied to them."""
+        # PEFT merges into these very tensors, and tied weights stay as they are.
+        held = {name: widened(adapter.frozen[name]).clone() for name in group if name in adapter.frozen}
+        tied: dict[str, Tensor] = {}
+        for tie in self.ties:
+            # Where the vocabulary has grown, only such a weight has the new rows, and the files' is too short.
+            tied |= {other: held[name] for name in tie if name in held for other in tie if other in group}
+        return tied | held
 
     def _before(self, group: Collection[str]) -> dict[str, Tensor]:
         """The weights of a group in the base model, as far as its files hold them."""
