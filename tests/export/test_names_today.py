@@ -18,15 +18,29 @@ from torch import Tensor
 
 import rankwise
 from rankwise.errors import AdapterFileError
+from rankwise.export.check import check_export
+from rankwise.export.fix import fix_adapter
 from rankwise.export.merge import merge_adapters
 from rankwise.export.reader import read_lora
 from rankwise.export.shrink import shrink_adapter
-from tiny_models import TOKENS, TOKENS_AND_PIXELS, answers, gemma3, llava, mixtral, saved_adapter, saved_base
+from tiny_models import (
+    PATCHES,
+    TOKENS,
+    TOKENS_AND_PIXELS,
+    answers,
+    gemma3,
+    llava,
+    mixtral,
+    qwen2_5_vl,
+    saved_adapter,
+    saved_base,
+)
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 MODELS: dict[str, tuple[Callable[[], Any], Any]] = {"llava": (llava, TOKENS_AND_PIXELS), "gemma3": (gemma3, TOKENS)}
+HEADLESS: dict[str, tuple[Callable[[], Any], Any]] = {**MODELS, "qwen2.5-vl": (qwen2_5_vl, PATCHES)}
 NEW, OLD = "model.language_model.layers", "language_model.model.layers"
 """The names of the language model's layers since transformers 4.52, and before."""
 
@@ -160,3 +174,35 @@ def test_experts_that_became_one_parameter_keep_their_names(tmp_path: Path) -> N
     save_file(load_file(tmp_path / "lora" / TENSORS) | more, tmp_path / "lora" / TENSORS, {"format": "pt"})
     report = shrink_adapter(tmp_path / "lora", tmp_path / "small", rank=1)
     assert report.ranks.keys() == read_lora(tmp_path / "lora").updates.keys()
+
+
+# --- adapters trained on AutoModel ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["FEATURE_EXTRACTION", None])
+@pytest.mark.parametrize("name", HEADLESS)
+def test_names_of_a_model_without_a_head_are_not_read_as_old_ones(name: str, task: str | None, tmp_path: Path) -> None:
+    """`language_model.layers` is LLaVA's without a head today, and was with one before transformers 4.52."""
+    make, inputs = HEADLESS[name]
+    base = saved_base(tmp_path / "base", make)
+
+    def bare() -> Any:
+        return tf.AutoModel.from_pretrained(base)
+
+    for seed in (0, 1):
+        folder = saved_adapter(tmp_path / str(seed), bare(), seed, target_modules=["q_proj", "down_proj"])
+        config = json.loads((folder / CONFIG).read_text())
+        config |= {"task_type": task, "auto_mapping": None, "base_model_name_or_path": str(base)}
+        (folder / CONFIG).write_text(json.dumps(config))
+    first, second = tmp_path / "0", tmp_path / "1"
+
+    def answer(adapter: Path) -> Tensor:
+        return answers(PeftModel.from_pretrained(bare(), str(adapter)), inputs)
+
+    shrink_adapter(first, tmp_path / "small", energy=1.0)
+    fix_adapter(first, tmp_path / "mended", base=base)
+    merge_adapters([first, second], tmp_path / "merged", weights=[1.0, 1e-9])
+    for written in ("small", "mended", "merged"):
+        torch.testing.assert_close(answer(tmp_path / written), answer(first), rtol=1e-4, atol=1e-5)
+    assert float((answer(first) - answers(bare(), inputs)).abs().max()) > 0.1
+    assert check_export(first, "peft", base=base).problems == []
