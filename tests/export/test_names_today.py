@@ -66,7 +66,9 @@ class Case:
 
 
 def opened(base: Path) -> Any:
-    return tf.AutoModelForImageTextToText.from_pretrained(base)
+    is_mixtral = json.loads((base / "config.json").read_text())["model_type"] == "mixtral"
+    cls = tf.AutoModelForCausalLM if is_mixtral else tf.AutoModelForImageTextToText
+    return cls.from_pretrained(base)
 
 
 @pytest.fixture(params=list(MODELS))
@@ -174,6 +176,43 @@ def test_experts_that_became_one_parameter_keep_their_names(tmp_path: Path) -> N
     save_file(load_file(tmp_path / "lora" / TENSORS) | more, tmp_path / "lora" / TENSORS, {"format": "pt"})
     report = shrink_adapter(tmp_path / "lora", tmp_path / "small", rank=1)
     assert report.ranks.keys() == read_lora(tmp_path / "lora").updates.keys()
+
+
+def saved_experts(folder: Path, base: Path) -> Path:
+    """An adapter of Mixtral as transformers 4 named it, each expert's update of another size than the next one's."""
+    model = tf.AutoModelForCausalLM.from_pretrained(base)
+    saved_adapter(folder, model, target_modules=["q_proj"])
+    tensors = load_file(folder / TENSORS)
+    for layer in range(2):
+        for expert in range(4):
+            for name, (out, into) in {"w1": (48, 32), "w3": (48, 32), "w2": (32, 48)}.items():
+                key = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}.lora_"
+                second = 0.1 + expert  # the share of the second direction
+                tensors[f"{key}A.weight"] = torch.randn(2, into) * torch.tensor([[1.0], [second]])
+                tensors[f"{key}B.weight"] = 0.2 * torch.randn(out, 2)
+    save_file(tensors, folder / TENSORS, {"format": "pt"})
+    config = json.loads((folder / CONFIG).read_text())
+    config["target_modules"] = ["q_proj", "w1", "w2", "w3"]
+    (folder / CONFIG).write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["compact", "uniform"])
+@pytest.mark.parametrize("rule", [{"energy": 0.8}, {"budget": 0.3}, {"rank": 1}])
+def test_experts_that_became_one_parameter_can_still_be_joined(
+    rule: dict[str, Any], layout: str, tmp_path: Path
+) -> None:
+    """PEFT joins the updates of all experts into one, for which they must all be there, at the config's rank."""
+    base = saved_base(tmp_path / "base", mixtral)
+    saved_experts(tmp_path / "lora", base)
+    case = Case(base, tmp_path / "lora", tmp_path / "lora", TOKENS)
+    wanted = case.delta(tmp_path / "lora")
+    report = shrink_adapter(tmp_path / "lora", tmp_path / "small", layout=layout, **rule)
+    found = case.delta(tmp_path / "small")
+    assert "rank" in rule or len(set(report.ranks.values())) > 1
+    lost = sum(float((found[name] - wanted[name]).square().sum()) for name in wanted)
+    whole = sum(float(tensor.square().sum()) for tensor in wanted.values())
+    assert (lost / whole) ** 0.5 == pytest.approx(report.relative_error, rel=1e-3)
 
 
 # --- adapters trained on AutoModel ------------------------------------------------------------------------------------
