@@ -203,6 +203,7 @@ def _renamed(tensors: Mapping[str, Tensor], file: Path) -> list[_Renamed]:
         AdapterFileError: two would have one name, or a wrapper is not known.
     """
     check_names(AdapterFiles(file.parent, {}, dict(tensors)), file)
+    own_names = {parsed_key(key).module for key in tensors}
     found: dict[str, _Renamed] = {}
     for key in tensors:
         told = parsed_key(key)
@@ -210,6 +211,9 @@ def _renamed(tensors: Mapping[str, Tensor], file: Path) -> list[_Renamed]:
             each = _Renamed(key, clean_key(key), told.adapter)
         else:
             name, adapter = _without_adapter_name(told.module)
+            if COPIES[1] in told.module and name in own_names:
+                # A second copy, which PEFT writes where biases are trained beside the module.
+                name = told.module.replace(f"{COPIES[1]}{adapter}.", COPIES[1], 1)
             each = _Renamed(key, PEFT_PREFIX + name, adapter)
         first = found.setdefault(each.new, each)
         if first is not each:
