@@ -371,6 +371,24 @@ def test_an_adapted_embedding_of_a_vocabulary_that_has_grown(case: str, tmp_path
     assert not lacking
 
 
+def test_a_vocabulary_that_has_grown_in_a_decoder_alone(tmp_path: Path) -> None:
+    """The encoder's has as many tokens, and stays as it is."""
+    base, cls = saved_base(tmp_path / "base", bert_and_gpt2), tf.EncoderDecoderModel
+
+    def grown() -> Any:
+        model = opened(base, cls)[0]
+        torch.manual_seed(3)
+        model.decoder.resize_token_embeddings(70)
+        return model
+
+    fields: dict[str, Any] = {"target_modules": ["query", "c_attn"], "modules_to_save": ["wte", "lm_head"]}
+    saved_adapter(tmp_path / "lora", grown(), **fields)
+    wanted = answers(PeftModel.from_pretrained(grown(), str(tmp_path / "lora")), TWO_SIDES)
+    out = merge_into_base([tmp_path / "lora"], base, tmp_path / "out")
+    assert off(answers(opened(out, cls)[0], TWO_SIDES), wanted) <= 1e-5
+    assert told(out)["encoder"].get("vocab_size") == told(base)["encoder"].get("vocab_size")
+
+
 # --- several adapters -------------------------------------------------------------------------------------------------
 
 
