@@ -425,10 +425,17 @@ def test_dora_is_merged_alone(tmp_path: Path) -> None:
 # --- dtypes -----------------------------------------------------------------------------------------------------------
 
 
+OF_ANY_DTYPE: dict[str, dict[str, Any]] = {
+    "a head trained in full": {"target_modules": "all-linear", "modules_to_save": ["lm_head"]},
+    "an adapted embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("kind", OF_ANY_DTYPE)
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bfloat16", "float16"])
-def test_an_adapter_of_any_dtype(dtype: str, tmp_path: Path) -> None:
+def test_an_adapter_of_any_dtype(dtype: str, kind: str, tmp_path: Path) -> None:
     base = saved_base(tmp_path / "base", llama)
-    fields: Any = {"target_modules": "all-linear", "modules_to_save": ["lm_head"]}
+    fields = OF_ANY_DTYPE[kind]
     adapter = saved_adapter(tmp_path / "lora", opened(base, tf.LlamaForCausalLM)[0], **fields)
     file = adapter / "adapter_model.safetensors"
     narrow = {key: tensor.to(getattr(torch, dtype)) for key, tensor in load_file(file).items()}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import ArgumentError, RankwiseError
-from rankwise.export.into_base.adapted import Adapted, tied_names
+from rankwise.export.into_base.adapted import Adapted, tied_names, widened
 from rankwise.export.into_base.checkpoint import WEIGHT_DTYPES, Checkpoint
 from rankwise.export.into_base.conversion import Conversion, Unit
 from rankwise.export.layouts import TOLERANCE
@@ -87,8 +87,7 @@ class Merging:
 
     def _frozen(self, adapter: Adapted, group: Collection[str]) -> dict[str, Tensor]:
         """The base model's weights that an adapter holds itself, for their own names and for those tied to them."""
-        # PEFT merges into these very tensors, and tied weights stay as they are.
-        held = {name: widened(adapter.frozen[name]).clone() for name in group if name in adapter.frozen}
+        held = {name: widened(adapter.frozen[name]) for name in group if name in adapter.frozen}
         tied: dict[str, Tensor] = {}
         for tie in self.ties:
             # Where the vocabulary has grown, only such a weight has the new rows, and the files' is too short.
@@ -184,11 +183,6 @@ class Merging:
                         f"trained on is {self._wanted[name]}: save that model, with its resized vocabulary if it has "
                         "one, and pass it as `base`"
                     )
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """A tensor in the dtype that it is worked on in: float32, or float64 where it is."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def connected(groups: Iterable[Collection[str]]) -> list[set[str]]:
