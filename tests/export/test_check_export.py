@@ -173,7 +173,7 @@ def test_a_rank_that_vllm_cannot_be_started_with(base: Path, tmp_path: Path) -> 
 def test_every_rule_has_a_trap() -> None:
     tested = {rule for rule, _, _ in TRAPS.values()} | {"rank limit", "diffusers' names", "diffusers' file"}
     tested |= {"added tokens", "class of the base model", "converted names", "component without a config"}
-    tested |= {"scales told twice", "alphas of attention", "blocks by two numberings"}
+    tested |= {"scales told twice", "alphas of attention", "blocks by two numberings", "vocabulary"}
     assert {rule.name for server in SERVERS.values() for rule in server.rules} == tested
 
 

@@ -21,7 +21,7 @@ import rankwise
 from rankwise.cli.main import app
 from rankwise.errors import ArgumentError, RankwiseError
 from rankwise.export.check import check_export
-from tiny_models import PIXELS, TOKENS, answers, bert, llama, mixtral, saved_adapter, saved_base, vit
+from tiny_models import PIXELS, TOKENS, answers, bert, llama, mixtral, noise, roberta, saved_adapter, saved_base, vit
 
 TENSORS, CONFIG, PICKLE = "adapter_model.safetensors", "adapter_config.json", "adapter_model.bin"
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -242,6 +242,17 @@ def test_every_kind_of_lora_keeps_all_its_tensors(kind: str, tmp_path: Path) -> 
     assert torch.equal(logits(base, tmp_path / "out", cls, inputs), logits(base, whole, cls, inputs))
 
 
+def test_copies_of_trained_biases_are_left_out(tmp_path: Path) -> None:
+    """PEFT writes the biases inside of a head trained in full twice, once with the adapter's name in the key."""
+    base, cls = saved_base(tmp_path / "base", roberta), tf.AutoModelForSequenceClassification
+    fields: dict[str, Any] = {"target_modules": ["query"], "bias": "all", "task_type": "SEQ_CLS"}
+    whole = saved_adapter(tmp_path / "whole", cls.from_pretrained(base), **fields)
+    assert any(IN_FULL in key for key in load_file(whole / TENSORS))
+    report = rankwise.fix_adapter(whole, tmp_path / "out", base=base)
+    assert any("a second copy of a module trained in full" in change for change in report.changes)
+    assert torch.equal(logits(base, tmp_path / "out", cls, TOKENS), logits(base, whole, cls, TOKENS))
+
+
 @pytest.mark.parametrize("adapter", ["default", "sft"])
 def test_a_filtered_state_dict_is_mended(adapter: str, base: Path, tmp_path: Path) -> None:
     """A part of `model.state_dict()`, which somebody saved without PEFT, has the adapter's name in every key."""
@@ -285,7 +296,9 @@ REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any], str]] = {
         "holds one tensor under two names, ",
     ),
     "two names of another tensor": (
-        lambda tensors: tensors | {f"{PREFIX}lm_head{part}.weight": torch.ones(64, 32) for part in ("", IN_FULL)},
+        lambda tensors: (
+            tensors | {f"{PREFIX}lm_head{part}.weight": noise(64, 32) + len(part) for part in ("", IN_FULL)}
+        ),
         {"modules_to_save": ["lm_head"]},
         "holds one tensor under two names, ",
     ),

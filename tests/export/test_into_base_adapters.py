@@ -338,6 +338,57 @@ def test_a_vocabulary_that_has_grown(make: Callable[[], Any], trained: str, tmp_
     assert not lacking
 
 
+TIED_AND_GROWN: dict[str, tuple[str, list[str]]] = {
+    "llama": ("llama", ["embed_tokens", "q_proj"]),
+    "llama, both adapted": ("llama", ["embed_tokens", "lm_head"]),
+    "gpt2": ("gpt2", ["wte", "c_attn"]),
+    "gemma3": ("gemma3", ["embed_tokens"]),
+    "whisper": ("whisper", ["embed_tokens", "q_proj"]),
+    "t5": ("t5", ["shared", "q"]),
+}
+
+
+@pytest.mark.parametrize("case", TIED_AND_GROWN)
+def test_an_adapted_embedding_of_a_vocabulary_that_has_grown(case: str, tmp_path: Path) -> None:
+    """The output layer has the new rows too, which only the adapter's file holds."""
+    name, targets = TIED_AND_GROWN[case]
+    make = tied if name == "llama" else MODELS[name].make
+    base, cls = saved_base(tmp_path / "base", make), type(make())
+
+    def grown() -> Any:
+        model = opened(base, cls)[0]
+        torch.manual_seed(3)
+        model.resize_token_embeddings(70)
+        return model
+
+    saved_adapter(tmp_path / "lora", grown(), target_modules=targets)
+    inputs = MODELS[name].inputs
+    wanted = answers(PeftModel.from_pretrained(grown(), str(tmp_path / "lora")), inputs)
+    merged, lacking = opened(merge_into_base([tmp_path / "lora"], base, tmp_path / "out"), cls)
+    found = answers(merged, inputs)
+    assert found.shape[-1] == 70
+    assert off(found, wanted) <= 1e-5
+    assert not lacking
+
+
+def test_a_vocabulary_that_has_grown_in_a_decoder_alone(tmp_path: Path) -> None:
+    """The encoder's has as many tokens, and stays as it is."""
+    base, cls = saved_base(tmp_path / "base", bert_and_gpt2), tf.EncoderDecoderModel
+
+    def grown() -> Any:
+        model = opened(base, cls)[0]
+        torch.manual_seed(3)
+        model.decoder.resize_token_embeddings(70)
+        return model
+
+    fields: dict[str, Any] = {"target_modules": ["query", "c_attn"], "modules_to_save": ["wte", "lm_head"]}
+    saved_adapter(tmp_path / "lora", grown(), **fields)
+    wanted = answers(PeftModel.from_pretrained(grown(), str(tmp_path / "lora")), TWO_SIDES)
+    out = merge_into_base([tmp_path / "lora"], base, tmp_path / "out")
+    assert off(answers(opened(out, cls)[0], TWO_SIDES), wanted) <= 1e-5
+    assert told(out)["encoder"].get("vocab_size") == told(base)["encoder"].get("vocab_size")
+
+
 # --- several adapters -------------------------------------------------------------------------------------------------
 
 
@@ -374,10 +425,17 @@ def test_dora_is_merged_alone(tmp_path: Path) -> None:
 # --- dtypes -----------------------------------------------------------------------------------------------------------
 
 
+OF_ANY_DTYPE: dict[str, dict[str, Any]] = {
+    "a head trained in full": {"target_modules": "all-linear", "modules_to_save": ["lm_head"]},
+    "an adapted embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("kind", OF_ANY_DTYPE)
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bfloat16", "float16"])
-def test_an_adapter_of_any_dtype(dtype: str, tmp_path: Path) -> None:
+def test_an_adapter_of_any_dtype(dtype: str, kind: str, tmp_path: Path) -> None:
     base = saved_base(tmp_path / "base", llama)
-    fields: Any = {"target_modules": "all-linear", "modules_to_save": ["lm_head"]}
+    fields = OF_ANY_DTYPE[kind]
     adapter = saved_adapter(tmp_path / "lora", opened(base, tf.LlamaForCausalLM)[0], **fields)
     file = adapter / "adapter_model.safetensors"
     narrow = {key: tensor.to(getattr(torch, dtype)) for key, tensor in load_file(file).items()}

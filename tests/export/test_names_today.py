@@ -18,15 +18,29 @@ from torch import Tensor
 
 import rankwise
 from rankwise.errors import AdapterFileError
+from rankwise.export.check import check_export
+from rankwise.export.fix import fix_adapter
 from rankwise.export.merge import merge_adapters
 from rankwise.export.reader import read_lora
 from rankwise.export.shrink import shrink_adapter
-from tiny_models import TOKENS, TOKENS_AND_PIXELS, answers, gemma3, llava, mixtral, saved_adapter, saved_base
+from tiny_models import (
+    PATCHES,
+    TOKENS,
+    TOKENS_AND_PIXELS,
+    answers,
+    gemma3,
+    llava,
+    mixtral,
+    qwen2_5_vl,
+    saved_adapter,
+    saved_base,
+)
 
 TENSORS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
 MODELS: dict[str, tuple[Callable[[], Any], Any]] = {"llava": (llava, TOKENS_AND_PIXELS), "gemma3": (gemma3, TOKENS)}
+HEADLESS: dict[str, tuple[Callable[[], Any], Any]] = {**MODELS, "qwen2.5-vl": (qwen2_5_vl, PATCHES)}
 NEW, OLD = "model.language_model.layers", "language_model.model.layers"
 """The names of the language model's layers since transformers 4.52, and before."""
 
@@ -52,7 +66,9 @@ class Case:
 
 
 def opened(base: Path) -> Any:
-    return tf.AutoModelForImageTextToText.from_pretrained(base)
+    is_mixtral = json.loads((base / "config.json").read_text())["model_type"] == "mixtral"
+    cls = tf.AutoModelForCausalLM if is_mixtral else tf.AutoModelForImageTextToText
+    return cls.from_pretrained(base)
 
 
 @pytest.fixture(params=list(MODELS))
@@ -160,3 +176,72 @@ def test_experts_that_became_one_parameter_keep_their_names(tmp_path: Path) -> N
     save_file(load_file(tmp_path / "lora" / TENSORS) | more, tmp_path / "lora" / TENSORS, {"format": "pt"})
     report = shrink_adapter(tmp_path / "lora", tmp_path / "small", rank=1)
     assert report.ranks.keys() == read_lora(tmp_path / "lora").updates.keys()
+
+
+def saved_experts(folder: Path, base: Path) -> Path:
+    """An adapter of Mixtral as transformers 4 named it, each expert's update of another size than the next one's."""
+    model = tf.AutoModelForCausalLM.from_pretrained(base)
+    saved_adapter(folder, model, target_modules=["q_proj"])
+    tensors = load_file(folder / TENSORS)
+    for layer in range(2):
+        for expert in range(4):
+            for name, (out, into) in {"w1": (48, 32), "w3": (48, 32), "w2": (32, 48)}.items():
+                key = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}.lora_"
+                second = 0.1 + expert  # the share of the second direction
+                tensors[f"{key}A.weight"] = torch.randn(2, into) * torch.tensor([[1.0], [second]])
+                tensors[f"{key}B.weight"] = 0.2 * torch.randn(out, 2)
+    save_file(tensors, folder / TENSORS, {"format": "pt"})
+    config = json.loads((folder / CONFIG).read_text())
+    config["target_modules"] = ["q_proj", "w1", "w2", "w3"]
+    (folder / CONFIG).write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("layout", ["compact", "uniform"])
+@pytest.mark.parametrize("rule", [{"energy": 0.8}, {"budget": 0.3}, {"rank": 1}])
+def test_experts_that_became_one_parameter_can_still_be_joined(
+    rule: dict[str, Any], layout: str, tmp_path: Path
+) -> None:
+    """PEFT joins the updates of all experts into one, for which they must all be there, at the config's rank."""
+    base = saved_base(tmp_path / "base", mixtral)
+    saved_experts(tmp_path / "lora", base)
+    case = Case(base, tmp_path / "lora", tmp_path / "lora", TOKENS)
+    wanted = case.delta(tmp_path / "lora")
+    report = shrink_adapter(tmp_path / "lora", tmp_path / "small", layout=layout, **rule)
+    found = case.delta(tmp_path / "small")
+    assert "rank" in rule or len(set(report.ranks.values())) > 1
+    lost = sum(float((found[name] - wanted[name]).square().sum()) for name in wanted)
+    whole = sum(float(tensor.square().sum()) for tensor in wanted.values())
+    assert (lost / whole) ** 0.5 == pytest.approx(report.relative_error, rel=1e-3)
+
+
+# --- adapters trained on AutoModel ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("task", ["FEATURE_EXTRACTION", None])
+@pytest.mark.parametrize("name", HEADLESS)
+def test_names_of_a_model_without_a_head_are_not_read_as_old_ones(name: str, task: str | None, tmp_path: Path) -> None:
+    """`language_model.layers` is LLaVA's without a head today, and was with one before transformers 4.52."""
+    make, inputs = HEADLESS[name]
+    base = saved_base(tmp_path / "base", make)
+
+    def bare() -> Any:
+        return tf.AutoModel.from_pretrained(base)
+
+    for seed in (0, 1):
+        folder = saved_adapter(tmp_path / str(seed), bare(), seed, target_modules=["q_proj", "down_proj"])
+        config = json.loads((folder / CONFIG).read_text())
+        config |= {"task_type": task, "auto_mapping": None, "base_model_name_or_path": str(base)}
+        (folder / CONFIG).write_text(json.dumps(config))
+    first, second = tmp_path / "0", tmp_path / "1"
+
+    def answer(adapter: Path) -> Tensor:
+        return answers(PeftModel.from_pretrained(bare(), str(adapter)), inputs)
+
+    shrink_adapter(first, tmp_path / "small", energy=1.0)
+    fix_adapter(first, tmp_path / "mended", base=base)
+    merge_adapters([first, second], tmp_path / "merged", weights=[1.0, 1e-9])
+    for written in ("small", "mended", "merged"):
+        torch.testing.assert_close(answer(tmp_path / written), answer(first), rtol=1e-4, atol=1e-5)
+    assert float((answer(first) - answers(bare(), inputs)).abs().max()) > 0.1
+    assert check_export(first, "peft", base=base).problems == []

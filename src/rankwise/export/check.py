@@ -52,7 +52,10 @@ def check_export(folder: str | Path, server: str, *, base: str | Path | nn.Modul
     """
     require_choice("server", server, tuple(SERVERS))
     files = read_files(Path(folder))
-    files.base = known_pipeline(base) if files.is_of_pipeline else known_base(base, files.config, files.folder)
+    if files.is_of_pipeline:
+        files.base = known_pipeline(base)
+    else:
+        files.base = known_base(base, files.config, files.folder, files.tensors)
     asked = SERVERS[server]
     limit = asked.rank_limit(files.largest_rank)
     return CheckReport(server, asked.problems(files), limit, files.base is not None)

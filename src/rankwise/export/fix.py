@@ -44,6 +44,7 @@ from rankwise.export.reader import (
     widened,
 )
 from rankwise.export.servers import SERVERS
+from rankwise.export.servers.peft import VOCABULARY
 from rankwise.export.servers.rules import foreign_keys, is_saved_embedding
 from rankwise.files import whole_folder
 
@@ -126,7 +127,7 @@ def fix_adapter(
     require_room("out", out, overwrite=overwrite, reads=[folder])
     config = _checked_config(folder, dtype)
     file, tensors = _read(folder)
-    known = None if base is None else known_base(base, config, folder)
+    known = None if base is None else known_base(base, config, folder, tensors)
 
     renamed = _renamed(tensors, file)
     mended_config, config_changes = _mended_config(config, renamed)
@@ -135,7 +136,7 @@ def fix_adapter(
         mended_config, renamed, today_changes = _with_names_of(model, mended_config, renamed, folder)
         config_changes += today_changes
         # Whoever gives tensors other modules must know that these take them.
-        known = known_base(None, config, folder) if known is None and today_changes else known
+        known = known_base(None, config, folder, tensors) if known is None and today_changes else known
 
     left_out = _left_out(renamed, tensors, mended_config, file)
     kept = {each.new: tensors[each.old] for each in renamed if each.old not in left_out}
@@ -203,6 +204,7 @@ def _renamed(tensors: Mapping[str, Tensor], file: Path) -> list[_Renamed]:
         AdapterFileError: two would have one name, or a wrapper is not known.
     """
     check_names(AdapterFiles(file.parent, {}, dict(tensors)), file)
+    own_names = {parsed_key(key).module for key in tensors}
     found: dict[str, _Renamed] = {}
     for key in tensors:
         told = parsed_key(key)
@@ -210,6 +212,9 @@ def _renamed(tensors: Mapping[str, Tensor], file: Path) -> list[_Renamed]:
             each = _Renamed(key, clean_key(key), told.adapter)
         else:
             name, adapter = _without_adapter_name(told.module)
+            if COPIES[1] in told.module and name in own_names:
+                # A second copy, which PEFT writes where biases are trained beside the module.
+                name = told.module.replace(f"{COPIES[1]}{adapter}.", COPIES[1], 1)
             each = _Renamed(key, PEFT_PREFIX + name, adapter)
         first = found.setdefault(each.new, each)
         if first is not each:
@@ -404,7 +409,9 @@ def _check_loads(beside: Path, config: dict[str, Any], known: KnownBase | None) 
     """Raise `AdapterFileError` where PEFT would refuse what was written, or leave some of it out."""
     if config["peft_type"] == "LORA":
         files = AdapterFiles(beside, config, read_tensors(beside / TENSORS), base=known)
-        sentences = [problem.sentence for problem in SERVERS["peft"].problems(files)]
+        problems = SERVERS["peft"].problems(files)
+        # Whoever loads the adapter resizes the vocabulary, before and after.
+        sentences = [problem.sentence for problem in problems if problem.rule != VOCABULARY]
     else:
         sentences = [] if known is None else known.left_out_by_peft(beside) or []
     if sentences:

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
-from torch import nn
+from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from rankwise.base_models import skeleton
 from rankwise.errors import AdapterFileError, RankwiseError
 from rankwise.export.base import formats_of, opened_base, told_base, trained_as
+from rankwise.export.fitted import fitted, tokens_of
 from rankwise.export.names_today import modules_today
 
 
@@ -36,7 +38,10 @@ class KnownBase:
     unet_config: Any = None
     """Of a pipeline's model: the UNet's config, which tells diffusers how its blocks were once numbered."""
     models: tuple[nn.Module, ...] = ()
-    """The models, without weights, that somebody may load the adapter onto: the task's, and the same without a head."""
+    """The models, without weights, that somebody may load the adapter onto: the task's, and the same without a head.
+    They have the adapter's labels and vocabulary."""
+    vocabulary: tuple[int, int] | None = None
+    """How many tokens the base model has and how many the adapter, where these differ."""
 
     def name_today(self, name: str) -> str | None:
         """What the base model calls a module that older versions of transformers knew by this name."""
@@ -52,13 +57,19 @@ class KnownBase:
         return min(found, key=len) if found else None
 
 
-def known_base(base: str | Path | nn.Module | None, config: Mapping[str, Any], folder: Path) -> KnownBase | None:
+def known_base(
+    base: str | Path | nn.Module | None,
+    config: Mapping[str, Any],
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+) -> KnownBase | None:
     """What is known of the base model of the adapter in `folder`; None where nobody named one and none opens.
 
     Args:
         base: the base model, or where it is; by default where the adapter's config says.
         config: the adapter's, as its JSON holds it.
         folder: the adapter's.
+        tensors: the adapter's, as they lie in its file.
 
     Raises:
         AdapterFileError: a base model was named, and does not open.
@@ -74,11 +85,28 @@ def known_base(base: str | Path | nn.Module | None, config: Mapping[str, Any], f
     if isinstance(base, nn.Module):
         is_quantised = getattr(model, "is_quantized", False)
         return KnownBase(frozenset(names), shapes, models=() if is_quantised else (model,))
-    # Adapters trained on AutoModel name the modules of the model without its head, unless they say another class.
-    without_head = getattr(model, "base_model", model)
-    is_class_told = trained_as(config) == type(model).__name__
-    models = (model,) if is_class_told or without_head is model else (model, without_head)
-    return KnownBase(frozenset(names), shapes, *class_in_config(base, config, folder), models=models)
+    models = tuple(fitted(each, tensors) for each in _may_be_loaded_onto(model, base, config, folder))
+    tokens = (tokens_of(model), tokens_of(models[0]))
+    vocabulary = (tokens[0], tokens[1]) if tokens[0] and tokens[1] and tokens[0] != tokens[1] else None
+    told = class_in_config(base, config, folder)
+    return KnownBase(frozenset(names), shapes, *told, models=models, vocabulary=vocabulary)
+
+
+def _may_be_loaded_onto(
+    model: nn.Module, base: str | Path | None, config: Mapping[str, Any], folder: Path
+) -> list[nn.Module]:
+    """The task's model, and the same without a head unless the adapter says its class.
+
+    Adapters trained on AutoModel name the modules of that, which may have a pooler that models with a head lack.
+    """
+    if getattr(model, "base_model", model) is model or trained_as(config) == type(model).__name__:
+        return [model]
+    found: Any = model
+    headless = MODEL_MAPPING_NAMES.get(found.config.model_type)
+    if not isinstance(headless, str):
+        return [model, found.base_model]
+    name, revision = told_base(base, config, folder)
+    return [model, skeleton(name, revision=revision, trained_as=headless)]
 
 
 def class_in_config(

@@ -27,6 +27,10 @@ TOLERANCE = 1e-6
 """Largest relative error of the whole update that writing may add to a truncation that was asked for."""
 
 
+EXPERT = re.compile(r"\.experts\.\d+\.")
+"""In names of modules: a layer of one expert of several."""
+
+
 def uniform(
     source: Adapter, updates: Mapping[str, Factors], rank: int | None, beside: Sequence[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Factors]]:
@@ -58,11 +62,17 @@ def _can_be_padded(source: Adapter, name: str) -> bool:
 def compact(
     source: Adapter, updates: Mapping[str, Factors], rank: int | None
 ) -> tuple[dict[str, Any], dict[str, Factors]]:
-    """Each module at its own rank. B is scaled by r_i / lora_alpha, since loaders divide lora_alpha by r_i."""
+    """Each module at its own rank. B is scaled by r_i / lora_alpha, since loaders divide lora_alpha by r_i.
+
+    Experts of a plain LoRA all get the largest rank among them, padded with zeros: transformers has joined the experts
+    of most models since into one parameter, and PEFT joins such updates where all are there, at the config's rank.
+    """
     alive = {name: f for name, f in updates.items() if f.r > 0}
     if not alive:
         raise RankwiseError('every update is zero, which a compact export cannot hold; use layout="uniform"')
-    r = max(f.r for f in alive.values())
+    experts = [name for name in updates if EXPERT.search(name)] if source.is_plain else []
+    r = max([1, *(updates[name].r for name in experts)] if experts else [f.r for f in alive.values()])
+    alive |= {name: _padded(updates[name], source.formats[name].shape, r) for name in experts}
     scaled = {name: Factors(f.B, f.s * (f.r / r), f.A) for name, f in alive.items()}
     ranks = {_alone(name, source.names): f.r for name, f in alive.items() if f.r != r}
     if source.is_plain and alive.keys() == source.updates.keys():

@@ -73,7 +73,7 @@ def with_names_of(model: nn.Module, adapter: Adapter, folder: Path) -> Adapter:
     """
     in_full = {_module_and_rest(key)[0] for key in adapter.others}
     modules = [*adapter.updates, *in_full]
-    today = modules_today(model, modules)
+    today = modules_today(model, modules, adapter.config)
     if not today:
         return adapter
     _check_one_name_each(modules, today, folder)
@@ -106,7 +106,7 @@ def files_today(
     """
     listed = list(keys)
     modules = [_module_and_rest(key)[0] for key in listed]
-    today = modules_today(model, modules)
+    today = modules_today(model, modules, config)
     if not today:
         return dict(config), {}
     _check_one_name_each(modules, today, folder)
@@ -130,15 +130,35 @@ def _module_and_rest(key: str) -> tuple[str, str]:
     return (name[:end], name[end:]) if end > 0 else (name, "")
 
 
-def modules_today(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:
-    """What `model`, or the part of it without a head, calls those of some modules that it has under another name."""
+def modules_today(model: nn.Module, modules: Iterable[str], config: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """What `model`, or the part of it without a head, calls those of some modules that it has under another name.
+
+    Args:
+        model: the base model, with or without its weights.
+        modules: the names that an adapter gives.
+        config: the adapter's, as its JSON holds it.
+    """
     listed = list(modules)
-    found = _modules_of(model, listed)
-    # Adapters trained on AutoModel name the modules of the model without its head.
     without_head = getattr(model, "base_model", model)
-    if not found and without_head is not model:
-        found = _modules_of(without_head, listed)
-    return found
+    if without_head is model or _is_of_headless(without_head, listed, config or {}):
+        return _modules_of(without_head, listed)
+    return _modules_of(model, listed) or _modules_of(without_head, listed)
+
+
+def _is_of_headless(without_head: nn.Module, modules: list[str], config: Mapping[str, Any]) -> bool:
+    """Whether an adapter was trained on AutoModel, and so names the modules of the model without its head.
+
+    A name that a vision-language model without a head has today may also be what one with a head had of old, so that
+    such an adapter must not be read as the latter.
+    """
+    names = _names_in(without_head)
+    known = [name in names for name in modules]
+    says_nothing = not (config.get("task_type") or config.get("auto_mapping"))
+    return any(known) if config.get("task_type") == "FEATURE_EXTRACTION" else says_nothing and all(known)
+
+
+def _names_in(model: nn.Module) -> set[str]:
+    return {name for name, _ in model.named_modules()}
 
 
 def _check_one_name_each(modules: Iterable[str], today: Mapping[str, str], folder: Path) -> None:
@@ -154,7 +174,7 @@ def _modules_of(model: nn.Module, modules: Iterable[str]) -> dict[str, str]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-    here = {name for name, _ in model.named_modules()}
+    here = _names_in(model)
     unknown = [name for name in modules if name not in here]
     if not unknown or not isinstance(model, PreTrainedModel):
         return {}

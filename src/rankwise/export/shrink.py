@@ -81,8 +81,9 @@ def shrink_adapter(
         rank: one rank for all modules, or a module's own where that is lower.
         second_moments: E[x xᵀ] of every module's inputs, (in, in), or its diagonal, (in,), as `second_moments_of` has
             them. σ are then the singular values of ΔW·E[x xᵀ]^½.
-        layout: "compact": each module at its own rank, modules of rank 0 left out. "uniform": one rank for all, unused
-            rows and columns zero; this padding is not counted in `budget`.
+        layout: "compact": each module at its own rank, modules of rank 0 left out, but for single experts, which all
+            get the largest rank among them, as PEFT wants where the base model has them in one parameter. "uniform":
+            one rank for all. Unused rows and columns are zero; this padding is not counted in `budget`.
         base: the base model or where it is, if not where the adapter's config says. Where it is at hand, modules that
             the adapter knows by a name of an older transformers get their name of today.
         dtype: "float32", "bfloat16" or "float16"; by default the adapter's own, and bfloat16 for float8.

@@ -69,12 +69,15 @@ class Adapted:
     def _load(self, config: Any, tensors: Mapping[str, Tensor]) -> None:
         """Put the adapter on the skeleton."""
         kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+        # PEFT adds in the dtype of the base weight that it finds, which for embeddings is in the adapter's file.
+        is_added_to = (".lora_", ".base_layer.")
+        wide = {key: widened(t) if any(part in key for part in is_added_to) else t for key, t in tensors.items()}
         try:
             with warnings.catch_warnings():
                 # About tied weights and layers of other kinds, which are taken care of here.
                 warnings.simplefilter("ignore")
                 model = kind(self._base, config, low_cpu_mem_usage=True)
-                result = set_peft_model_state_dict(model, dict(tensors), low_cpu_mem_usage=True)
+                result = set_peft_model_state_dict(model, wide, low_cpu_mem_usage=True)
         except RankwiseError:
             raise
         except CANNOT_LOAD as error:
@@ -160,7 +163,11 @@ class Adapted:
         state = {}
         for key in base.state_dict():
             own = f"{name}.{key}".replace(".base_layer", "")
-            if own not in self.names[name] or own in self.given or own in self.frozen:
+            if own not in self.names[name]:
+                continue
+            held = self.given.get(own, self.frozen.get(own))
+            if held is not None:
+                state[key] = widened(held).clone()
                 continue
             if own not in values:
                 raise RankwiseError(
@@ -196,6 +203,11 @@ def _outermost(model: nn.Module) -> Iterator[tuple[str, Any]]:
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             last = name
             yield name, module
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """A tensor in the dtype that it is worked on in: float32, or float64 where it is."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def tied_names(model: nn.Module) -> list[list[str]]:

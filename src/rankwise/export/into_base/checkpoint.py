@@ -201,10 +201,12 @@ class Shards:
         """Put a tensor in its place, in the dtype that it shall have there.
 
         Raises:
-            RankwiseError: it would hold NaN or infinity there.
+            RankwiseError: it would hold NaN or infinity there, or its place is for another shape.
         """
         stored = self._placed[key]
         if stored.dtype in DTYPES:
+            if tuple(tensor.shape) != stored.shape:
+                raise RankwiseError(f"{key!r} would be {tuple(tensor.shape)}, and its place is for {stored.shape}")
             tensor = tensor.to(DTYPES[stored.dtype])
         if tensor.is_floating_point() and not _is_finite(tensor):
             raise RankwiseError(f"{key!r} would hold NaN or infinity in {tensor.dtype}")

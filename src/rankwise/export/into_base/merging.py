@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import ArgumentError, RankwiseError
-from rankwise.export.into_base.adapted import Adapted, tied_names
+from rankwise.export.into_base.adapted import Adapted, tied_names, widened
 from rankwise.export.into_base.checkpoint import WEIGHT_DTYPES, Checkpoint
 from rankwise.export.into_base.conversion import Conversion, Unit
 from rankwise.export.layouts import TOLERANCE
@@ -72,7 +72,7 @@ class Merging:
         total: dict[str, Tensor] = {}
         share: dict[str, float] = defaultdict(float)
         for adapter, weight in zip(self._adapted, self._weights, strict=True):
-            before |= {name: widened(adapter.frozen[name]) for name in group if name in adapter.frozen}
+            before |= self._frozen(adapter, group)
             after = {name: adapter.given[name] for name in group if name in adapter.given}
             for module in dict.fromkeys(adapter.module_of[name] for name in group if name in adapter.module_of):
                 after |= adapter.merged(module, before)
@@ -84,6 +84,15 @@ class Merging:
             rest = 1 - share[name]
             before[name] = tensor if abs(rest) <= TOLERANCE else tensor + rest * before[name]
         return before
+
+    def _frozen(self, adapter: Adapted, group: Collection[str]) -> dict[str, Tensor]:
+        """The base model's weights that an adapter holds itself, for their own names and for those tied to them."""
+        held = {name: widened(adapter.frozen[name]) for name in group if name in adapter.frozen}
+        tied: dict[str, Tensor] = {}
+        for tie in self.ties:
+            # Where the vocabulary has grown, only such a weight has the new rows, and the files' is too short.
+            tied |= {other: held[name] for name in tie if name in held for other in tie if other in group}
+        return tied | held
 
     def _before(self, group: Collection[str]) -> dict[str, Tensor]:
         """The weights of a group in the base model, as far as its files hold them."""
@@ -174,11 +183,6 @@ class Merging:
                         f"trained on is {self._wanted[name]}: save that model, with its resized vocabulary if it has "
                         "one, and pass it as `base`"
                     )
-
-
-def widened(tensor: Tensor) -> Tensor:
-    """A tensor in the dtype that it is worked on in: float32, or float64 where it is."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def connected(groups: Iterable[Collection[str]]) -> list[set[str]]:

@@ -31,11 +31,15 @@ def resized(told: Mapping[str, Any], skeleton: nn.Module, tensors: Mapping[str, 
         return changed
     shapes = {name: tuple(t.shape) for name, t in skeleton.state_dict().items()}
     for key, tensor in tensors.items():
-        before, after = shapes.get(own_name(key.removeprefix(PEFT_PREFIX))), tuple(tensor.shape)
+        name = own_name(key.removeprefix(PEFT_PREFIX))
+        before, after = shapes.get(name), tuple(tensor.shape)
         if not before or before == after or before[1:] != after[1:]:
             continue
         parts = _parts(config, _place_of(config, told))
         vocabularies = [path for path, part in parts if getattr(part, "vocab_size", None) == before[0]]
+        # An encoder and a decoder may have vocabularies of one size, of which one has grown.
+        named = [path for path in vocabularies if path and path[-1] == name.partition(".")[0]]
+        vocabularies = named or vocabularies
         for path in vocabularies:
             _entries(changed, path)["vocab_size"] = after[0]
         if not vocabularies and before[0] == config.num_labels:

@@ -27,6 +27,21 @@ SETTLED_BY_LOADING = {
 experts that were fused later, and every kind of layer."""
 
 
+VOCABULARY = "vocabulary"
+"""The rule about base models whose vocabulary must grow first."""
+
+
+@rule(VOCABULARY)
+def another_vocabulary(files: AdapterFiles) -> Iterator[str]:
+    """PEFT loads embeddings of the model's own size alone."""
+    if files.base is not None and files.base.vocabulary is not None:
+        before, after = files.base.vocabulary
+        yield (
+            f"the base model has {before} tokens and the adapter {after}: resize_token_embeddings({after}) must be "
+            "called before it is loaded"
+        )
+
+
 @rule("stray alpha")
 def alpha_unlike_the_configs(files: AdapterFiles) -> Iterator[str]:
     """PEFT takes scales from the config alone."""
@@ -42,7 +57,7 @@ class PEFT(Server):
     name = "peft"
     title = "PEFT"
     start_command = 'PeftModel.from_pretrained(base, "{folder}")'
-    rules = (*rules.OF_PEFT_FOLDERS, alpha_unlike_the_configs)
+    rules = (*rules.OF_PEFT_FOLDERS, another_vocabulary, alpha_unlike_the_configs)
 
     def problems(self, files: AdapterFiles) -> list[Problem]:
         """What breaks a rule; where the base model opens, PEFT's own loading decides on names and shapes."""
