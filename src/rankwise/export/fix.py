@@ -13,11 +13,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from rankwise.adapters.tuner import PREFIX
 from rankwise.checks import require_room
@@ -25,20 +25,20 @@ from rankwise.errors import AdapterFileError, ArgumentError, RankwiseError
 from rankwise.export.adapter import key_not_finite
 from rankwise.export.card import CARD, write_card
 from rankwise.export.dtypes import DTYPES, check_dtype
+from rankwise.export.fixed_names import Renamed, changes_of_names, renamed_tensors, with_names_of
 from rankwise.export.into_base.checkpoint import pickled_tensors
-from rankwise.export.keys import PEFT_PREFIX, clean_key, parsed_key
+from rankwise.export.keys import parsed_key
 from rankwise.export.known_base import KnownBase, known_base
 from rankwise.export.logits import logits_error
 from rankwise.export.lora import LOGITS
 from rankwise.export.lora_config import CONFIG, MORE_THAN_UPDATES, OURS, read_config
-from rankwise.export.names_today import base_at_hand, files_today
+from rankwise.export.names_today import base_at_hand
 from rankwise.export.pipeline_files import pipeline_file
 from rankwise.export.reader import (
     COPIES,
     FOREIGN,
     TENSORS,
     AdapterFiles,
-    check_names,
     needless_copies,
     read_tensors,
     widened,
@@ -53,10 +53,6 @@ COPIED = (".json", ".jinja", ".md", ".model", ".txt")
 """Endings of the files that are copied beside the adapter: tokenizer, card, notes; never a pickle."""
 WRAPPER_CLASSES = ("OptimizedModule", "FullyShardedDataParallel", "DistributedDataParallel", "DataParallel")
 """What PEFT notes as the base model's class where a wrapper stood around it."""
-PARAMETERS = ("lora_magnitude_vector", "trainable_tokens_delta")
-"""Parts of a tensor's path behind which PEFT has the adapter's name, or nothing."""
-CONTAINERS = ("lora_A", "lora_B", f"{PREFIX}tensors")
-"""Parts behind which PEFT has the adapter's name and the tensor's own, or the latter alone."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +66,6 @@ class FixReport:
     """max |logits of the output − logits of the input| / max |logits of the input|, both loaded by PEFT."""
     not_compared: str | None = None
     """Why logits were not compared although a base model was given."""
-
-
-class _Renamed(NamedTuple):
-    """A tensor's name as it was, and as it shall be."""
-
-    old: str
-    new: str
-    adapter: str
-    """The adapter's name that was in it."""
 
 
 @torch.no_grad()
@@ -129,11 +116,11 @@ def fix_adapter(
     file, tensors = _read(folder)
     known = None if base is None else known_base(base, config, folder, tensors)
 
-    renamed = _renamed(tensors, file)
+    renamed = renamed_tensors(tensors, file)
     mended_config, config_changes = _mended_config(config, renamed)
     model = base_at_hand(None, config, folder) if known is None else known.models[0]
     if model is not None:
-        mended_config, renamed, today_changes = _with_names_of(model, mended_config, renamed, folder)
+        mended_config, renamed, today_changes = with_names_of(model, mended_config, renamed, folder)
         config_changes += today_changes
         # Whoever gives tensors other modules must know that these take them.
         known = known_base(None, config, folder, tensors) if known is None and today_changes else known
@@ -144,7 +131,7 @@ def fix_adapter(
     written = kept if dtype is None else {key: _in_dtype(t, DTYPES[dtype]) for key, t in kept.items()}
 
     changes = [f"read {PICKLE}, a pickle, and wrote {TENSORS}"] if file.name == PICKLE else []
-    changes += _changes_of_names(renamed)
+    changes += changes_of_names(renamed)
     changes += left_out.values()
     changes += _changes_of_dtype(kept, written)
     changes += config_changes
@@ -194,101 +181,11 @@ def _read(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     return folder / TENSORS, read_tensors(folder / TENSORS)
 
 
-# --- names ----------------------------------------------------------------------------------------------------------
-
-
-def _renamed(tensors: Mapping[str, Tensor], file: Path) -> list[_Renamed]:
-    """The name that each tensor shall have.
-
-    Raises:
-        AdapterFileError: two would have one name, or a wrapper is not known.
-    """
-    check_names(AdapterFiles(file.parent, {}, dict(tensors)), file)
-    own_names = {parsed_key(key).module for key in tensors}
-    found: dict[str, _Renamed] = {}
-    for key in tensors:
-        told = parsed_key(key)
-        if told.part:
-            each = _Renamed(key, clean_key(key), told.adapter)
-        else:
-            name, adapter = _without_adapter_name(told.module)
-            if COPIES[1] in told.module and name in own_names:
-                # A second copy, which PEFT writes where biases are trained beside the module.
-                name = told.module.replace(f"{COPIES[1]}{adapter}.", COPIES[1], 1)
-            each = _Renamed(key, PEFT_PREFIX + name, adapter)
-        first = found.setdefault(each.new, each)
-        if first is not each:
-            raise AdapterFileError(f"{file} holds one tensor under two names, {first.old!r} and {key!r}")
-    return list(found.values())
-
-
-def _without_adapter_name(name: str) -> tuple[str, str]:
-    """The name of a tensor that is neither A nor B without the adapter's name, and that; as PEFT saves such tensors."""
-    for part in (*PARAMETERS, *CONTAINERS):
-        before, found, behind = f".{name}".rpartition(f".{part}.")
-        adapter, _, own = behind.partition(".")
-        if not found:
-            continue
-        if own and "." not in own:
-            return f"{before}.{part}.{own}".removeprefix("."), adapter
-        if part in PARAMETERS and adapter != "weight":
-            return f"{before}.{part}".removeprefix("."), adapter
-    # PEFT saves a module trained in full under the name that it has in the base model.
-    before, found, behind = name.partition(COPIES[1])
-    adapter, _, own = behind.partition(".")
-    return (f"{before}.{own}", adapter) if found and own else (name, "")
-
-
-def _with_names_of(
-    model: nn.Module, config: dict[str, Any], renamed: list[_Renamed], folder: Path
-) -> tuple[dict[str, Any], list[_Renamed], list[str]]:
-    """Config and names for the modules that the base model has today, and a sentence for each change.
-
-    Raises:
-        AdapterFileError: the adapter has one module under its old name and under its new one.
-    """
-    mended, today = files_today(model, config, [each.new for each in renamed], folder)
-    if not today:
-        return config, renamed, []
-    found = [each._replace(new=today.get(each.new, each.new)) for each in renamed]
-    old, new = next(iter(today.items()))
-    in_keys = f"{len(today)} {'key' if len(today) == 1 else 'keys'}, as {new!r} for {old!r}"
-    changes = [f"put the names that modules have today into {in_keys}"]
-    for entry, value in mended.items():
-        if value != config.get(entry):
-            changes.append(f"made {entry} in {CONFIG} fit the names that modules have today")
-    return mended, found, changes
-
-
-def _changes_of_names(renamed: Iterable[_Renamed]) -> list[str]:
-    """What is changed in the tensors' names, a sentence for each kind of change."""
-    by_wrapper: dict[str, list[str]] = {}
-    by_adapter: dict[str, list[str]] = {}
-    without_prefix: list[str] = []
-    for each in renamed:
-        told = parsed_key(each.old)
-        for wrapper in dict.fromkeys(told.wrappers):
-            by_wrapper.setdefault(wrapper, []).append(each.old)
-        if each.adapter:
-            by_adapter.setdefault(each.adapter, []).append(each.old)
-        if not told.prefix:
-            without_prefix.append(each.old)
-    return [
-        *(f"took the wrapper's name {name!r} out of {_in_keys(keys)}" for name, keys in by_wrapper.items()),
-        *(f"took the adapter's name {name!r} out of {_in_keys(keys)}" for name, keys in by_adapter.items()),
-        *([f"put {PEFT_PREFIX} before {_in_keys(without_prefix)}"] if without_prefix else []),
-    ]
-
-
-def _in_keys(keys: list[str]) -> str:
-    return f"{len(keys)} {'key' if len(keys) == 1 else 'keys'}, as {keys[0]!r}"
-
-
 # --- tensors --------------------------------------------------------------------------------------------------------
 
 
 def _left_out(
-    renamed: Iterable[_Renamed], tensors: Mapping[str, Tensor], config: Mapping[str, Any], file: Path
+    renamed: Iterable[Renamed], tensors: Mapping[str, Tensor], config: Mapping[str, Any], file: Path
 ) -> dict[str, str]:
     """A sentence about each tensor that says nothing of its own, by the tensor's old name."""
     files = AdapterFiles(file.parent, dict(config), {each.new: tensors[each.old] for each in renamed})
@@ -348,7 +245,7 @@ def _is_rounded(kept: Mapping[str, Tensor], written: Mapping[str, Tensor]) -> bo
 # --- the config -----------------------------------------------------------------------------------------------------
 
 
-def _mended_config(config: dict[str, Any], renamed: Iterable[_Renamed]) -> tuple[dict[str, Any], list[str]]:
+def _mended_config(config: dict[str, Any], renamed: Iterable[Renamed]) -> tuple[dict[str, Any], list[str]]:
     """The config without the wrappers that the tensors' names had, and a sentence for each change."""
     wrappers = {wrapper for each in renamed for wrapper in parsed_key(each.old).wrappers}
     mended, changes = dict(config), []
