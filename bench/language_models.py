@@ -37,7 +37,7 @@ SPLITS = {
     # E2E comes without its training split: its validation split trains.
     "gsm8k": ("gsm8k", {"train": ("train", 400), "test": ("test", 40)}),
     "e2e": ("e2e", {"train": ("validation", 400), "test": ("test", 40)}),
-    "arc_easy": ("arc_easy", {"train": ("train", 1000), "test": ("test", 500)}),
+    "arc_easy": ("arc_easy", {"train": ("train", 600), "test": ("test", 150)}),
     "everything": (
         "clinc150",
         {"train": ("train", None), "validation": ("validation", 1000), "test": ("test", 1500)},
