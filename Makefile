@@ -3,16 +3,21 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-peft test-servers bench bench-full lint format clean
+.PHONY: demo test test-slow test-device test-peft test-servers bench bench-full lint format clean
 
 demo: .venv/ready
 	$(BIN)/rankwise demo
 
 test: .venv/ready lint
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not data"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "not slow and not data and not device"
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -m slow
+
+# On a simulated second device, compiled with g++ and ninja at the first run (a minute); on a GPU with DEVICE=cuda.
+DEVICE ?= sim
+test-device: .venv/ready
+	$(BIN)/python tests/device/run.py --device $(DEVICE)
 
 # PEFT's own suite for custom models over every config class; fetches PEFT's source distribution.
 test-peft: .venv/ready

@@ -27,6 +27,11 @@ from equations import (  # noqa: F401  hooks: pytest takes them from here
 torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where cores are shared
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The device of the tests in `tests/device`."""
+    parser.addoption("--device", default="sim", help='of tests/device: "sim", which is simulated (default), or "cuda"')
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

@@ -44,7 +44,7 @@ def share_out(priority: Tensor, room: Tensor, count: int) -> Tensor:
     [1, 1, 2]
     """
     order = priority.sort(descending=True, stable=True).indices
-    turns = torch.arange(int(room.max()) if len(room) else 0)
+    turns = torch.arange(int(room.max()) if len(room) else 0, device=room.device)
     places = turns[:, None] < room[order]
     given = places & (places.flatten().cumsum(0) <= count).view_as(places)
     counts = torch.zeros_like(room)

@@ -32,7 +32,7 @@ def best_ranks(values: Sequence[Tensor], costs: Sequence[int], budget: int) -> l
     cost_of_each = np.repeat(costs, lengths)
     if cost_of_each.sum() <= budget:
         return lengths
-    every = torch.cat(list(values)).double().numpy()
+    every = torch.cat([v.cpu() for v in values]).double().numpy()
     owner = np.repeat(np.arange(len(values)), lengths)
 
     # Bought by value per unit of cost, the first value that the budget does not reach sets the price.
