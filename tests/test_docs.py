@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -62,6 +63,22 @@ def test_the_table_of_clinc150_is_that_of_the_result_files() -> None:
     assert table == (folder / "table.md").read_text(encoding="utf-8")
     assert table in (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
     assert len(results) == 30
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "gsm8k_packing", "e2e", "e2e_packing"])
+def test_the_table_of_language_models_is_that_of_the_result_files(name: str) -> None:
+    file = ROOT / "bench" / "results" / "language_models" / f"{name}.json"
+    result = json.loads(file.read_text(encoding="utf-8"))
+    packing = "yes" if result["spec"]["task"]["packing"] else "no"
+    titles = {"exact_match": "exact match {:.2f}", "bleu": "BLEU {:.3f}", "rouge_l": "ROUGE-L {:.3f}"}
+    others = ", ".join(titles[metric].format(score) for metric, score in result["extra_metrics"].items())
+    same = [each for files in result["same_bits"].values() for each in files.values()]
+    assert len(same) == 2
+    row = (
+        f"| {name.removesuffix('_packing')} | {result['label']} | {packing} | {result['score']:.3f} | {others} | "
+        f"{result['train_tokens']:,} | {result['killed_at_step']} | {'yes' if all(same) else 'no'} |"
+    )
+    assert row in (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
