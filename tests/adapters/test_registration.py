@@ -33,12 +33,13 @@ def test_importing_rankwise_loads_nothing_heavy() -> None:
 @pytest.mark.parametrize(
     "first",
     [
-        "import rankwise, peft",
         "import peft, rankwise",
         "import rankwise.adapters.configs",
-        "import transformers.trainer, rankwise, peft",
-        "from rankwise import SoraConfig",
-        "import rankwise.training.hooks",
+        # Each in a process that imports everything anew.
+        pytest.param("import rankwise, peft", marks=pytest.mark.slow),
+        pytest.param("import transformers.trainer, rankwise, peft", marks=pytest.mark.slow),
+        pytest.param("from rankwise import SoraConfig", marks=pytest.mark.slow),
+        pytest.param("import rankwise.training.hooks", marks=pytest.mark.slow),
     ],
 )
 def test_any_order_of_imports_registers(first: str) -> None:

@@ -331,6 +331,7 @@ def test_an_interrupt_says_how_to_go_on(
 # --- end to end ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_train_on_two_processes(refused: Callable[..., str], write_spec: WriteSpec, tmp_path: Path) -> None:
     path = write_spec(tmp_path, methods=["adalora"], training={"steps": 12, "batch_size": 8})
     wrong = write_spec(tmp_path / "wrong", methods=["adalora"], data={"label": "nothing"})

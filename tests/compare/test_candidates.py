@@ -21,6 +21,8 @@ from transformers import (
     set_seed,
 )
 
+from rankwise.compare.candidates import candidate_of
+from rankwise.compare.candidates.stock import StockCandidate
 from rankwise.compare.evaluate import evaluate_adapter
 from rankwise.compare.plan import Plan, make_plan
 from rankwise.compare.results import Result
@@ -70,7 +72,8 @@ def plain_config(entry: dict[str, Any]) -> Any:
     kind = getattr(peft, entry["name"].removeprefix("peft."))
     given = {key: value for key, value in entry.items() if key not in ("name", "label", "learning_rate")}
     known = kind.__dataclass_fields__
-    shared = {"r": 4, "lora_alpha": 4, "total_step": 12}
+    # A scale of 1 where AdaLoRA starts, as everywhere else.
+    shared = {"r": 4, "lora_alpha": entry.get("init_r", 4), "total_step": 12}
     return kind(
         **({name: value for name, value in shared.items() if name in known} | given),
         target_modules=TARGETS,
@@ -143,6 +146,10 @@ def test_sizes_are_counted_the_same_way(stock: tuple[Plan, list[Result]]) -> Non
     assert {result.head_parameters for result in results} == {99}
     assert by_label["peft.LoraConfig"].parameters["initial"] == 4 * 4 * 64
     assert by_label["DoRA"].parameters["initial"] == 4 * (4 * 64 + 32)
+    adalora = by_label["AdaLoRA"]
+    kept = sum(adalora.exported_ranks.values())
+    assert (adalora.initial_mean_rank, kept <= 4 * 4) == (6, True)
+    assert adalora.parameters == {"initial": 4 * 6 * 65, "final": kept * 65, "exported": kept * 64}
     assert by_label["partial"].parameters["initial"] == 2 * (32 * 32 + 32) + 2 * (32 * 64 + 64)
     assert by_label["full"].parameters["initial"] > by_label["partial"].parameters["initial"]
     assert by_label["full"].parameters == dict.fromkeys(
@@ -185,6 +192,14 @@ def test_plain_lora_has_ranks_and_spectra(stock: tuple[Plan, list[Result]]) -> N
             {"name": "peft.AdaLoraConfig", "total_step": 3},
             r"`peft.AdaLoraConfig.total_step` must be left out, or",
         ),
+        (
+            {"name": "peft.LoraConfig", "init_lora_weights": "eva"},
+            r"`peft.LoraConfig.init_lora_weights` must be a start that needs no data .*; found 'eva'",
+        ),
+        ({"name": "peft.LoraConfig", "r": "eight"}, r"`peft.LoraConfig` must be a config that fits the model"),
+        ({"name": "peft.LoraConfig", "rank_pattern": [1]}, r"`peft.LoraConfig` must be a config that fits the model"),
+        ({"name": "peft.LoraConfig", "inference_mode": True}, r"`peft.LoraConfig.inference_mode` must be a field of"),
+        ({"name": "peft.PromptLearningConfig"}, r"`methods` must name a config class of PEFT"),
         ({"name": "full", "modules": ["query"]}, r"`full.modules` must be a field of it"),
         ({"name": "partial"}, r"`partial.modules` must be a list of module names; found None"),
         ({"name": "partial", "modules": ["qeury"]}, r"`partial.modules` must match modules .*query.*; found 'qeury'"),
@@ -204,6 +219,17 @@ def test_mistakes_are_told_before_training(
     with pytest.raises(ArgumentError, match=message) as raised:
         make_plan(read_spec(write_spec(tmp_path, method=[entry], task={"target_modules": TARGETS})))
     assert "\n" not in str(raised.value)
+
+
+def test_classes_of_peft_get_the_budget_in_their_own_terms(write_spec: WriteSpec, tmp_path: Path) -> None:
+    """AdaLoRA ends at the budget's rank, from 1.5 times as many; OFT's `r` is none."""
+    entries = [{"name": "peft.AdaLoraConfig"}, {"name": "peft.OFTConfig", "oft_block_size": 8}]
+    plan = make_plan(read_spec(write_spec(tmp_path, method=entries, task={"target_modules": TARGETS})))
+    adalora, _ = [candidate_of(plan.spec, entry) for entry in plan.spec.entries]
+    assert adalora.starting_scale == 1.0
+    assert isinstance(adalora, StockCandidate)
+    config = adalora.config(100)
+    assert (config.init_r, config.target_r, config.lora_alpha) == (6, 4, 6)
 
 
 def test_shrunk_is_the_best_cut_of_a_large_lora_to_the_size_of_the_budgets(

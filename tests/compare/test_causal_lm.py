@@ -203,7 +203,8 @@ def test_bleu_and_rouge_against_the_nearest_reference() -> None:
 def test_a_package_that_is_not_installed_is_named(package: str, key: str, monkeypatch: pytest.MonkeyPatch) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else found(name))
-    with pytest.raises(ArgumentError, match=rf"`{key}` must come with {package} installed \(pip install"):
+    told = f"`{key}` must come with {package} installed: rankwise's extra 'llm' brings it"
+    with pytest.raises(ArgumentError, match=told):
         CausalLm(metrics=("bleu",), template="plain").check_packages()
 
 

@@ -187,6 +187,7 @@ def test_a_killed_process_is_taken_up_again_with_the_same_result(write_spec: Wri
     assert list((plans["there"].spec.output / "checkpoints").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_an_error_in_one_run_leaves_the_others(write_spec: WriteSpec, tmp_path: Path) -> None:
     plan = make_plan(read_spec(write_spec(tmp_path, seeds=[0, 1], training={"steps": 2})))
     bad, good = plan.runs

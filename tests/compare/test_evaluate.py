@@ -30,6 +30,22 @@ def test_a_language_models_adapters_score_as_their_runs_did(tiny_llama: Path, tm
             assert scores["validation"]["loss"] == pytest.approx(result.validation_score, rel=1e-6)
 
 
+def test_an_adalora_of_stock_peft_scores_as_its_run_did(write_spec: WriteSpec, tmp_path: Path) -> None:
+    plan = make_plan(read_spec(write_spec(tmp_path, method=[{"name": "peft.AdaLoraConfig", "tinit": 2, "tfinal": 4}])))
+    (result,) = run_plan(plan, "a test")
+    (adapter,) = (plan.spec.output / "adapters").iterdir()
+    assert evaluate_adapter(adapter, plan.spec)["test"][result.metric] == pytest.approx(result.score, rel=1e-6)
+
+
+def test_answers_that_have_no_room_are_not_dropped(tiny_llama: Path, tmp_path: Path) -> None:
+    plan = make_plan(parse_spec(table(tiny_llama, method=[{"name": "lora"}], training={"steps": 1}), tmp_path))
+    run_plan(plan, "a test")
+    (adapter,) = (plan.spec.output / "adapters").iterdir()
+    shorter = parse_spec(table(tiny_llama, method=[{"name": "lora"}], task={"max_length": 4}), tmp_path)
+    with pytest.raises(ArgumentError, match=r"`task.max_length` must leave room for a response in every example"):
+        evaluate_adapter(adapter, shorter)
+
+
 def test_what_does_not_fit_is_one_sentence(write_spec: WriteSpec, tmp_path: Path) -> None:
     spec = read_spec(write_spec(tmp_path, methods=["lora"]))
     with pytest.raises(ArgumentError, match=r"`ADAPTER` must be a folder with adapter_config\.json"):

@@ -60,7 +60,9 @@ BASES: dict[str, tuple[Any, str]] = {
 }
 
 
-@pytest.mark.parametrize("kind", list(BASES))
+@pytest.mark.parametrize(
+    "kind", ["llama", *(pytest.param(kind, marks=pytest.mark.slow) for kind in BASES if kind != "llama")]
+)
 def test_stock_peft_loads_it_in_a_process_without_rankwise(kind: str, tmp_path: Path) -> None:
     """Logits to 1e-5, classifier included, for every method and layout, with rankwise impossible to import."""
     make, task = BASES[kind]

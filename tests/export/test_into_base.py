@@ -184,6 +184,7 @@ def test_what_is_read_is_never_replaced(out: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     small, large = (peak(tmp_path / str(layers), layers) for layers in (3, 12))
     print(f"peak above the start: {small:.1f} MiB for a model of 48, {large:.1f} for one of 192")

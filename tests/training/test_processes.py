@@ -202,6 +202,7 @@ def by_ddp_compiled(rank: int, folder: Path) -> None:
         save_file(get_peft_model_state_dict(model), folder / f"{name}-{rank}.safetensors")
 
 
+@pytest.mark.slow
 def test_compiled_under_ddp_processes_agree(tmp_path: Path) -> None:
     assert together(by_ddp_compiled, tmp_path) == [0, 0]
     for name in ("alora", "deep"):

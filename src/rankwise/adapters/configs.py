@@ -11,7 +11,7 @@ import warnings
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-import peft
+from peft import LoraConfig as PeftLora
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
@@ -29,7 +29,7 @@ READABLE = (1, FORMAT)
 """The versions that are read."""
 
 
-PEFT_FIELDS = {each.name for each in fields(peft.LoraConfig)}
+PEFT_FIELDS = {each.name for each in fields(PeftLora)}
 """What PEFT's LoRA can be told."""
 
 
@@ -89,7 +89,7 @@ class AdapterConfig(Method, PeftConfig):
         known = {each.name for each in fields(cls)}
         for name, value in given.items():
             if name in PEFT_FIELDS - known:
-                rule = f"be left out of {cls.__name__}: it belongs to PEFT's LoraConfig alone"
+                rule = f"be left out of {cls.__name__}: it belongs to PEFT's own LoRA"
                 raise ArgumentError(name, rule, value)
         return super().__new__(cls)
 

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 import rankwise  # noqa: F401  PEFT then knows our adapters by their type
 from rankwise.compare.data import load_splits
 from rankwise.compare.models import open_for
+from rankwise.compare.plan import check_quantising
 from rankwise.compare.scoring import scoring_arguments
 from rankwise.compare.spec import Spec
 from rankwise.compare.tasks import Splits, Task
@@ -39,12 +40,15 @@ def evaluate_adapter(adapter: str | Path, spec: Spec) -> dict[str, dict[str, flo
     spec = spec.for_model()
     _check_files(adapter, spec.task)
     spec.task.check_packages()
+    check_quantising(spec)
     processor = spec.task.open_processor(spec.model)
     splits = load_splits(spec.data, spec.task)
     base = open_for(spec.task, spec.model, splits, getattr(processor, "pad_token_id", None), spec.training)
+    spec.task.check_model(base, processor)
     model = _with_adapter(base, adapter)
     with tempfile.TemporaryDirectory() as folder:
         trainer = _scorer(spec, splits, model, processor, folder)
+        spec.task.check_trainer(trainer, splits)
         parts = {"validation": splits.validation, "test": splits.test}
         return {name: spec.task.score(trainer, part, splits) for name, part in parts.items()}
 
@@ -67,7 +71,8 @@ def _check_files(adapter: Path, task: Task) -> None:
 
 def _with_adapter(base: Any, adapter: Path) -> PeftModel:
     try:
-        return PeftModel.from_pretrained(base, str(adapter))
+        # PEFT's AdaLoRA runs only where it could train.
+        return PeftModel.from_pretrained(base, str(adapter), is_trainable=True).requires_grad_(False)
     except (ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0].rstrip(".:")
         raise ArgumentError("ADAPTER", f"fit the SPEC's model and labels ({reason})", str(adapter)) from error

@@ -14,6 +14,7 @@ def notes(rows: Sequence[Row]) -> list[str]:
     found += [_unlearnt_note(row) for row in rows if row.unlearnt]
     found += [_improving_note(row) for row in rows if row.still_improving]
     found += [_edge_note(row) for row in rows if row.rate_at_edge]
+    found += _searched_note(rows)
     found += _untuned_note(rows)
     found += _seeds_note(min(row.seeds for row in rows))
     found += _reference_note(rows)
@@ -40,6 +41,12 @@ def _improving_note(row: Row) -> str:
 def _edge_note(row: Row) -> str:
     rate = f"{row.learning_rate:g}"
     return f"{row.label} was best at {rate}, the edge of its list of learning rates: a wider list may find a better one"
+
+
+def _searched_note(rows: Sequence[Row]) -> list[str]:
+    """Which rate the search took for each candidate."""
+    rates = ", ".join(f"{row.label} {row.learning_rate:g}" for row in rows if row.rate_searched)
+    return [f"learning rates chosen on validation data: {rates}"] if rates else []
 
 
 def _untuned_note(rows: Sequence[Row]) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from rankwise.compare.results import Result, result_files
 from rankwise.compare.spec import CEILING
+from rankwise.compare.summary import at_best_rates
 from rankwise.errors import DataError
 from rankwise.files import write_whole
 
@@ -32,7 +33,11 @@ def write_suite(output: Path, folder: Path) -> list[Path]:
         DataError: there are no results, or a run has no accuracy.
     """
     written: list[Path] = []
-    for key, result in result_files(output / "results").items():
+    results = result_files(output / "results")
+    chosen = at_best_rates(list(results.values()))
+    for key, result in results.items():
+        if result not in chosen:  # a rate that the search tried and did not take
+            continue
         adapter = output / "adapters" / key / "adapter_model.safetensors"
         size = adapter.stat().st_size if adapter.is_file() else 0
         record = suite_record(result, size)

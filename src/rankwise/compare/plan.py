@@ -118,7 +118,7 @@ def make_plan(spec: Spec) -> Plan:
     spec = spec.for_model()
     candidates = [candidate_of(spec, entry) for entry in spec.entries]
     spec.task.check_packages()
-    _check_quantising(spec)
+    check_quantising(spec)
     processor = spec.task.open_processor(spec.model)
     splits = load_splits(spec.data, spec.task)
     steps = _steps(spec, spec.data.samples or len(splits.train))
@@ -142,7 +142,8 @@ def make_plan(spec: Spec) -> Plan:
     return Plan(spec, splits, steps, tuple(choices), data_digest, general_text)
 
 
-def _check_quantising(spec: Spec) -> None:
+def check_quantising(spec: Spec) -> None:
+    """Refuse quantised weights where the package that makes them is not installed."""
     if spec.training.quantise and find_spec(QUANTISES) is None:
         rule = f"come with {QUANTISES} installed (pip install {QUANTISES})"
         raise ArgumentError("training.quantise", rule, spec.training.quantise)

@@ -334,6 +334,11 @@ def schema() -> dict[str, Any]:
     kinds = tuple(spec_class(name) for name in TASKS)
     any_kind: Any = functools.reduce(operator.or_, kinds)  # a union, whose members are only known here
     whole = TypeAdapter(any_kind).json_schema()
+    # A SPEC without [task] is of the kind that is taken where none is named.
+    sections = spec_class(DEFAULT_TASK).model_json_schema()["properties"]["task"]
+    for kind in whole["$defs"].values():
+        if kind.get("properties", {}).get("task") == sections:
+            kind["required"].remove("task")
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A SPEC of rankwise", **whole}
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from peft import NoMatchingPeftModuleError, PeftConfig, get_peft_model
+from peft import NoMatchingPeftModuleError, PeftConfig, PromptLearningConfig, get_peft_model
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
@@ -26,9 +28,19 @@ PREFIX = "peft."
 CONFIGS: dict[str, type[PeftConfig]] = {
     name: kind
     for name, kind in vars(peft).items()
-    if inspect.isclass(kind) and issubclass(kind, PeftConfig) and name.endswith("Config") and kind is not PeftConfig
+    if inspect.isclass(kind) and issubclass(kind, PeftConfig) and name.endswith("Config")
+    # What others are derived from makes no adapter.
+    if kind not in (PeftConfig, PromptLearningConfig)
 }
 """Every config class of the installed PEFT."""
+OF_PEFT = {field.name for field in dataclasses.fields(PeftConfig)}
+"""What every config holds about the adapter's file and its use, which is not a SPEC's to say."""
+UNFIT = (NoMatchingPeftModuleError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError)
+"""What PEFT raises, in one place or another, for a config that does not fit the model."""
+WITHOUT_RANK = (peft.OFTConfig,)
+"""Kinds whose `r` counts something else, here blocks of a rotation."""
+STARTS_FROM_DATA = ("eva", "corda", "lora_ga")
+"""Values of `init_lora_weights` that do nothing unless the data is given to a function of PEFT's before training."""
 
 
 class StockCandidate(Candidate):
@@ -48,8 +60,8 @@ class StockCandidate(Candidate):
         self.fields = fields
         self.suggested_rate = METHODS["lora"].suggested_rate
         self.starting_scale = None
-        alpha, r = given.get("lora_alpha"), given.get("r")
-        if alpha is not None and r:
+        alpha, r = given.get("lora_alpha"), given.get("init_r", given.get("r"))
+        if isinstance(alpha, int | float) and isinstance(r, int | float) and r:
             self.starting_scale = alpha / (r**0.5 if given.get("use_rslora") else r)
 
     @classmethod
@@ -57,6 +69,7 @@ class StockCandidate(Candidate):
         """The candidate of a SPEC's entry.
 
         Where the class has the fields, r is the budget's and lora_alpha is r, so that the scale is that of our methods.
+        AdaLoRA goes from 1.5·r to r, as ours does.
 
         Raises:
             ArgumentError: PEFT has no such class, or it has no such field.
@@ -67,15 +80,25 @@ class StockCandidate(Candidate):
         kind = CONFIGS[class_name]
         known = {field.name for field in dataclasses.fields(kind)}
         for name, value in entry.fields.items():
-            if name not in known:
+            if name not in known - OF_PEFT:
                 rule = f"be a field of PEFT's class ({nearest(name, known)})"
                 raise ArgumentError(f"{entry.name}.{name}", rule, value)
+        if entry.fields.get("init_lora_weights") in STARTS_FROM_DATA:
+            rule = f"be a start that needs no data ({', '.join(STARTS_FROM_DATA)} do)"
+            raise ArgumentError(f"{entry.name}.init_lora_weights", rule, entry.fields["init_lora_weights"])
+        if issubclass(kind, PromptLearningConfig) and not spec.task.head_modules:
+            rule = "be a config that adds no tokens, since the model's answers are scored token by token"
+            raise ArgumentError("methods", rule, entry.name)
         targets = spec.task.target_modules
-        shared = {
-            "r": spec.budget.r,
-            "lora_alpha": entry.fields.get("r", spec.budget.r),
+        shared: dict[str, Any] = {
             "target_modules": targets if isinstance(targets, str) else list(targets),
         }
+        if issubclass(kind, peft.AdaLoraConfig):
+            target_r = entry.fields.get("target_r", spec.budget.r)
+            start_r = entry.fields.get("init_r", math.ceil(1.5 * target_r))
+            shared |= {"target_r": target_r, "init_r": start_r, "lora_alpha": start_r}
+        elif not issubclass(kind, WITHOUT_RANK):
+            shared |= {"r": spec.budget.r, "lora_alpha": entry.fields.get("r", spec.budget.r)}
         of_task = spec.task.adapter_fields(entry.fields.get("modules_to_save") or ())
         given = {name: value for name, value in (shared | of_task).items() if name in known} | entry.fields
         if "modules_to_save" in of_task:
@@ -93,8 +116,8 @@ class StockCandidate(Candidate):
             raise ArgumentError(f"{self.name}.total_step", f"be left out, or be the steps of the run, {steps}", told)
         try:
             get_peft_model(model, self.config(steps), low_cpu_mem_usage=True)
-        except (NoMatchingPeftModuleError, ValueError, TypeError) as error:
-            reason = str(error).splitlines()[0].rstrip(".")
+        except UNFIT as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
             raise ArgumentError(self.name, f"be a config that fits the model ({reason})", self.fields) from error
 
     def config(self, steps: int) -> PeftConfig:
@@ -121,22 +144,50 @@ class StockCandidate(Candidate):
         return [p for name, p in model.named_parameters() if p.requires_grad and ".modules_to_save." not in name]
 
     def ranks(self, model: nn.Module) -> dict[str, int]:
-        """The rank of each module under plain LoRA; PEFT's other kinds have no common name for ranks."""
+        """The rank of each module under LoRA and AdaLoRA; PEFT's other kinds have no common name for ranks."""
+        if issubclass(self.kind, peft.AdaLoraConfig):
+            values = {name: layer.lora_E["default"] for name, layer in self._triplets(model).items()}
+            kept = {name: int(each.count_nonzero()) for name, each in values.items()}
+            # All of them start at 0, and a pruned one is put back there.
+            return kept if any(kept.values()) else {name: len(each) for name, each in values.items()}
         return {name: update.r for name, update in self._updates(model).items()}
 
     def measure(self, model: nn.Module) -> Measured:
-        """How many numbers the adapter trains, which is also what it saves; of plain LoRA, ranks and spectra."""
-        count = sum(p.numel() for p in self.own_parameters(model))
-        updates = self._updates(model)
+        """How many numbers the adapter trains and keeps; of LoRA and AdaLoRA ranks and spectra, too.
+
+        Every kind saves what it trains, but for AdaLoRA, whose pruned triplets are left out, as they are of ours.
+        """
+        initial = sum(p.numel() for p in self.own_parameters(model))
+        ranks = self.ranks(model)
+        pruned, values = 0, 0
+        for name, layer in self._triplets(model).items():
+            per_rank = layer.in_features + layer.out_features + 1
+            pruned += (len(layer.lora_E["default"]) - ranks[name]) * per_rank
+            values += ranks[name]
+        final = initial - pruned
+        spectra = {name: update.singular_values().tolist() for name, update in self._updates(model).items()}
         return Measured(
-            parameters={"initial": count, "final": count, "exported": count},
-            ranks={name: update.r for name, update in updates.items()},
-            exported_ranks={name: update.r for name, update in updates.items()},
-            singular_values={name: update.singular_values().tolist() for name, update in updates.items()},
+            parameters={"initial": initial, "final": final, "exported": final - values},
+            ranks=ranks,
+            exported_ranks=ranks,
+            singular_values=spectra,
         )
 
+    def _triplets(self, model: nn.Module) -> dict[str, Any]:
+        """The adapted layers of PEFT's AdaLoRA, by module name in the base model."""
+        modules: Any = model.named_modules()
+        if not issubclass(self.kind, peft.AdaLoraConfig):
+            return {}
+        return {
+            name.removeprefix("base_model.model."): module
+            for name, module in modules
+            if isinstance(module, AdaLoraLayer)
+        }
+
     def _updates(self, model: nn.Module) -> dict[str, Factors]:
-        """ΔW = scaling · B·A of every linear module under plain LoRA, by module name in the base model."""
+        """ΔW of every module under plain LoRA, scaling · B·A, or AdaLoRA, by module name in the base model."""
+        if issubclass(self.kind, peft.AdaLoraConfig):
+            return {name: _of_triplets(layer) for name, layer in self._triplets(model).items()}
         if self.kind is not peft.LoraConfig or self.given.get("use_dora"):
             return {}
         found: dict[str, Factors] = {}
@@ -155,6 +206,13 @@ class StockCandidate(Candidate):
         with whole_folder(output / "adapters" / key) as folder:
             model.save_pretrained(str(folder))
         return str(Path("adapters") / key) if self.kind is peft.LoraConfig else None
+
+
+def _of_triplets(layer: Any) -> Factors:
+    """ΔW = scaling / r · B·diag(E)·A of a layer under PEFT's AdaLoRA, as its forward pass has it."""
+    A, E, B = (part["default"].detach() for part in (layer.lora_A, layer.lora_E, layer.lora_B))
+    scaling = layer.scaling["default"] / (layer.ranknum["default"] + 1e-5)
+    return Factors(B, E.flatten() * scaling, A)
 
 
 class _Allocation(TrainerCallback):

@@ -53,13 +53,19 @@ def prompt_columns(prompt: str) -> tuple[str, ...]:
     """The columns that make a prompt: those that it names in braces, or the one that it is the name of.
 
     Raises:
-        ValueError: a brace is left open.
+        ValueError: a brace is left open, or holds more than a column's name.
 
     >>> prompt_columns("{depth}: {question}?"), prompt_columns("question")
     (('depth', 'question'), ('question',))
     """
-    named = tuple(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(prompt) if name))
-    return named or (prompt,)
+    named = []
+    for _, name, form, conversion in string.Formatter().parse(prompt):
+        if name is None:
+            continue
+        if not name or form or conversion:
+            raise ValueError("braces must hold the name of a column and nothing else")
+        named.append(name)
+    return tuple(dict.fromkeys(named)) or (prompt,)
 
 
 def _well_formed(prompt: str) -> str:
