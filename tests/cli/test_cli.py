@@ -7,6 +7,7 @@ import importlib.metadata
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -403,6 +404,15 @@ def test_compare(write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.Monk
     suite = invoke("report", str(tmp_path / "out"), "--peft-suite", str(tmp_path / "suite"))
     assert f"suite    6 files in {tmp_path / 'suite'}" in suite.stdout
     assert len(list((tmp_path / "suite").glob("*.json"))) == 6
+
+    # What another SPEC left in the folder is no part of the comparison, whose reference is remembered.
+    (left, *_) = (tmp_path / "out" / "results").glob("lora*.json")
+    shutil.copy(left, left.with_name("lora--of-another-spec--seed0.json"))
+    asked = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    (tmp_path / "out" / "comparison.json").write_text(json.dumps(asked | {"reference": "nnm"}))
+    told = invoke("report", str(tmp_path / "out"))
+    assert "× nnm" in told.stdout
+    assert "- 1 more results in " in told.stdout
 
 
 @pytest.mark.usefixtures("quiet")

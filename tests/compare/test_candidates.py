@@ -42,6 +42,7 @@ STOCK: list[dict[str, Any]] = [
     {"name": "peft.LoraConfig", "use_dora": True, "label": "DoRA"},
     {"name": "peft.LoraConfig", "init_lora_weights": "pissa", "label": "PiSSA"},
     {"name": "peft.LoraConfig", "init_lora_weights": "olora", "label": "OLoRA"},
+    {"name": "peft.LoraConfig", "init_lora_weights": "eva", "label": "EVA"},
     {
         "name": "peft.AdaLoraConfig",
         "init_r": 6,
@@ -100,10 +101,6 @@ def plain_losses(plan: Plan, entry: dict[str, Any], folder: Path) -> list[float]
             parameter.requires_grad_(any(part in name for part in ("query", "intermediate.dense", "classifier")))
     elif entry["name"] != "full":
         model = peft.get_peft_model(model, plain_config(entry))
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    head = [p for name, p in named if "classifier" in name]
-    own = [p for name, p in named if "classifier" not in name]
-    groups = [{"params": own, "lr": entry.get("learning_rate", 2e-2)}, {"params": head, "lr": 2e-2}]
     arguments = TrainingArguments(
         str(folder),
         max_steps=12,
@@ -121,9 +118,18 @@ def plain_losses(plan: Plan, entry: dict[str, Any], folder: Path) -> list[float]
         arguments,
         train_dataset=Dataset.from_dict({**tokens, "labels": task.targets(plan.splits.train, plan.splits)}),
         data_collator=DataCollatorWithPadding(tokenizer),
-        optimizers=(torch.optim.AdamW(groups, weight_decay=0.0), None),  # type: ignore[arg-type]
         callbacks=[Allocate()] if "AdaLora" in entry["name"] else [],
     )
+    if entry.get("init_lora_weights") == "eva":
+        with torch.random.fork_rng():
+            batches: Any = list(trainer.get_train_dataloader())
+            texts = [{name: value for name, value in batch.items() if name != "labels"} for batch in batches]
+            peft.initialize_lora_eva_weights(model, texts, show_progress_bar=False)
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    head = [p for name, p in named if "classifier" in name]
+    own = [p for name, p in named if "classifier" not in name]
+    groups = [{"params": own, "lr": entry.get("learning_rate", 2e-2)}, {"params": head, "lr": 2e-2}]
+    trainer.optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
     trainer.train()
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
 
@@ -193,14 +199,21 @@ def test_plain_lora_has_ranks_and_spectra(stock: tuple[Plan, list[Result]]) -> N
             r"`peft.AdaLoraConfig.total_step` must be left out, or",
         ),
         (
-            {"name": "peft.LoraConfig", "init_lora_weights": "eva"},
-            r"`peft.LoraConfig.init_lora_weights` must be a start that needs no data .*; found 'eva'",
+            {"name": "peft.LoraConfig", "init_lora_weights": "corda"},
+            r"`peft.LoraConfig.init_lora_weights` must be a start that needs no function of yours .*; found 'corda'",
         ),
         ({"name": "peft.LoraConfig", "r": "eight"}, r"`peft.LoraConfig` must be a config that fits the model"),
         ({"name": "peft.LoraConfig", "rank_pattern": [1]}, r"`peft.LoraConfig` must be a config that fits the model"),
         ({"name": "peft.LoraConfig", "inference_mode": True}, r"`peft.LoraConfig.inference_mode` must be a field of"),
         ({"name": "peft.PromptLearningConfig"}, r"`methods` must name a config class of PEFT"),
-        ({"name": "full", "modules": ["query"]}, r"`full.modules` must be a field of it"),
+        (
+            {"name": "peft.LoraConfig", "init_lora_weights": "eva", "eva_config": {"rhoo": 1.0}},
+            r"`peft.LoraConfig` must be a config that fits the model \(.*rhoo",
+        ),
+        ({"name": "full", "modules": ["query"]}, r"`full.modules` must be left out: full has no fields"),
+        ({"name": "partial", "module": ["query"]}, r"`partial.module` must be `modules`, partial's only field"),
+        ({"name": "partial", "modules": ["dropout"]}, r"`partial.modules` must match modules that have weights"),
+        ({"name": "shrunk", "r": 4}, r"`shrunk.r` must be larger than budget.r, 4, to which it is cut; found 4"),
         ({"name": "partial"}, r"`partial.modules` must be a list of module names; found None"),
         ({"name": "partial", "modules": ["qeury"]}, r"`partial.modules` must match modules .*query.*; found 'qeury'"),
         (
@@ -208,7 +221,12 @@ def test_plain_lora_has_ranks_and_spectra(stock: tuple[Plan, list[Result]]) -> N
             r"`methods` must be a method that trains the head, since classification",
         ),
         (
-            {"name": "dora"},
+            {"name": "DoRA"},
+            r"`methods` must be written as a config of PEFT: .*\"peft.LoraConfig\" and use_dora = true; found 'DoRA'",
+        ),
+        ({"name": "LoraConfig"}, r"`methods` must name a config class of PEFT as peft.LoraConfig; found 'LoraConfig'"),
+        (
+            {"name": "lorra"},
             r"`methods` must be methods of rankwise, shrunk, full, partial, head, pretrained or a config class",
         ),
     ],

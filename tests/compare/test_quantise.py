@@ -144,3 +144,18 @@ def test_bitsandbytes_that_is_not_installed(
     path = write_spec(tmp_path, training={"quantise": "4bit"})
     with pytest.raises(ArgumentError, match=r"^`training.quantise` must come with bitsandbytes installed \(pip"):
         make_plan(read_spec(path))
+
+
+@pytest.mark.parametrize(
+    ("method", "reason"),
+    [
+        ({"name": "peft.LoraConfig", "init_lora_weights": "pissa"}, "PiSSA"),
+        ({"name": "peft.DeloraConfig"}, "vector_norm"),
+    ],
+)
+def test_baselines_that_cannot_train_beside_quantised_weights_are_told_before_any_run(
+    method: dict[str, Any], reason: str, wide_llama: Path, tmp_path: Path
+) -> None:
+    spec = parse_spec(table(wide_llama, "4bit", method=[method]), tmp_path)
+    with pytest.raises(ArgumentError, match=rf"must be a config that works on weights in 4bit.*{reason}"):
+        make_plan(spec)

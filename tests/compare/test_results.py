@@ -247,6 +247,9 @@ def test_without_a_floor_nothing_is_said_of_it():
         ([], True),
         ([2.0] * 10 + [0.1] + [2.5] * 9, False),  # means of two each: a single good batch is no progress
         ([2.0, 2.4] * 5 + [2.0, 2.1] * 5, True),
+        # Five of each end: the first and the last batch of a short run tell nothing by themselves.
+        ([1.9, 2.4, 2.2, 2.3, 2.1, 1.8, 1.9, 1.7, 1.8, 2.0], True),
+        ([2.4, 1.8, 1.9, 1.7, 1.8, 1.9, 2.1, 2.2, 2.3, 2.0], False),
     ],
 )
 def test_a_run_has_learnt_if_its_loss_ends_below_its_beginning(losses, learnt):
@@ -303,6 +306,26 @@ def test_a_rate_at_the_edge_of_its_list_is_flagged():
         (row,) = summarise(searched(scores))
         assert row.rate_at_edge is at_edge
     assert not summarise([made("lora")])[0].rate_at_edge, "a rate that was not searched has no list"
+
+
+def test_a_rate_is_no_edge_where_one_beyond_it_was_tried_and_failed():
+    results = searched({1e-3: 0.7, 1e-2: 0.9})
+    assert summarise(results)[0].rate_at_edge
+    assert not summarise(results, rates={"lora": (1e-3, 1e-2, 1e-1)})[0].rate_at_edge
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"steps": 500}, "the runs of lora must have one steps; found results with several: "),
+        ({"fields": {"bound": 2.0}}, "the runs of lora must have one fields; found results with several: "),
+        ({"label": "sora", "task": "regression"}, "one comparison must have one task; found results with several: "),
+        ({"label": "sora", "data_digest": "other"}, "one comparison must have one data_digest; found results with "),
+    ],
+)
+def test_runs_that_do_not_belong_together_are_not_compared(changes, message):
+    with pytest.raises(DataError, match=message):
+        summarise([made("lora"), made(**({"label": "lora", "seed": 1} | changes))])
 
 
 def test_of_a_loss_the_lowest_is_the_best():

@@ -27,6 +27,7 @@ import rankwise
 from rankwise.adapters.configs import CONFIGS
 from rankwise.base_models import open_tokenizer
 from rankwise.compare import train
+from rankwise.compare.asked import read_asked
 from rankwise.compare.candidates.adapter import AdapterCandidate
 from rankwise.compare.engines import Ended, Engine, Watch, here
 from rankwise.compare.failures import FailedRunsError, Failure
@@ -662,6 +663,10 @@ def test_a_search_goes_on_without_a_rate_that_failed_and_says_so(search: Search)
         "failed: lora, seed 0, learning rate 0.01: RuntimeError: it diverged",
         "lora: its learning rate is the best of those that ran; 1 failed",
     ]
+    asked = read_asked(search.plan.spec.output)
+    assert asked is not None
+    assert asked.rates == {"lora": (1e-3, 1e-2), "nnm": (1e-3, 1e-2)}
+    assert {run.key for run in search.plan.runs} <= set(asked.runs)
     assert len(raised.value.results) == 5
 
 

@@ -20,7 +20,9 @@ pytest_plugins = ["tiny_comparison"]
 
 def tracked(write_spec: WriteSpec, folder: Path, tracker: str) -> Result:
     """A run of SoRA, and the head alone as another one, told to a tracker."""
-    spec = read_spec(write_spec(folder, methods=["sora", "head"], training={"steps": 4}, tracker=tracker))
+    spec = read_spec(
+        write_spec(folder, methods=["sora", "head"], training={"steps": 4, "evaluations": 2}, tracker=tracker)
+    )
     plan = make_plan(spec)
     return next(result for result in run_plan(plan, "a test") if result.method == "sora")
 
@@ -34,6 +36,9 @@ def test_tensorboard_has_losses_ranks_and_scores(write_spec: WriteSpec, tmp_path
     events.Reload()
     losses = [(event.step, pytest.approx(event.value)) for event in events.Scalars("train/loss")]
     assert losses == result.train_loss
+    curve = [(event.step, pytest.approx(event.value)) for event in events.Scalars("validation/score")]
+    assert len(curve) == 2
+    assert curve == result.validation_curve
     for module, rank in result.ranks.items():
         assert events.Scalars(f"rank/{module}")[-1].value == rank
     assert events.Scalars("test/accuracy")[-1].value == pytest.approx(result.score)

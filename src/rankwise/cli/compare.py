@@ -55,6 +55,7 @@ def compare(
 def run_and_show(spec: Spec, command: str, engine: Engine | None = None) -> None:
     """Plan, run with progress, print the table and where everything is; exit code 1 where a run failed."""
     from rankwise.cli.progress import Watching
+    from rankwise.compare.asked import Asked
     from rankwise.compare.failures import FailedRunsError
     from rankwise.compare.plan import make_plan
     from rankwise.compare.runner import run_plan
@@ -75,7 +76,7 @@ def run_and_show(spec: Spec, command: str, engine: Engine | None = None) -> None
             results = error.results
     if results:
         more_notes = failed.notes if failed else ()
-        print_table(summarise(results, spec.reference), results[0].metric, more_notes)
+        print_table(summarise(results, spec.reference, Asked.of(plan).rates), results[0].metric, more_notes)
         typer.echo(f"page     {spec.output / 'report.html'}")
         kinds = {"exports": "to serve, a plain LoRA each", "adapters": "to train on"}
         made = {spec.output / folder: use for folder, use in kinds.items() if (spec.output / folder).exists()}

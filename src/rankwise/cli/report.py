@@ -11,7 +11,7 @@ def report(
     runs: Path | None = typer.Argument(None, help="The output folder of a comparison."),
     out: Path | None = typer.Option(None, "--out", help="Write the page here instead of RUNS/report.html."),
     reference: str | None = typer.Option(
-        None, "--reference", help="The label that all others are compared with; by default plain LoRA's."
+        None, "--reference", help="The label that all others are compared with; by default the SPEC's, or plain LoRA's."
     ),
     peft_suite: Path | None = typer.Option(
         None,
@@ -22,8 +22,9 @@ def report(
 ) -> None:
     """Print the table of finished runs, and draw their page anew.
 
-    Nothing is trained. Every result in RUNS/results is taken, so that runs from several machines or SPECs can be put
-    together by copying their files into one folder.
+    Nothing is trained. The results in RUNS/results are those that its comparison asked for; what an earlier SPEC left
+    there is not among them. To put runs of several machines or SPECs together, copy their result files into the folder
+    `results` of a new folder: every one of them is taken.
 
     Example: `rankwise report runs/mine --reference "peft.LoraConfig"`
     """
@@ -42,19 +43,30 @@ def report(
 
 def _report(runs: Path, out: Path | None, reference: str | None, peft_suite: Path | None) -> None:
     from rankwise.cli.compare import print_table
+    from rankwise.compare.asked import read_asked
     from rankwise.compare.peft_suite import write_suite
     from rankwise.compare.report import write_page
-    from rankwise.compare.results import read_results
+    from rankwise.compare.results import read_results, result_files
     from rankwise.compare.summary import summarise
     from rankwise.errors import DataError
 
-    results = read_results(runs / "results")
-    if not results:
+    found = list(result_files(runs / "results"))
+    asked = read_asked(runs)
+    belonging = found if asked is None else [key for key in found if key in asked.runs]
+    if not belonging:
         raise DataError(f"there are no finished runs in {runs / 'results'}")
-    print_table(summarise(results, reference), results[0].metric)
+    results = read_results(runs / "results", belonging)
+    rates = None
+    if asked is not None:
+        rates = asked.rates
+        reference = asked.reference if reference is None else reference
+    print_table(summarise(results, reference, rates), results[0].metric)
+    if len(belonging) < len(found):
+        others = len(found) - len(belonging)
+        typer.echo(f"- {others} more results in {runs / 'results'} are of another SPEC, and are left out")
     page = runs / "report.html" if out is None else out
-    write_page(results, page, title=f"rankwise: {runs.absolute().name}", reference=reference)
+    write_page(results, page, f"rankwise: {runs.absolute().name}", reference, rates)
     typer.echo(f"page     {page}")
     if peft_suite is not None:
-        written = write_suite(runs, peft_suite)
+        written = write_suite(runs, peft_suite, belonging)
         typer.echo(f"suite    {len(written)} files in {peft_suite}")

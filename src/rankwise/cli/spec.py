@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -13,14 +14,24 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 WIDTH = 100
-KINDS = "classification, regression, image_classification, causal_lm, seq2seq, multiple_choice"
-"""The kinds of task, written out, since help must answer before the registry is imported."""
+SCHEMA = Path(__file__).parent.parent / "data" / "spec.schema.json"
+"""The schema that ships with the package. Help takes the kinds of task from it, since it must answer before torch and
+the registry of tasks are imported."""
 EXAMPLES = {"output": "runs/mine", "train": "train.jsonl", "test": "test.jsonl", "steps": 300}
 """What a starting SPEC gives for keys of every task that have no default; those of one task say it themselves."""
 
 
+def kinds_of_task() -> list[str]:
+    """The kinds of task that a SPEC may name."""
+    definitions = json.loads(SCHEMA.read_text(encoding="utf-8"))["$defs"].values()
+    kinds = [
+        each["properties"]["type"]["const"] for each in definitions if "const" in each["properties"].get("type", {})
+    ]
+    return list(dict.fromkeys(kinds))
+
+
 def spec(
-    task: str = typer.Option("classification", "--task", help=f"One of {KINDS}."),
+    task: str = typer.Option("classification", "--task", help=f"One of {', '.join(kinds_of_task())}."),
     schema: bool = typer.Option(False, "--schema", help="Print the JSON schema that editors complete SPEC files by."),
 ) -> None:
     """Print a commented SPEC to start from: every key, what it means and its default.
@@ -54,9 +65,24 @@ def starting_spec(task: str) -> str:
     for name in sections:
         section: Any = kind.model_fields[name].annotation
         lines += ["", f"[{name}]", *_section(section, examples)]
-    lines += ["", *_comment("The methods to compare: a table for each, with what is set for it.")]
-    lines += ["[[method]]", 'name = "lora"', "[[method]]", 'name = "adalora"']
+    lines += ["", *_methods()]
     return "\n".join(lines) + "\n"
+
+
+def _methods() -> list[str]:
+    """Two methods to compare, what else there is to choose from, and what can be set for each."""
+    from rankwise.compare.candidates import NAMES
+    from rankwise.compare.candidates.stock import PREFIX
+    from rankwise.compare.spec import Entry
+
+    choice = f"Choose among {', '.join(NAMES)}, or any config class of PEFT, as {PREFIX}LoraConfig."
+    lines = _comment("The methods to compare: a table for each, with its name and what is set for it. " + choice)
+    lines += ["[[method]]", 'name = "lora"', "[[method]]", 'name = "adalora"']
+    for name, field in Entry.model_fields.items():
+        if name != "name":
+            lines += _key(name, field, {})
+    lines += _comment("And every field of the method itself (docs/methods has a page for each), as:")
+    return [*lines, "# r = 16"]
 
 
 def _section(section: type[BaseModel], examples: dict[str, Any]) -> list[str]:

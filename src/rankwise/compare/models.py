@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from peft import prepare_model_for_kbit_training
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig, PreTrainedModel
 
 from rankwise.base_models import PLACES, locate, open_model, skeleton, weight_files
@@ -58,6 +59,15 @@ def _quantising(task: Task, training: Training) -> dict[str, Any]:
         llm_int8_skip_modules=list(task.head_modules) or None,
     )
     return {"quantization_config": config, "device_map": {"": PartialState(cpu=bool(on_cpus())).device}}
+
+
+def quantised_layer(inputs: int, outputs: int, quantise: str) -> nn.Linear:
+    """One linear layer as it is in a quantised model, with random weights: enough to try what an adapter does to it."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt  # noqa: PLC0415  installed only where it is used
+
+    if quantise == "4bit":
+        return Linear4bit(inputs, outputs, quant_type="nf4").to("cpu")
+    return Linear8bitLt(inputs, outputs, has_fp16_weights=False).to("cpu")
 
 
 def skeleton_for(task: Task, name: str, splits: Splits) -> Any:

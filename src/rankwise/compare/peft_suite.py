@@ -6,6 +6,7 @@ Its table for language tasks ranks by accuracy, and tells the costs: memory, tim
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ ACCURACIES = ("accuracy", "exact_match")
 """Our metrics that the suite calls accuracy, the first that there is."""
 
 
-def write_suite(output: Path, folder: Path) -> list[Path]:
+def write_suite(output: Path, folder: Path, keys: Iterable[str] | None = None) -> list[Path]:
     """Write a file for every finished run, for PEFT's suite to read beside its own.
 
     Args:
         output: the output folder of a comparison.
         folder: where to write; it is made if it is missing.
+        keys: the names of the result files to take, without `.json`; None for all.
 
     Returns:
         The files.
@@ -33,7 +35,7 @@ def write_suite(output: Path, folder: Path) -> list[Path]:
         DataError: there are no results, or a run has no accuracy.
     """
     written: list[Path] = []
-    results = result_files(output / "results")
+    results = result_files(output / "results", keys)
     chosen = at_best_rates(list(results.values()))
     for key, result in results.items():
         if result not in chosen:  # a rate that the search tried and did not take

@@ -9,7 +9,7 @@ from __future__ import annotations
 import html
 import io
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,15 +181,17 @@ def write_page(
     path: str | Path,
     title: str,
     reference: str | None = None,
+    rates: Mapping[str, Sequence[float]] | None = None,
     more_notes: Sequence[str] = (),
 ) -> Path:
     """Write the comparison as one self-contained HTML page, whole or not at all.
 
     Args:
-        results: runs of one comparison: the same model, task and metric, and one run per label, seed and rate.
+        results: runs of one comparison, one per label, seed and rate.
         path: where to write.
         title: the page's.
         reference: the label that all others are compared with; None for plain LoRA, where it was run.
+        rates: for each label, the learning rates that were to be tried; None for those that the results have.
         more_notes: told below the table, after what the results themselves have to say.
 
     Returns:
@@ -199,13 +201,14 @@ def write_page(
         DataError: the results are none, or not of one comparison.
         ArgumentError: no run has the label of the reference.
     """
-    _check_one_comparison(results)
+    if not results:
+        raise DataError("there are no finished runs to report on")
+    rows = summarise(results, reference, rates)
     path, metric = Path(path), results[0].metric
     with matplotlib.rc_context(STYLE):
         figures = "\n".join(
             _section(plot, place) for place, plot in enumerate(draw(results, metric, reference), start=1)
         )
-    rows = summarise(results, reference)
     told = [*notes(rows), *more_notes]
     facts = "\n".join(f"<dt>{_escape(name)}</dt><dd>{_escape(fact)}</dd>" for name, fact in _facts(results, rows))
     page = (
@@ -217,17 +220,6 @@ def write_page(
     )
     write_whole(path, page)
     return path
-
-
-def _check_one_comparison(results: Sequence[Result]) -> None:
-    if not results:
-        raise DataError("there are no finished runs to report on")
-    for name in ("model", "task", "metric"):
-        values = _distinct(getattr(result, name) for result in results)
-        if len(values) > 1:
-            raise DataError(
-                f"one page shows one comparison; found results of several kinds of {name}: {', '.join(values)}"
-            )
 
 
 def _facts(results: Sequence[Result], rows: Sequence[Row]) -> list[tuple[str, str]]:

@@ -21,6 +21,9 @@ from rankwise.files import write_whole
 
 FORMAT = 4
 
+END_LOSSES = 5
+"""How many logged losses each end of a run's curve is judged by, where there are enough."""
+
 Curve = list[tuple[int, float]]
 """Values by optimiser step: (step, value), where the value was finite."""
 
@@ -163,14 +166,15 @@ class Result(BaseModel):
     def has_learnt(self) -> bool:
         """Whether the training loss stayed finite and ended below where it began.
 
-        Both ends are means over a tenth of what was logged. A single logged loss tells nothing, and counts as learnt.
+        Both ends are means over a tenth of what was logged, and over five losses at least where there are ten: single
+        batches differ by more than a short run moves them. One logged loss tells nothing, and counts as learnt.
         """
         if self.diverged:
             return False
         losses = [loss for _, loss in self.train_loss]
-        window = max(1, len(losses) // 10)
         if len(losses) < 2:
             return True
+        window = max(len(losses) // 10, min(END_LOSSES, len(losses) // 2))
         return statistics.fmean(losses[-window:]) < statistics.fmean(losses[:window])
 
 

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from rankwise.compare.asked import Asked, write_asked
 from rankwise.compare.engines.base import Engine, Watch
 from rankwise.compare.engines.here import Here
 from rankwise.compare.failures import (
@@ -50,9 +51,12 @@ def run_plan(plan: Plan, command: str = "", watch: Watch | None = None, engine: 
     watch = Watch() if watch is None else watch
     engine = Here() if engine is None else engine
     output = plan.spec.output
+    asked = Asked.of(plan)
     with locked(output) if is_first() else contextlib.nullcontext():
         running = _Running(plan, engine, watch)
         try:
+            if is_first():
+                write_asked(asked, output)
             engine.start(plan, command, watch)
             running.run_all()
         finally:
@@ -61,9 +65,9 @@ def run_plan(plan: Plan, command: str = "", watch: Watch | None = None, engine: 
         notes = failure_notes(plan, failures)
         results = finished(plan)
         if results and is_first():
-            reference = plan.spec.reference
-            write_whole(output / "table.md", markdown(summarise(results, reference), results[0].metric, notes))
-            write_page(results, output / "report.html", f"rankwise: {output.name}", reference, notes)
+            rows = summarise(results, asked.reference, asked.rates)
+            write_whole(output / "table.md", markdown(rows, results[0].metric, notes))
+            write_page(results, output / "report.html", f"rankwise: {output.name}", asked.reference, asked.rates, notes)
     if failures:
         raise FailedRunsError(failures, results, notes, output / "failed")
     return results

@@ -68,7 +68,7 @@ Rates = Annotated[
     Rate | Annotated[tuple[Rate, ...], Field(min_length=1)],
     BeforeValidator(as_tuple),
     AfterValidator(distinct),
-    rule("be a finite number above 0, or a list of different ones"),
+    rule("be a finite number above 0, or a non-empty list of different ones"),
 ]
 """A learning rate, or several to choose from."""
 
@@ -83,9 +83,9 @@ class Training(Section):
     batch_size: Count = 32
     """Examples of one optimiser step."""
     learning_rate: Rates | None = None
-    """Peak rate of the adapter; of a list, each candidate takes the rate with the best validation score at the first
-    seed. Left out: each method's suggested one, which was tuned on two small tasks; LoRA's for a config of stock PEFT;
-    5e-5 for full and partial fine-tuning."""
+    """Peak rate of the adapter; of a list, as [3e-4, 1e-3, 3e-3], each candidate takes the rate with the best
+    validation score at the first seed. Left out: each method's suggested one, which was tuned on two small tasks;
+    LoRA's for a config of stock PEFT; 5e-5 for full and partial fine-tuning."""
     head_learning_rate: Rate = 1e-2
     """Peak rate of what is trained in full beside the adapter: the task head. The same for every method, since a
     method that also set the head's rate would be ranked by it."""
@@ -159,7 +159,7 @@ class Entry(Section):
     label: Text | None = None
     """What tables and figures call it; left out, its name and what is set for it."""
     learning_rate: Rates | None = None
-    """Peak rate of this method alone, or a list to search."""
+    """Peak rate of this method alone, or a list to search, as [3e-4, 1e-3, 3e-3]."""
     head_learning_rate: Rate | None = None
     """Peak rate of the head in this run alone: for a study of that rate, since it ranks methods if it differs."""
 

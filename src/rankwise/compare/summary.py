@@ -25,6 +25,10 @@ SEEDS_TO_PAIR = 3
 """Common seeds below which no difference is reported."""
 SEEDS_TO_CLAIM = 5
 """Common seeds below which a difference is no claim, and no test is made."""
+SHARED_BY_ALL = ("model", "task", "metric", "data_digest")
+"""What all results of one comparison have in common."""
+SHARED_BY_LABEL = ("method", "fields", "steps", "batch_size", "head_learning_rate")
+"""What, besides, all results with one label have in common."""
 CONFIDENCE = 0.95
 RESAMPLES = 10_000
 
@@ -176,25 +180,45 @@ def _grouped(results: Iterable[Result]) -> dict[str, list[Result]]:
     return dict(groups)
 
 
-def summarise(results: Sequence[Result], reference: str | None = None) -> list[Row]:
+def summarise(
+    results: Sequence[Result], reference: str | None = None, rates: Mapping[str, Sequence[float]] | None = None
+) -> list[Row]:
     """One row per label, best median score first, at the rate that was chosen for it.
 
     Args:
         results: finished runs of one comparison.
         reference: the label that all others are compared with; None for plain LoRA, where it was run.
+        rates: for each label, the learning rates that were to be tried, of which some may have failed; None for those
+            that the results have.
 
     Raises:
-        DataError: there are two runs of one label with one seed and one rate.
+        DataError: there are two runs of one label with one seed and one rate, or runs that do not belong together.
         ArgumentError: no run has the label of the reference.
     """
+    _check_belonging(results)
     curves = rate_curves(results)
+    tried = {label: tuple(curve) for label, curve in curves.items()} | dict(rates or {})
     groups = by_label(at_best_rates(results))
     named = reference_among(groups, reference)
     floor = next((runs for runs in groups.values() if runs[0].method in FLOORS), [])
     rows = [
-        _row(runs, named, groups.get(named or "", []), floor, curves.get(label, {})) for label, runs in groups.items()
+        _row(runs, named, groups.get(named or "", []), floor, tried.get(label, ())) for label, runs in groups.items()
     ]
     return sorted(rows, key=lambda row: (-row.quality, row.label))
+
+
+def _check_belonging(results: Sequence[Result]) -> None:
+    """Refuse to compare what differs in more than the method: runs of several SPECs may lie in one folder."""
+    _check_shared(results, SHARED_BY_ALL, "one comparison")
+    for label, runs in _grouped(results).items():
+        _check_shared(runs, SHARED_BY_LABEL, f"the runs of {label}")
+
+
+def _check_shared(runs: Sequence[Result], names: Iterable[str], whose: str) -> None:
+    for name in names:
+        values = list(dict.fromkeys(str(getattr(run, name)) for run in runs))
+        if len(values) > 1:
+            raise DataError(f"{whose} must have one {name}; found results with several: {', '.join(values)}")
 
 
 def _row(
@@ -202,7 +226,7 @@ def _row(
     reference: str | None,
     reference_runs: list[Result],
     floor: list[Result],
-    curve: Mapping[float, float],
+    tried: Sequence[float],
 ) -> Row:
     scores = [run.score for run in runs]
     quality = statistics.median(run.quality for run in runs)
@@ -233,8 +257,8 @@ def _row(
         seconds_per_step=seconds,
         starting_scale=runs[0].starting_scale,
         learning_rate=runs[0].learning_rate,
-        rate_searched=len(curve) > 1,
-        rate_at_edge=bool(curve) and runs[0].learning_rate in (min(curve), max(curve)),
+        rate_searched=len(tried) > 1,
+        rate_at_edge=len(tried) > 1 and runs[0].learning_rate in (min(tried), max(tried)),
         steps_skipped=sum(run.steps_skipped for run in runs),
         unlearnt=sum(not run.has_learnt for run in runs),
         still_improving=sum(run.still_improving for run in runs),

@@ -65,6 +65,10 @@ class Tracking(TrainerCallback):
         self._step = state.global_step
         self._tracker.log(numbers | ranks, step=self._step)
 
+    def validated(self, step: int, score: float) -> None:
+        """The validation score on the way."""
+        self._tracker.log({"validation/score": score}, step=step)
+
     def finish(self, scores: Mapping[str, Mapping[str, float]]) -> None:
         """Tell the scores of the finished run, and close it.
 

@@ -68,14 +68,18 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
         base.to(_device())
     loss_before = _general_loss(plan, base, processor)
     model = candidate.attach(base, plan.steps)
-    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    initial_ranks = candidate.ranks(model)
 
     clock = _Clock(on_step)
     tracking = _tracking(plan, run, candidate, model, output)
     callbacks = [clock, *candidate.callbacks(), *([] if tracking is None else [tracking])]
-    trainer = _trainer(plan, run, candidate, model, processor, splits, output, callbacks)
-    validation = _validation(plan, run, candidate, trainer, splits, output)
+    trainer: Any = _trainer(plan, run, candidate, model, processor, splits, output, callbacks)
+    if candidate.trains:
+        # A start from the data may change what trains, so the optimiser is made after it.
+        candidate.start(model, trainer.get_train_dataloader)
+        trainer.optimizer = _optimizer(plan, run, candidate, model, trainer.args)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    initial_ranks = candidate.ranks(model)
+    validation = _validation(plan, run, candidate, trainer, splits, output, tracking)
     resumed = as_first(newest_complete(checkpoints_of(output, run), processes()))
     if candidate.trains:
         trainer.train(resume_from_checkpoint=None if resumed is None else str(resumed))
@@ -103,7 +107,7 @@ def train_run(plan: Plan, run: Run, output: Path, command: str, on_step: Callabl
         method=run.entry.name,
         label=run.label,
         seed=run.seed,
-        model=plan.spec.model,
+        model=plan.spec.to_dict()["model"],
         task=plan.spec.task.title,
         learning_rate=run.learning_rate,
         head_learning_rate=run.head_learning_rate,
@@ -173,7 +177,13 @@ class _Clock(TrainerCallback):
 
 
 def _validation(
-    plan: Plan, run: Run, candidate: Candidate, trainer: Trainer, splits: Splits, output: Path
+    plan: Plan,
+    run: Run,
+    candidate: Candidate,
+    trainer: Trainer,
+    splits: Splits,
+    output: Path,
+    tracking: Tracking | None,
 ) -> Validation:
     """What measures the validation score on the way, as the SPEC asks, with the trainer that it belongs to."""
     task, training = plan.spec.task, plan.spec.training
@@ -188,6 +198,7 @@ def _validation(
         lower_is_better=task.lower_is_better,
         folder=checkpoints_of(output, run) if training.best == "validation" else None,
         first=candidate.settled_from(plan.steps),
+        on_value=None if tracking is None else tracking.validated,
     )
     trainer.add_callback(validation)
     return validation
@@ -229,11 +240,9 @@ def _trainer(
             "seed": run.seed,
         }
     )
-    optimizer = _optimizer(plan, run, candidate, model, arguments) if candidate.trains else None
     trainer: Any = task.trainer_class(
         model=model,  # type: ignore[arg-type]
         args=arguments,
-        optimizers=(optimizer, None),
         processing_class=processor,
         callbacks=callbacks,
         **task.trainer_data(splits, processor),

@@ -32,6 +32,7 @@ class Validation(TrainerCallback):
         lower_is_better: whether a lower score is a better one.
         folder: where the best weights are kept, None to keep none.
         first: the first step whose weights may be the best.
+        on_value: told of each step and its score.
     """
 
     def __init__(
@@ -42,12 +43,14 @@ class Validation(TrainerCallback):
         lower_is_better: bool,
         folder: Path | None,
         first: int,
+        on_value: Callable[[int, float], None] | None = None,
     ) -> None:
         self._steps = steps
         self._score = score
         self._sign = -1 if lower_is_better else 1
         self._folder = folder
         self._first = first
+        self._on_value = on_value
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, model: Any = None, **_: Any) -> None:
         """Measure, if this step is one of those."""
@@ -59,6 +62,8 @@ class Validation(TrainerCallback):
             value = self._score()
         model.train(was_training)
         state.log_history.append({VALIDATION: value, "step": state.global_step})
+        if self._on_value is not None:
+            self._on_value(state.global_step, value)
         if self._folder is None or self.best_step(state) != state.global_step or not is_first():
             return
         self._folder.mkdir(parents=True, exist_ok=True)

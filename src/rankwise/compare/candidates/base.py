@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
@@ -25,6 +26,14 @@ class Measured:
     """All singular values of each module's update, largest first."""
     steps_skipped: int = 0
     """Optimiser steps that moved nothing, because of an overflow or of gradients that were not finite."""
+
+
+class Batches(Protocol):
+    """What gives the batches of one pass over the training data, as a DataLoader does."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
+
+    def __len__(self) -> int: ...
 
 
 class Candidate(ABC):
@@ -67,6 +76,15 @@ class Candidate(ABC):
     @abstractmethod
     def attach(self, model: PreTrainedModel, steps: int) -> nn.Module:
         """The model with everything that this candidate trains set to require gradients, and nothing else."""
+
+    def start(self, model: nn.Module, batches: Callable[[], Batches]) -> None:
+        """Whatever has to see training examples before the optimiser is made; for most candidates, nothing.
+
+        Args:
+            model: what `attach` has made, where it will train.
+            batches: gives the batches of one pass over the training data.
+        """
+        return
 
     def callbacks(self) -> list[TrainerCallback]:
         """What the trainer has to call for this candidate."""

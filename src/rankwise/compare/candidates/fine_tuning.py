@@ -50,7 +50,8 @@ class FineTuningCandidate(Candidate):
         known = ["modules"] if entry.name == PARTIAL else []
         for name, value in entry.fields.items():
             if name not in known:
-                raise ArgumentError(f"{entry.name}.{name}", f"be a field of it ({nearest(name, known)})", value)
+                rule = f"be `modules`, {PARTIAL}'s only field" if known else f"be left out: {FULL} has no fields"
+                raise ArgumentError(f"{entry.name}.{name}", rule, value)
         if entry.name == FULL:
             return cls(FULL, None, spec.task.head_modules)
         modules = entry.fields.get("modules")
@@ -59,16 +60,19 @@ class FineTuningCandidate(Candidate):
         return cls(PARTIAL, tuple(modules), spec.task.head_modules)
 
     def check(self, model: PreTrainedModel, steps: int) -> None:
-        """Refuse module names that match nothing.
+        """Refuse module names that match nothing, or nothing that can train.
 
         Raises:
-            ArgumentError: a name is the end of no module's name.
+            ArgumentError: a name is the end of no module's name, or only of modules without weights.
         """
-        names = [name for name, _ in model.named_modules()]
+        modules = dict(model.named_modules())
         for wanted in self.modules or ():
-            if not any(_ends(name, wanted) for name in names):
-                own = {name.rpartition(".")[2] for name in names}
+            named = [module for name, module in modules.items() if _ends(name, wanted)]
+            if not named:
+                own = {name.rpartition(".")[2] for name in modules}
                 raise ArgumentError(f"{PARTIAL}.modules", f"match modules ({nearest(wanted, own)})", wanted)
+            if not any(True for module in named for _ in module.parameters()):
+                raise ArgumentError(f"{PARTIAL}.modules", "match modules that have weights to train", wanted)
 
     def attach(self, model: PreTrainedModel, steps: int) -> nn.Module:
         """The model with the chosen weights set to train."""

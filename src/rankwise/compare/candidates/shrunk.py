@@ -13,6 +13,7 @@ from rankwise.compare.candidates.adapter import AdapterCandidate
 from rankwise.compare.candidates.base import Measured
 from rankwise.compare.spec import Entry, Spec
 from rankwise.compare.together import as_first, is_first
+from rankwise.errors import ArgumentError
 from rankwise.export.lora import export_lora
 from rankwise.export.reader import read_lora
 from rankwise.export.shrink import shrink_adapter
@@ -39,6 +40,9 @@ class ShrunkCandidate(AdapterCandidate):
             ArgumentError: LoRA has no such field, or a value breaks its rule.
         """
         fields = {"r": LARGER * spec.budget.r} | entry.fields
+        if isinstance(fields["r"], int) and fields["r"] <= spec.budget.r:
+            rule = f"be larger than budget.r, {spec.budget.r}, to which it is cut"
+            raise ArgumentError(f"{SHRUNK}.r", rule, fields["r"])
         candidate = super().of(spec, Entry.model_validate({"name": "lora"} | fields))
         assert isinstance(candidate, cls)
         candidate.name = SHRUNK

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,27 @@ import torch
 from peft import NoMatchingPeftModuleError, PeftConfig, PromptLearningConfig, get_peft_model
 from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel, TrainerCallback
 
-from rankwise.compare.candidates.base import Candidate, Measured
+from rankwise.compare.candidates.base import Batches, Candidate, Measured
+from rankwise.compare.candidates.eva import EVA, start_from_batches
+from rankwise.compare.models import quantised_layer
 from rankwise.compare.spec import Entry, Spec
 from rankwise.errors import ArgumentError, nearest
 from rankwise.files import whole_folder
 from rankwise.methods import METHODS
 from rankwise.update import Factors
 
+VARIANTS = {
+    "dora": "use_dora = true",
+    "rslora": "use_rslora = true",
+    "pissa": 'init_lora_weights = "pissa"',
+    "olora": 'init_lora_weights = "olora"',
+    EVA: 'init_lora_weights = "eva"',
+}
+"""Methods that are PEFT's LoRA with one field set, as people call them."""
 PREFIX = "peft."
 """What the names of PEFT's config classes begin with in a SPEC, as `peft.LoraConfig`."""
 CONFIGS: dict[str, type[PeftConfig]] = {
@@ -37,10 +49,14 @@ OF_PEFT = {field.name for field in dataclasses.fields(PeftConfig)}
 """What every config holds about the adapter's file and its use, which is not a SPEC's to say."""
 UNFIT = (NoMatchingPeftModuleError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError)
 """What PEFT raises, in one place or another, for a config that does not fit the model."""
+WHERE = {"target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "task_type"}
+"""Fields of configs that say which modules train."""
+PROBE = "probe"
+"""The name of the layer that a config is tried on."""
 WITHOUT_RANK = (peft.OFTConfig,)
 """Kinds whose `r` counts something else, here blocks of a rotation."""
-STARTS_FROM_DATA = ("eva", "corda", "lora_ga")
-"""Values of `init_lora_weights` that do nothing unless the data is given to a function of PEFT's before training."""
+REFUSED_STARTS = ("corda", "lora_ga")
+"""Values of `init_lora_weights` that do nothing unless a function of the user's is given to PEFT before training."""
 
 
 class StockCandidate(Candidate):
@@ -51,13 +67,22 @@ class StockCandidate(Candidate):
         kind: the class.
         given: every field that is set, by the SPEC's entry or because all candidates share it.
         fields: those that the entry sets.
+        quantise: how many bits the SPEC holds frozen weights in, "4bit" or "8bit"; None for all of them.
     """
 
-    def __init__(self, name: str, kind: type[PeftConfig], given: dict[str, Any], fields: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        name: str,
+        kind: type[PeftConfig],
+        given: dict[str, Any],
+        fields: dict[str, Any],
+        quantise: str | None,
+    ) -> None:
         self.name = name
         self.kind = kind
         self.given = given
         self.fields = fields
+        self.quantise = quantise
         self.suggested_rate = METHODS["lora"].suggested_rate
         self.starting_scale = None
         alpha, r = given.get("lora_alpha"), given.get("init_r", given.get("r"))
@@ -83,8 +108,8 @@ class StockCandidate(Candidate):
             if name not in known - OF_PEFT:
                 rule = f"be a field of PEFT's class ({nearest(name, known)})"
                 raise ArgumentError(f"{entry.name}.{name}", rule, value)
-        if entry.fields.get("init_lora_weights") in STARTS_FROM_DATA:
-            rule = f"be a start that needs no data ({', '.join(STARTS_FROM_DATA)} do)"
+        if entry.fields.get("init_lora_weights") in REFUSED_STARTS:
+            rule = f"be a start that needs no function of yours ({', '.join(REFUSED_STARTS)} do)"
             raise ArgumentError(f"{entry.name}.init_lora_weights", rule, entry.fields["init_lora_weights"])
         if issubclass(kind, PromptLearningConfig) and not spec.task.head_modules:
             rule = "be a config that adds no tokens, since the model's answers are scored token by token"
@@ -103,7 +128,7 @@ class StockCandidate(Candidate):
         given = {name: value for name, value in (shared | of_task).items() if name in known} | entry.fields
         if "modules_to_save" in of_task:
             given["modules_to_save"] = of_task["modules_to_save"]
-        return cls(entry.name, kind, given, entry.fields)
+        return cls(entry.name, kind, given, entry.fields, spec.training.quantise)
 
     def check(self, model: PreTrainedModel, steps: int) -> None:
         """Refuse values that PEFT does not accept, module names that match nothing, and a schedule of another length.
@@ -115,16 +140,48 @@ class StockCandidate(Candidate):
         if told not in (None, steps):
             raise ArgumentError(f"{self.name}.total_step", f"be left out, or be the steps of the run, {steps}", told)
         try:
-            get_peft_model(model, self.config(steps), low_cpu_mem_usage=True)
+            adapted = get_peft_model(model, self.config(steps), low_cpu_mem_usage=True)
         except UNFIT as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
-            raise ArgumentError(self.name, f"be a config that fits the model ({reason})", self.fields) from error
+            raise ArgumentError(
+                self.name, f"be a config that fits the model ({_reason(error)})", self.fields
+            ) from error
+        if self.quantise is not None:
+            self._check_quantised(adapted, steps, self.quantise)
 
-    def config(self, steps: int) -> PeftConfig:
-        """The config; PEFT's AdaLoRA is told the length of the run, without which it refuses to be made."""
+    def _check_quantised(self, adapted: nn.Module, steps: int, quantise: str) -> None:
+        """Refuse a config that cannot train beside quantised weights, by a trial on one layer of the model's shape.
+
+        The skeleton cannot tell, since its weights are neither there nor quantised.
+        """
+        modules = [module for module in adapted.modules() if isinstance(module, BaseTunerLayer)]
+        layers = [layer for layer in (module.get_base_layer() for module in modules) if isinstance(layer, nn.Linear)]
+        if not layers:
+            return
+        inputs, outputs = layers[0].in_features, layers[0].out_features
+        alone = nn.ModuleDict({PROBE: quantised_layer(inputs, outputs, quantise)})
+        try:
+            get_peft_model(alone, self.config(steps, only=PROBE))  # type: ignore[arg-type]
+            tried = alone[PROBE](torch.zeros(1, inputs))
+            tried.sum().backward()
+        except (*UNFIT, RuntimeError) as error:
+            rule = f"be a config that works on weights in {quantise}, as training.quantise asks ({_reason(error)})"
+            raise ArgumentError(self.name, rule, self.fields) from error
+
+    def config(self, steps: int, only: str | None = None) -> PeftConfig:
+        """The config; PEFT's AdaLoRA is told the length of the run, without which it refuses to be made.
+
+        Args:
+            steps: optimiser steps of the run.
+            only: the name of the one module to adapt, instead of those that the SPEC names.
+        """
         needs_length = "total_step" in {field.name for field in dataclasses.fields(self.kind)}
         length: dict[str, Any] = {"total_step": steps} if needs_length else {}
-        return self.kind(**(length | self.given))
+        given: dict[str, Any] = length | self.given
+        if isinstance(given.get("eva_config"), dict):  # a table in the SPEC, a class in PEFT
+            given["eva_config"] = peft.EvaConfig(**given["eva_config"])
+        if only is not None:
+            given = {name: value for name, value in given.items() if name not in WHERE} | {"target_modules": [only]}
+        return self.kind(**given)
 
     def settled_from(self, steps: int) -> int:
         """The last allocation of PEFT's AdaLoRA; other kinds keep their size."""
@@ -134,6 +191,11 @@ class StockCandidate(Candidate):
     def attach(self, model: PreTrainedModel, steps: int) -> nn.Module:
         """The model with the adapter in it."""
         return get_peft_model(model, self.config(steps))
+
+    def start(self, model: Any, batches: Callable[[], Batches]) -> None:
+        """EVA's start, where the config asks for it."""
+        if self.given.get("init_lora_weights") == EVA:
+            start_from_batches(model, batches())
 
     def callbacks(self) -> list[TrainerCallback]:
         """The call that PEFT's AdaLoRA asks its users to make after every optimiser step."""
@@ -206,6 +268,11 @@ class StockCandidate(Candidate):
         with whole_folder(output / "adapters" / key) as folder:
             model.save_pretrained(str(folder))
         return str(Path("adapters") / key) if self.kind is peft.LoraConfig else None
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what a library complains of, as a part of a sentence."""
+    return next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")
 
 
 def _of_triplets(layer: Any) -> Factors:
