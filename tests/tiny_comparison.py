@@ -81,8 +81,15 @@ def toml(table: dict[str, Any]) -> str:
         if _is_section(value):
             for section in value if isinstance(value, list) else [value]:
                 lines.append(f"[[{key}]]" if isinstance(value, list) else f"[{key}]")
-                lines += [f"{name} = {json.dumps(item)}" for name, item in section.items()]
+                lines += [f"{name} = {_value(item)}" for name, item in section.items()]
     return "\n".join(lines) + "\n"
+
+
+def _value(value: object) -> str:
+    """A value inside a section; a table inside it becomes an inline table."""
+    if isinstance(value, dict):
+        return "{ " + ", ".join(f"{name} = {_value(item)}" for name, item in value.items()) + " }"
+    return json.dumps(value)
 
 
 def _is_section(value: object) -> bool:

@@ -45,7 +45,7 @@ Metrics = Annotated[
     BeforeValidator(as_tuple),
     AfterValidator(distinct),
     rule(f"be a list of different metrics among loss, {', '.join(GENERATED)}"),
-    known_names(Metric, "metrics of the task, among them no METEOR, which would download its data"),
+    known_names(Metric, "metrics of the task"),
 ]
 
 
