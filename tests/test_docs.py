@@ -56,13 +56,14 @@ def test_the_learning_rates_on_the_page_are_those_of_the_result_files() -> None:
     assert search.summary() in (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
 
 
-def test_the_table_of_clinc150_is_that_of_the_result_files() -> None:
-    folder = ROOT / "bench" / "results" / "clinc150"
+@pytest.mark.parametrize(("name", "runs"), [("clinc150", 30), ("head_rates", 10), ("language_models/arc_easy", 4)])
+def test_the_table_of_a_comparison_is_that_of_the_result_files(name: str, runs: int) -> None:
+    folder = ROOT / "bench" / "results" / name
     results = read_results(folder / "results")
     table = markdown(summarise(results), results[0].metric)
     assert table == (folder / "table.md").read_text(encoding="utf-8")
     assert table in (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
-    assert len(results) == 30
+    assert len(results) == runs
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "gsm8k_packing", "e2e", "e2e_packing"])

@@ -118,12 +118,16 @@ def markdown(rows: Sequence[Row], metric: str, more_notes: Sequence[str] = ()) -
     lines = [[column.heading for column in columns], [":---", *["---:"] * (len(columns) - 1)]]
     lines += [[_markdown_cell(column.cell(row)) for column in columns] for row in rows]
     table = "".join(f"| {' | '.join(line)} |\n" for line in lines)
-    told = "".join(f"- {_escape(note)}\n" for note in [*notes(rows), *more_notes])
+    told = "".join(f"- {_markdown_text(note)}\n" for note in [*notes(rows), *more_notes])
     return f"{table}\n{told}" if told else table
 
 
 def _markdown_cell(text: str) -> str:
-    return _escape(text).replace("|", "\\|")
+    return _markdown_text(text).replace("|", "\\|")
+
+
+def _markdown_text(text: str) -> str:
+    return html.escape(printable(text), quote=False)
 
 
 def _html_table(rows: Sequence[Row], metric: str) -> str:
