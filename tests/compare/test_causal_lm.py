@@ -260,6 +260,11 @@ def test_chats_are_read_as_they_are(tiny_llama: Path, tmp_path: Path) -> None:
             ArgumentError,
             r"`methods` must be methods for a task without a head, as causal",
         ),
+        (
+            {"methods": ["peft.PromptTuningConfig"]},
+            ArgumentError,
+            r"`methods` must be a config that adds no tokens, since .* token by token; found 'peft.PromptTuningConfig'",
+        ),
     ],
 )
 def test_mistakes_are_told_before_training(

@@ -81,6 +81,16 @@ def test_the_suite_finds_every_column(tmp_path: Path) -> None:
     }
 
 
+def test_rates_that_a_search_did_not_take_are_left_out(tmp_path: Path) -> None:
+    for rate, on_validation in ((1e-3, 0.5), (3e-3, 0.75), (1e-2, 0.6)):
+        tried = made(learning_rate=rate, validation_score=on_validation, versions=VERSIONS)
+        write_result(tried, tmp_path / "results" / f"lora--{rate}.json")
+    other_seed = made(learning_rate=3e-3, seed=1, versions=VERSIONS)
+    write_result(other_seed, tmp_path / "results" / "lora--seed1.json")
+    written = write_suite(tmp_path, tmp_path / "suite")
+    assert sorted(file.name for file in written) == ["lora--0.003.json", "lora--seed1.json"]
+
+
 def test_full_fine_tuning_has_no_config() -> None:
     assert read_as_the_suite_does(suite_record(made("full", versions=VERSIONS), 0))["peft_type"] == "full-finetuning"
 
