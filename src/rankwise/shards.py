@@ -44,6 +44,11 @@ def part_of(value: Tensor, like: Tensor) -> Tensor:
 
 
 def write(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy whole values into tensors."""
-    own = [part_of(value, target) for value, target in zip(values, targets, strict=True)]
-    torch._foreach_copy_([part(target.detach()) for target in targets], own)
+    """Copy whole values into tensors, all of one dtype at once."""
+    by_dtype: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
+    for target, value in zip(targets, values, strict=True):
+        own, new = by_dtype.setdefault(value.dtype, ([], []))
+        own.append(part(target.detach()))
+        new.append(part_of(value, target))
+    for own, new in by_dtype.values():
+        torch._foreach_copy_(own, new)

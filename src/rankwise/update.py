@@ -14,6 +14,29 @@ from torch import Tensor
 from rankwise.precision import exact
 
 
+class Parts(NamedTuple):
+    """An update without the number that multiplies all of its ranks alike: ΔW = scale·B·diag(s)·A.
+
+    A product can take such a number along, where a tensor would cost an operation of its own.
+    """
+
+    B: Tensor
+    s: Tensor | None
+    """None: 1 for every rank."""
+    A: Tensor
+
+    @property
+    def r(self) -> int:
+        """The number of columns of B, zero or not."""
+        return self.A.shape[-2]
+
+    def scaled(self, scale: float) -> Factors:
+        """The update with the number folded in."""
+        if self.s is None:
+            return Factors(self.B, self.B.new_full(self.B.shape[:-2] + self.B.shape[-1:], scale), self.A)
+        return Factors(self.B, self.s if scale == 1 else scale * self.s, self.A)
+
+
 class Factors(NamedTuple):
     """ΔW = B·diag(s)·A of one layer, or of a stack of same-shaped layers.
 
@@ -76,3 +99,16 @@ class Factors(NamedTuple):
     def singular_values(self) -> Tensor:
         """The min(r, out, in) leading singular values of ΔW, falling, in float64."""
         return self.orthogonal().s
+
+
+def joined_factors(left: Tensor, A: Tensor, frozen: Factors) -> tuple[Tensor, Tensor]:
+    """The sum of two updates as one of the ranks of both: its left and its right factor, of one layer or of a stack.
+
+    Args:
+        left: B·diag(s) of the one, (…, out, r).
+        A: of the one, (…, r, in).
+        frozen: the other. It is cast to the dtypes of the one first, so that equal ones cancel in any precision.
+    """
+    B, s, _ = frozen
+    frozen_left = (B.to(left.dtype) * s.unsqueeze(-2)).to(left.dtype)
+    return torch.cat([left, frozen_left], -1), torch.cat([A, frozen.A.to(A.dtype)], -2)

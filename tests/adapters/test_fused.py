@@ -23,7 +23,7 @@ from rankwise.adapters import fused, linear
 from rankwise.adapters.configs import CONFIGS
 from rankwise.adapters.fused import fused_linear, worth_adding
 from rankwise.adapters.lookup import adapted_layers
-from rankwise.update import Factors
+from rankwise.update import Factors, Parts
 
 ROWS = pytest.mark.parametrize(("name", "case"), CASES.items(), ids=list(CASES))
 MODELS = {"bert": tiny_bert, "gpt2": tiny_gpt2, "llama": tiny_llama}
@@ -94,6 +94,32 @@ def test_only_what_is_wanted_gets_a_gradient(added: bool, frozen: bool, wanted: 
             t.grad = None
     torch.testing.assert_close(*found)
     assert [g is not None for g in found[0]] == [i in wanted for i in range(4)]
+
+
+@PLACES
+@pytest.mark.parametrize("r", [3, 17], ids=["narrow", "wide"])
+@pytest.mark.parametrize("gated", [False, True], ids=["ones", "gated"])
+@pytest.mark.parametrize("own_input", [False, True], ids=["x", "dropped"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["", "frozen"])
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_a_scale_and_ranks_without_a_gate_are_multiplied_by_nothing_of_their_own(
+    scale: float, frozen: bool, own_input: bool, gated: bool, r: int, added: bool
+) -> None:
+    x, z = draw(4, 6, gradient=True), draw(4, 6, gradient=True) if own_input else None
+    W, b, F0 = draw(5, 6), draw(5), Factors(draw(5, 2), draw(2), draw(2, 6)) if frozen else None
+    B, s, A = draw(5, r, gradient=True), draw(r, gradient=True) if gated else None, draw(r, 6, gradient=True)
+    args = [t for t in (x, z, B, A, s) if t is not None]
+
+    def fast(*args: Tensor) -> Tensor:
+        x, *rest = args
+        B, A, *s = rest[own_input:]
+        return fused_linear(x, rest[0] if own_input else None, W, b, Parts(B, *s or (None,), A), F0, scale=scale)
+
+    with added_to_weight(added):
+        expected = written_out(x, z, W, b, Parts(B, s, A).scaled(scale), F0)
+        torch.testing.assert_close(fast(*args), expected, rtol=1e-12, atol=1e-12)
+        assert torch.autograd.gradcheck(fast, args)
+        assert torch.autograd.gradgradcheck(fast, args)
 
 
 def test_an_update_in_the_weight_keeps_the_inputs_alone() -> None:

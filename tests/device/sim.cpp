@@ -84,6 +84,33 @@ struct Memory final : c10::Allocator {
 Memory memory;
 REGISTER_ALLOCATOR(DeviceType::PrivateUse1, &memory);
 
+// Memory of the host that the system does not move.
+struct PinnedMemory final : c10::Allocator {
+  static std::set<const void*>& held() {
+    static std::set<const void*> addresses;
+    return addresses;
+  }
+  static void release(void* memory) {
+    std::lock_guard<std::mutex> lock(counting);
+    held().erase(memory);
+    std::free(memory);
+  }
+  c10::DataPtr allocate(size_t bytes) override {
+    void* memory = std::malloc(bytes ? bytes : 1);
+    std::lock_guard<std::mutex> lock(counting);
+    held().insert(memory);
+    return {memory, memory, &release, Device(at::kCPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return &release; }
+  void copy_data(void* to, const void* from, size_t bytes) const override { std::memcpy(to, from, bytes); }
+  bool holds(const void* data) const {
+    std::lock_guard<std::mutex> lock(counting);
+    return held().count(data) > 0;
+  }
+};
+
+PinnedMemory pinned_memory;
+
 bool on_device(const Tensor& tensor) {
   return tensor.defined() && tensor.device().type() == DeviceType::PrivateUse1;
 }
@@ -184,9 +211,14 @@ Tensor& set_whole_storage(Tensor& self, at::Storage source) {
 
 // --- copies between host and device ---------------------------------------------------------------------------------
 
-Tensor copy_from(const Tensor& self, const Tensor& destination, bool) {
+// Into memory that the system does not move a GPU copies on its own, while the host goes on.
+Tensor copy_from(const Tensor& self, const Tensor& destination, bool non_blocking) {
   if (!on_device(destination)) {
-    count_read("copy to the host");
+    if (non_blocking && destination.is_pinned()) {
+      count(launched, "aten::copy_");
+    } else {
+      count_read("copy to the host");
+    }
   } else if (!on_device(self)) {
     count_copy("copy to the device");
   } else {
@@ -443,6 +475,8 @@ struct Hooks final : at::PrivateUse1HooksInterface {
   c10::DeviceIndex exchangeDevice(c10::DeviceIndex) const override { return 0; }
   c10::DeviceIndex maybeExchangeDevice(c10::DeviceIndex) const override { return 0; }
   Device getDeviceFromPtr(void*) const override { return THE_DEVICE; }
+  at::Allocator* getPinnedMemoryAllocator() const override { return &pinned_memory; }
+  bool isPinnedPtr(const void* data) const override { return pinned_memory.holds(data); }
 };
 
 TORCH_LIBRARY_IMPL(_, PrivateUse1, m) {

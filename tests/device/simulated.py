@@ -59,6 +59,16 @@ def register() -> Any:
     return built
 
 
+class Event:
+    """`torch.sim.Event`: every operation has ended when it returns."""
+
+    def record(self) -> None:
+        """Nothing to note."""
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
+
+
 def _device_module() -> ModuleType:
     """`torch.sim`, as `torch.cuda`: what torch asks of a device from Python."""
     module = ModuleType(f"torch.{NAME}")
@@ -79,6 +89,7 @@ def _device_module() -> ModuleType:
     }
     for name, answer in answers.items():
         setattr(module, name, answer)
+    module.Event = Event  # type: ignore[attr-defined]
     return module
 
 

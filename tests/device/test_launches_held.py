@@ -15,7 +15,8 @@ import pytest
 import torch
 import transformers
 
-from launch_counts import LAYERS, MODELS, WAYS, counts_of, table
+from launch_counts import LAYERS, MODELS, WAYS, Training, counts_of, table
+from simulated import counted
 
 pytest_plugins = ["on_device"]
 
@@ -50,6 +51,18 @@ def test_no_count_has_grown(model: str, way: str, simulated_device: torch.device
         assert not grown, f"{layers} layers, (kept, now)"
         fallen = {key: (kept[key], count) for key, count in found.items() if count < kept[key]}
         assert not fallen, f"{layers} layers, (kept, now): fewer, so keep them by `{RENEW}`"
+
+
+@pytest.mark.device
+@pytest.mark.parametrize("way", ["lora", "nblora"])
+def test_passes_that_accumulate_gradients_wait_for_nothing(way: str, simulated_device: torch.device) -> None:
+    training = Training("bert", way, 2)
+    training.step()
+    with counted() as counts:
+        for _ in range(3):
+            training.model(**training.batch).loss.backward()
+        training.step()
+    assert (counts.reads, counts.copies) == (0, 1)
 
 
 @pytest.mark.parametrize("way", OURS)

@@ -133,7 +133,7 @@ def test_the_frozen_part_and_the_moving_part_add_up_to_the_update() -> None:
     t = start_of(Sorsa(), weight_of(20, 16), 4)
     first = principal(t)
     t = t | {name: t[name] + 0.1 * torch.randn_like(t[name]) for name in ("U", "S", "Vh")}
-    frozen, moving = Sorsa().frozen_part(t), Sorsa().moving_part(t, 7.0)
+    frozen, moving = Sorsa().frozen_part(t), Sorsa().moving_part(t).scaled(1.0)
     assert frozen is not None
     assert torch.allclose(frozen.delta().double(), -first, atol=1e-5)
     assert torch.allclose(moving.delta().double(), principal(t), atol=1e-5)

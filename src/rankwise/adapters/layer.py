@@ -23,10 +23,11 @@ from rankwise.adapters.peers import mean
 from rankwise.adapters.probe import GradientProbe
 from rankwise.adapters.roster import Roster
 from rankwise.adapters.tensors import AdapterTensors
+from rankwise.derivatives import by_hand
 from rankwise.errors import ArgumentError, RankwiseError, TrainingError
 from rankwise.methods.base import Method
 from rankwise.methods.stack import Size
-from rankwise.update import Factors
+from rankwise.update import Factors, Parts
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer):
@@ -243,7 +244,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         result = base = self.base_layer(x, *args, **kwargs)
         for adapter in adapters:
             if self.gates.get(adapter, x) is not None:
-                result = self._add(adapter, self._update(adapter, self._ready(adapter)), result, x)
+                update = self._update(adapter, self._ready(adapter)).scaled(self.factor_of(adapter))
+                result = self._add(adapter, update, result, x)
         return result.to(base.dtype)
 
     def _ready(self, adapter: str) -> dict[str, Tensor]:
@@ -257,13 +259,21 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         tensors.restore_exact()
         if tensors.unchecked and not torch.compiler.is_compiling():
             tensors.check_finite(adapter)
-        return tensors.named()
+        return tensors.named() | self._made_together(adapter, tensors)
 
-    def _update(self, adapter: str, tensors: dict[str, Tensor]) -> Factors:
-        """The update that this pass computes, in training with what is drawn at random."""
+    def _made_together(self, adapter: str, tensors: AdapterTensors) -> dict[str, Tensor]:
+        """What was made of the tensors for all layers of this pass at once; nothing where this layer makes its own."""
+        together = self.rosters[adapter].together
+        return together.take(tensors) if self.training and by_hand() else {}
+
+    def _update(self, adapter: str, tensors: dict[str, Tensor]) -> Parts:
+        """The update that this pass computes, in training with what is drawn at random, but for its scale."""
         method = self.methods[adapter]
-        update = method.training_factors if self.training else method.evaluation_factors
-        return update(tensors, self.scaling[adapter])
+        return method.training_parts(tensors) if self.training else method.evaluation_parts(tensors)
+
+    def factor_of(self, adapter: str) -> float:
+        """What the update of `adapter` is multiplied by."""
+        return self.methods[adapter].factor_of(self.scaling[adapter])
 
     def _watched(self, adapter: str, output: Tensor, x: Tensor) -> Tensor:
         """The output, seen by a start that waits for a gradient and by the roster."""
@@ -320,7 +330,8 @@ def check_samples(gates: Tensor, x: Tensor) -> None:
 
 
 def _start_before_saving(layer: nn.Module, prefix: str, keep_vars: bool) -> None:
-    """State-dict hook: an adapter that still awaits its start gets it before it is saved."""
+    """State-dict hook: an adapter that still awaits its start gets it before it is saved, its counters are right."""
     if isinstance(layer, AdapterLayer):
         for adapter in layer.rankwise_tensors:
+            layer.rosters[adapter].catch_up()
             layer.started(adapter)

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from rankwise.adapters.fused import fused_linear, worth_adding
 from rankwise.adapters.layer import AdapterLayer, check_samples
 from rankwise.derivatives import by_hand
-from rankwise.update import Factors
+from rankwise.update import Factors, Parts
 
 FUSED = {torch.float32, torch.float64, torch.bfloat16}
 """Not float16: its products overflow in another order of factors, and what would have been a step is none."""
@@ -70,33 +70,38 @@ class AdapterLinear(AdapterLayer):
             return None
         dropped, W = self.rankwise_dropout[adapter](x), self.as_matrix(weight)
         z = None if dropped is x else dropped.to(dtype)
-        W, frozen, (B, s, A) = self._parts(adapter, tensors, W, x if z is None else None, dtype)
+        W, frozen, beside, (B, s, A) = self._parts(adapter, tensors, W, x if z is None else None, dtype)
+        joined = None if beside is None else self.methods[adapter].joined_with_frozen(tensors)
         opened = self.methods[adapter].ranks_open(tensors) if self.training and torch.is_grad_enabled() else None
         if opened is not None:  # elsewhere others may have copied parameters in, and not the mask: TRL's reference
             k = self.tensors(adapter).open_prefix(opened)
-            B, s, A = B[:, :k], s[:k], A[:k]
+            B, s, A = B[:, :k], None if s is None else s[:k], A[:k]
         if torch.is_autocast_enabled(x.device.type):
             x, W, B, A = (t.to(dtype) for t in (x, W, B, A))
             b = None if b is None else b.to(dtype)
+            joined = None if joined is None else (joined[0].to(dtype), joined[1].to(dtype))
         elif {B.dtype, A.dtype, dtype if b is None else b.dtype} != {dtype}:
             return None
-        return fused_linear(x, z, W, b, Factors(B, s, A), frozen)
+        scale = self.factor_of(adapter)
+        return fused_linear(x, z, W, b, Parts(B, s, A), frozen, beside=beside, joined=joined, scale=scale)
 
     def _parts(
         self, adapter: str, tensors: dict[str, Tensor], W: Tensor, x: Tensor | None, dtype: torch.dtype
-    ) -> tuple[Tensor, Factors | None, Factors]:
-        """The weight (out, in), what is frozen of the update if it is to be added to it, and the (other) update.
+    ) -> tuple[Tensor, Factors | None, Factors | None, Parts]:
+        """The weight (out, in), what is frozen of the update: to be added to it, or beside it; and the (other) update.
 
         No x: dropout, which the whole update sees.
         """
         method = self.methods[adapter]
-        frozen = None if x is None else method.frozen_part(tensors)
-        if frozen is not None and x is not None:
-            if method.caches_frozen_part:
-                return self._folded(adapter, frozen), None, method.moving_part(tensors, self.scaling[adapter])
-            if worth_adding(x, W, frozen.r, dtype):
-                return W, frozen, method.moving_part(tensors, self.scaling[adapter])
-        return W, None, self._update(adapter, tensors)
+        frozen = method.frozen_part(tensors)
+        if frozen is None:
+            return W, None, None, self._update(adapter, tensors)
+        moving = method.moving_part(tensors)
+        if x is not None and method.caches_frozen_part:
+            return self._folded(adapter, frozen), None, None, moving
+        if x is not None and worth_adding(x, W, frozen.r, dtype):
+            return W, frozen, None, moving
+        return W, None, frozen, moving
 
     def _folded(self, adapter: str, frozen: Factors) -> Tensor:
         """The base weight (out, in) with the frozen part of the update folded in, made once."""

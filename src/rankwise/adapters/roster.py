@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from rankwise.adapters.peers import is_sharded, peers_of
 from rankwise.adapters.progress import Progress, unfinished
+from rankwise.adapters.together import Together
 from rankwise.methods.base import Method
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Roster:
         self.trainer_epoch: int | None = None
         self.development: Callable[[], list[Any]] | None = None  # gives batches of a trainer's data to score ranks on
         self.in_trainer = False  # a trainer's own checkpoints are no sign that a run has ended
+        self.together = Together(adapter, method)
         self.session: Any = None
         self.peers: Any = None  # the processes that train it together
         self.sharded = False  # by FSDP2
@@ -105,11 +107,17 @@ class Roster:
     def _trains(self, layer: AdapterLayer) -> bool:
         return any(p.requires_grad for p in layer.tensors(self.adapter).trained())
 
+    def catch_up(self) -> None:
+        """Before somebody reads or saves the counters: `training` may not have asked the device for the last step's."""
+        if self.session is not None:
+            self.session.learn()
+
     def unfinished(self) -> str | None:
         """A sentence about ranks short of their budget, if training has begun; see `progress.unfinished`.
 
         Of shards it tells no ranks: to gather them takes every process, and one alone may be saving.
         """
+        self.catch_up()
         layers = self.layers
         progress = Progress.of(layers[0].tensors(self.adapter).progress)
         if not progress.step:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -19,7 +20,7 @@ from rankwise.adapters.convolution import AdapterConv2d
 from rankwise.adapters.embedding import AdapterEmbedding
 from rankwise.adapters.layer import AdapterLayer
 from rankwise.adapters.linear import AdapterLinear
-from rankwise.adapters.roster import Roster
+from rankwise.adapters.roster import Roster, living_rosters
 from rankwise.adapters.targets import check_targets
 from rankwise.adapters.tensors import ADDED_IN_FORMAT_2, AdapterTensors
 from rankwise.errors import ArgumentError, nearest
@@ -86,12 +87,19 @@ class RankwiseTuner(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT asks here before each forward pass, and takes `adapter_names` out of it afterwards."""
+        """PEFT asks here around each forward pass: what can be is made for all layers at once (`together.py`)."""
         if kwargs.get("adapter_names") is not None:
             raise ArgumentError(
                 "adapter_names", "be left out: batches of several adapters are not supported", kwargs["adapter_names"]
             )
-        yield
+        if torch.compiler.is_compiling():
+            yield
+            return
+        with ExitStack() as passes:
+            for roster in living_rosters():
+                if roster.model is self.model:
+                    passes.enter_context(roster.together.one_pass(roster.layers))
+            yield
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copied or unpickled model: its layers have made rosters of their own."""

@@ -99,21 +99,28 @@ class _Cayley(torch.autograd.Function):
         P1, P2 = _first_columns([gradient.to(wide) for gradient in gradients])
         _, Y = _first_columns([block.to(wide) for block in rows])
 
-        # ∂V = 2P₁ − 2P₂Y, block by block of Yᵀ.
-        dV = P1
+        # −∂V = −2(P₁ − P₂Y), block by block of Yᵀ.
+        half = P1
         for p, y in zip(P2, Y, strict=True):
-            dV = dV - p @ y.mT
-        dV = (2 * dV).to(V.dtype)
-        dM = -(V.mT @ dV @ V.mT)
+            half = _less_product(half, p, y.mT)
+        minus_dV = (-2 * half).to(V.dtype)
+        dM = V.mT @ minus_dV @ V.mT
 
         # ∂Xᵀ = ∂M − ∂Mᵀ and ∂Yᵀ = (∂M + ∂Mᵀ)Yᵀ − 2VᵀP₂.
         dX = (dM - dM.mT).to(wide)
         symmetric = (dM + dM.mT).to(wide)
         twice_V = (2 * V.mT).to(wide)
-        dY = [symmetric @ y - twice_V @ p for p, y in zip(P2, Y, strict=True)]
+        dY = [_less_product(symmetric @ y, twice_V, p) for p, y in zip(P2, Y, strict=True)]
 
         first_block = torch.cat([dX, dY[0]], dim=-1)
         return tuple(block.to(dtype) for block in (first_block, *dY[1:]))
+
+
+def _less_product(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """A − b c, as one operation for a matrix or a stack of them."""
+    if a.dim() == 3:
+        return torch.baddbmm(a, b, c, alpha=-1)
+    return torch.addmm(a, b, c, alpha=-1) if a.dim() == 2 else a - b @ c
 
 
 def _first_columns(blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -125,22 +132,23 @@ def _first_columns(blocks: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
 def _transform(rows: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], Tensor]:
     """The blocks of Qᵀ, in the dtype of those of Gᵀ, and V = Wᵀ."""
     r, dtype = rows[0].shape[-2], rows[0].dtype
-    X, Y = _first_columns(rows)
-    X, Y = exact(X), [exact(y) for y in Y]
+    X, Y = _first_columns([exact(block) for block in rows])
 
-    # I + Zᵀ, where Zᵀ = Xᵀ − X + YᵀY of the stored rows.
+    # I + Zᵀ, where Zᵀ = Xᵀ − X + YᵀY of the stored rows. What is added to the diagonal alone is added to it in place.
     skew = X.mT - X
     gram = reduce(torch.add, (y @ y.mT for y in Y))
     with torch.no_grad():
         sizes = gram.diagonal(dim1=-2, dim2=-1) + torch.linalg.vector_norm(skew, dim=-2)
-        rounding = r * torch.finfo(gram.dtype).eps * sizes
-        raised_identity = torch.diag_embed(1 + MARGIN * rounding)
+        raised_ones = 1 + MARGIN * r * torch.finfo(gram.dtype).eps * sizes
+    M = skew + gram
+    M.diagonal(dim1=-2, dim2=-1).add_(raised_ones)
     # inv_ex rather than inv: it does not stop a CUDA stream to ask whether the matrix was singular, and none is.
-    V = torch.linalg.inv_ex(raised_identity + skew + gram).inverse.mT
+    V = torch.linalg.inv_ex(M).inverse.mT
 
     # Qᵀ = [2V − I, −2V·Yᵀ].
-    identity = torch.eye(r, dtype=V.dtype, device=V.device)
-    upper = (2 * V - identity).to(dtype)
-    lower = [((-2 * V) @ y).to(dtype) for y in Y]
-    first_block = torch.cat([upper, lower[0]], dim=-1)
+    minus_twice_V = -2 * V
+    upper = -minus_twice_V
+    upper.diagonal(dim1=-2, dim2=-1).sub_(1)
+    lower = [(minus_twice_V @ y).to(dtype) for y in Y]
+    first_block = torch.cat([upper.to(dtype), lower[0]], dim=-1)
     return (first_block, *lower[1:]), V

@@ -38,6 +38,14 @@ def evaluation_gate(log_theta: Tensor, stretch: Stretch) -> Tensor:
     return torch.where(log_theta > closing_point(stretch), gate, 0)
 
 
+def training_gate(log_theta: Tensor, u: Tensor, temperature: float, stretch: Stretch) -> Tensor:
+    """The sampled gate where a u was drawn, the evaluation gate where u is 0, by one pass through the sigmoid."""
+    drawn = u > 0
+    noisy = (torch.logit(torch.where(drawn, u, 0.5)) + log_theta) / temperature
+    gate = _stretched(torch.sigmoid(torch.where(drawn, noisy, log_theta)), stretch)
+    return torch.where(drawn | (log_theta > closing_point(stretch)), gate, 0)
+
+
 def open_probability(log_theta: Tensor, temperature: float, stretch: Stretch) -> Tensor:
     """P(g > 0) = sigmoid(log θ − τ·log(−γ/ζ)), of which E‖G‖₀ is the sum (eq. 8)."""
     return torch.sigmoid(log_theta - temperature * closing_point(stretch))

@@ -59,7 +59,8 @@ def squared_norm_bound(*blocks: Tensor) -> Tensor:
     """
     with torch.no_grad():
         gram = reduce(torch.add, (block.mT @ block for block in map(exact, blocks)))
-        return 1 + torch.linalg.matrix_norm(gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
+        gram.diagonal(dim1=-2, dim2=-1).sub_(1)
+        return 1 + torch.linalg.matrix_norm(gram)
 
 
 def _by_the_largest(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,7 +31,7 @@ from rankwise.methods.orthonormal import penalty_of_form
 from rankwise.methods.phases import Phased
 from rankwise.methods.stack import CLOSED, Penalty, Size, Slot, Stack, Step, Updates, closed_slot
 from rankwise.schedules import CubicBudget, steps_of
-from rankwise.update import Factors
+from rankwise.update import Factors, Parts
 
 TRIPLET = ("P", "Lambda", "Q")
 
@@ -106,9 +106,9 @@ class AdaLora(Phased):
         start["kept"] = torch.ones(size.r, dtype=torch.bool)
         return start if zero else {name: 50 * t for name, t in start.items()} | {"Lambda": gaussian(size.r)}
 
-    def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
-        """P·diag(scale·Λ)·Q."""
-        return Factors(t["P"], scale * t["Lambda"], t["Q"])
+    def parts(self, t: Mapping[str, Tensor]) -> Parts:
+        """P·diag(Λ)·Q."""
+        return Parts(t["P"], t["Lambda"], t["Q"])
 
     def take_up(self, size: Size, update: Factors, scale: float, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Its singular triplets, from QR decompositions and one r × r singular value decomposition."""

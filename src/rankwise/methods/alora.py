@@ -137,6 +137,11 @@ class Alora(Method):
         plan = self.plan(total, epoch)
         return plan.final if plan is not None and plan.rounds else None
 
+    def reads_back(self, step: Step) -> bool:
+        """In a round, which runs the model."""
+        plan = self.plan(step.total, step.epoch)
+        return plan is not None and plan.due(step.last, step.number)
+
     def after_step(self, stacks: Sequence[Stack], step: Step) -> Updates:
         """A round, if one is due; closed ranks stay zero whatever an optimiser remembers of them."""
         plan = self.plan(step.total, step.epoch)

@@ -19,7 +19,7 @@ from rankwise.checks import require_int
 from rankwise.errors import ArgumentError
 from rankwise.methods.stack import CLOSED, Penalty, Size, Slot, Stack, Step, Updates
 from rankwise.schedules import CubicBudget
-from rankwise.update import Factors
+from rankwise.update import Factors, Parts
 
 METHODS: dict[str, type[Method]] = {}
 """Every registered method by its name, in the order of registration."""
@@ -101,9 +101,53 @@ class Method:
         start = {"A": kaiming_uniform(size.r, size.into)}
         return start if zero else start | {"B": kaiming_uniform(size.out, size.r)}
 
+    prepared_from: ClassVar[tuple[str, ...]] = ()
+    """The tensors that `prepare` reads; none where it has nothing to do."""
+
+    prepares_on_cpu: ClassVar[bool] = True
+    """Whether that is worth it on a CPU too, where it saves little but takes copies of the tensors."""
+
+    def prepare(self, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What a training pass makes of tensors before it multiplies by them, of one layer or of a stack, by new names.
+
+        Made for all layers at once where that can be; `training_parts` finds it among the tensors then.
+        """
+        return {}
+
+    def parts(self, t: Mapping[str, Tensor]) -> Parts:
+        """The update the tensors of one layer, or of a stack, make, but for lora_alpha / r."""
+        return Parts(t["B"], None, t["A"])
+
+    def training_parts(self, t: Mapping[str, Tensor]) -> Parts:
+        """As `parts`, in a training forward: another update where gates are drawn at random."""
+        return self.parts(t)
+
+    def evaluation_parts(self, t: Mapping[str, Tensor]) -> Parts:
+        """As `parts`, in evaluation, in what is merged and in what is exported: without the ranks that are closed.
+
+        A closed rank is 0 in its parameters too, unless something outside of the optimiser's step (an average of the
+        weights, an interpolation) has moved them since.
+        """
+        B, s, A = self.parts(t)
+        if CLOSED not in t:
+            return Parts(B, s, A)
+        return Parts(B, torch.where(t[CLOSED], 0, torch.ones_like(B[..., 0, :]) if s is None else s), A)
+
+    def factor_of(self, scale: float) -> float:
+        """What multiplies the update: `scale`, which is lora_alpha / r, or 1 for a method without it."""
+        return scale if self.scaled else 1.0
+
     def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
-        """The update the tensors of one layer, or of a stack, make; `scale` is lora_alpha / r."""
-        return Factors(t["B"], t["B"].new_full(t["B"].shape[:-2] + t["B"].shape[-1:], scale), t["A"])
+        """The update with every scale folded in; `scale` is lora_alpha / r."""
+        return self.parts(t).scaled(self.factor_of(scale))
+
+    def training_factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
+        """As `factors`, in a training forward."""
+        return self.training_parts(t).scaled(self.factor_of(scale))
+
+    def evaluation_factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
+        """As `factors`, in evaluation."""
+        return self.evaluation_parts(t).scaled(self.factor_of(scale))
 
     def take_up(self, size: Size, update: Factors, scale: float, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors whose update is a given one of at most `size.started` ranks, as a start.
@@ -125,31 +169,22 @@ class Method:
         A[: update.r], B[:, : update.r] = update.A, update.B * update.s / scale
         return {"A": A, "B": B}
 
-    def evaluation_factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
-        """The update in evaluation, in what is merged and in what is exported: without the ranks that are closed.
-
-        A closed rank is 0 in its parameters too, unless something outside of the optimiser's step (an average of the
-        weights, an interpolation) has moved them since.
-        """
-        B, s, A = self.factors(t, scale)
-        return Factors(B, torch.where(t[CLOSED], 0, s) if CLOSED in t else s, A)
-
     def ranks_left(self, t: Mapping[str, Tensor]) -> Tensor:
         """Which ranks the method has not pruned and are not closed, a boolean (…, r)."""
         kept = self.kept(t)
         return kept & ~t[CLOSED] if CLOSED in t else kept
 
-    def training_factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
-        """The update in a training forward; another than `factors` where gates are drawn at random."""
-        return self.factors(t, scale)
-
     def frozen_part(self, t: Mapping[str, Tensor]) -> Factors | None:
         """A part of the update that never changes, which a layer may add to its weight rather than to its output."""
         return None
 
-    def moving_part(self, t: Mapping[str, Tensor], scale: float) -> Factors:
+    def moving_part(self, t: Mapping[str, Tensor]) -> Parts:
         """What is left of the update beside its `frozen_part`."""
-        return self.factors(t, scale)
+        return self.parts(t)
+
+    def joined_with_frozen(self, t: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """The factors of both parts together, where `prepare` has made them; see `joined_factors`."""
+        return None
 
     def ranks_open(self, t: Mapping[str, Tensor]) -> Tensor | None:
         """Booleans (r,) where the other ranks are 0 in B and A and stay so, so that they need not be computed."""
@@ -175,6 +210,10 @@ class Method:
     def advice(self, stacks: Sequence[Stack], step: Step) -> str | None:
         """A sentence of warning for a run that cannot do what the method is for, asked at the first step."""
         return None
+
+    def reads_back(self, step: Step) -> bool:
+        """Whether the rules of a step read numbers of the device, so that the host may as well ask for one more."""
+        return False
 
     def ratio(self, tensor: str, peak: float, step: Step) -> float:
         """What the optimiser's move of a tensor is multiplied by, for tensors with a learning rate of their own."""

@@ -27,7 +27,7 @@ from rankwise.linalg.chain import chain
 from rankwise.linalg.subspace import gradient_subspace
 from rankwise.methods.base import Method, gaussian, register
 from rankwise.methods.stack import Size, Slot, Stack, Step
-from rankwise.update import Factors
+from rankwise.update import Parts
 
 LEAST = 1e-30
 """The least ε^L: from a smaller one no gradient gets through in float32."""
@@ -49,6 +49,7 @@ class Deep(Method):
     scaled: ClassVar[bool] = False
     linear_only: ClassVar[bool] = True
     cancels: ClassVar[bool] = True
+    prepared_from: ClassVar[tuple[str, ...]] = ("W",)
     negligible: ClassVar[float] = 1e-6
     suggested_rate: ClassVar[float] = 1e-2
     refuses_updates: ClassVar[str | None] = "Deep LoRA's updates lie in a subspace that a gradient tells"
@@ -132,13 +133,17 @@ class Deep(Method):
         U, V = gradient_subspace(gradient, size.r)
         return {"U": U, "V": V}
 
-    def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
+    def parts(self, t: Mapping[str, Tensor]) -> Parts:
         """B = U·(W_L ⋯ W_1) and A = Vᵀ, or the product goes to Vᵀ where that is smaller: a training step keeps it."""
         B, A = t["U"], t["V"].mT
         if t["W"].shape[-3]:
-            square = chain(t["W"])
+            square = (t if "product" in t else self.prepare(t))["product"]
             B, A = (B @ square, A) if B.shape[-2] <= A.shape[-1] else (B, square @ A)
-        return Factors(B, torch.ones_like(B[..., 0, :]), A)
+        return Parts(B, None, A)
+
+    def prepare(self, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """W_L ⋯ W_1, where there are factors between the outer two."""
+        return {"product": chain(t["W"])} if t["W"].shape[-3] else {}
 
     def kept(self, t: Mapping[str, Tensor]) -> Tensor:
         """All r directions; an export drops those that hold next to nothing."""

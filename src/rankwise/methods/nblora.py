@@ -22,6 +22,7 @@ divided by a bound of λ_max(A Aᵀ + B Bᵀ) of the cast ones: 1 + 1e-7 in floa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -36,7 +37,7 @@ from rankwise.linalg.norms import EXPONENTS, on_unit_sphere, schatten, squared_n
 from rankwise.methods.base import Method, gaussian, register
 from rankwise.methods.stack import Size, Slot
 from rankwise.precision import exact
-from rankwise.update import Factors
+from rankwise.update import Parts
 
 
 @register
@@ -156,24 +157,46 @@ class NbLora(Method):
             share = max(1.0, even) if self._split_is_learnt else even
         return share * float(exact(self._absolute(size, weight)).norm())
 
-    def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
+    def parts(self, t: Mapping[str, Tensor]) -> Parts:
         """2·Bᵀ diag(s) A or U diag(s ∘ sin v) Vᵀ, with s divided by what rounding may have added to the factors."""
         if self.parameterization == "joint":
             A, Bt = cayley_of_blocks(t["A_free"], t["B_free"])
             stretch = squared_norm_bound(A.mT, Bt.mT).unsqueeze(-1)
-            return _factors(Bt.mT, 2 * self._bounds(t, A.shape[-2]) / stretch, A)
+            return _parts(Bt.mT, 2 * self._bounds(t, A.shape[-2]) / stretch, A)
         U, stretch_U = _orthonormal(t["U_free"])
         V, stretch_V = _orthonormal(t["V_free"])
         s = self._bounds(t, U.shape[-1]) * exact(t["v"]).sin()
-        return _factors(U, s / (stretch_U * stretch_V).sqrt(), V.mT)
+        return _parts(U, s / (stretch_U * stretch_V).sqrt(), V.mT)
+
+    @property
+    def prepared_from(self) -> tuple[str, ...]:  # type: ignore[override]  a question of the fields here
+        """All tensors."""
+        split = ("z",) if self._split_is_learnt else ()
+        return (
+            *(("A_free", "B_free") if self.parameterization == "joint" else ("U_free", "V_free", "v")),
+            *split,
+            "delta",
+        )
+
+    def prepare(self, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Both factors, the bounds multiplied into the left one."""
+        B, s, A = self.parts(t)
+        assert s is not None
+        return {"left": (B * s.unsqueeze(-2)).to(B.dtype), "right": A}
+
+    def training_parts(self, t: Mapping[str, Tensor]) -> Parts:
+        """As `parts`, of factors that are there already."""
+        return Parts(t["left"], None, t["right"]) if "left" in t else self.parts(t)
 
     def _bounds(self, t: Mapping[str, Tensor], r: int) -> Tensor:
         """s (…, r): bounds of the singular values, in any order, in float64."""
         delta = exact(t["delta"])
         if self._split_is_learnt:
             return delta * on_unit_sphere(t["z"], self._p)
-        share = 1.0 if self.singular_value_bounds is not None else r ** (-1 / self._p)
-        return share * delta.expand(*delta.shape[:-1], r)
+        bounds = delta.expand(*delta.shape[:-1], r)
+        if self.singular_value_bounds is not None or self._p == math.inf:
+            return bounds
+        return r ** (-1 / self._p) * bounds
 
     def kept(self, t: Mapping[str, Tensor]) -> Tensor:
         """All r ranks."""
@@ -187,6 +210,6 @@ def _orthonormal(free: Tensor) -> tuple[Tensor, Tensor]:
     return Q, squared_norm_bound(Q).unsqueeze(-1)
 
 
-def _factors(B: Tensor, s: Tensor, A: Tensor) -> Factors:
+def _parts(B: Tensor, s: Tensor, A: Tensor) -> Parts:
     """With s in float32, or in the factors' own dtype where that is wider."""
-    return Factors(B, s.to(torch.promote_types(B.dtype, torch.float32)), A)
+    return Parts(B, s.to(torch.promote_types(B.dtype, torch.float32)), A)

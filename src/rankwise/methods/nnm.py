@@ -69,13 +69,13 @@ class Nnm(Method):
         """λR and its gradient, in the form that `frobenius` names."""
         if self.nuclear_weight == 0:
             return None
-        gradients, value = [], torch.zeros((), dtype=torch.float32)
+        gradients, values = [], []
         for layers in stacks:
             A = layers["A"].float()
             share, gradient = self._share_of_nuclear_norm(exact(A))
             gradients.append({"A": -self.nuclear_weight * gradient.to(A.dtype)})
-            value = value.to(A.device) - self.nuclear_weight * share.sum()
-        return Penalty(value, gradients)
+            values.append(-self.nuclear_weight * share.sum())
+        return Penalty(sum(value.to(values[0].device) for value in values), gradients)  # type: ignore[arg-type]
 
     def _share_of_nuclear_norm(self, A: Tensor) -> tuple[Tensor, Tensor]:
         """‖A‖_* / ‖A‖_F of each matrix (n,) and its gradient (n, r, into); ‖A‖_* and U Vᵀ where nothing divides.

@@ -28,7 +28,7 @@ from rankwise.methods.base import gaussian, register
 from rankwise.methods.orthonormal import penalty_of_form
 from rankwise.methods.phases import Phased
 from rankwise.methods.stack import CLOSED, Penalty, Size, Slot, Stack, Step, Updates, closed_slot
-from rankwise.update import Factors
+from rankwise.update import Factors, Parts
 
 EDGE = 1e-6  # u is drawn from [EDGE, 1 − EDGE]
 GATE_TRAVEL = 128.0
@@ -47,6 +47,7 @@ class Salora(Phased):
     method: ClassVar[str] = "salora"
     summary: ClassVar[str] = "falls to a density of r·L ranks, learned by random gates under an L0 constraint"
     suggested_rate: ClassVar[float] = 3e-3
+    prepared_from: ClassVar[tuple[str, ...]] = ("log_theta", "u")
     closing_values: ClassVar[Mapping[str, float]] = {"log_theta": gates.FLOOR}
     uses_rate: ClassVar[bool] = True
 
@@ -91,15 +92,18 @@ class Salora(Phased):
         start = super().start(size, weight, zero=zero)
         return start | {"log_theta": 2 + 0.01 * gaussian(size.r), "seed": new_seed()}
 
-    def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
-        """B·diag(scale·g)·A with evaluation gates."""
-        return Factors(t["B"], scale * gates.evaluation_gate(t["log_theta"], self.stretch), t["A"])
+    def parts(self, t: Mapping[str, Tensor]) -> Parts:
+        """B·diag(g)·A with evaluation gates."""
+        return Parts(t["B"], gates.evaluation_gate(t["log_theta"], self.stretch), t["A"])
 
-    def training_factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
-        """B·diag(scale·g)·A with this step's gates: one draw per step, and evaluation gates once they are decided."""
-        sampled = gates.sampled_gate(t["log_theta"], t["u"].clamp_min(EDGE), self.temperature, self.stretch)
-        g = torch.where(t["u"] > 0, sampled, gates.evaluation_gate(t["log_theta"], self.stretch))
-        return Factors(t["B"], scale * g, t["A"])
+    def training_parts(self, t: Mapping[str, Tensor]) -> Parts:
+        """B·diag(g)·A with this step's gates."""
+        made = t if "gate" in t else self.prepare(t)
+        return Parts(t["B"], made["gate"], t["A"])
+
+    def prepare(self, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """This step's gates: one draw per step, and evaluation gates once they are decided."""
+        return {"gate": gates.training_gate(t["log_theta"], t["u"], self.temperature, self.stretch)}
 
     def take_up(self, size: Size, update: Factors, scale: float, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As LoRA, seen through the evaluation gates."""
@@ -190,9 +194,9 @@ class Salora(Phased):
 
 
 def _costs(layers: Stack) -> Tensor:
-    """Parameters of one rank of each layer, out + in, (n, 1)."""
-    costs = [[size.out + size.into] for size in layers.sizes]
-    return torch.tensor(costs, dtype=torch.float32, device=layers["log_theta"].device)
+    """Parameters of one rank of each layer, out + in, (n, 1); the layers of a stack are of one shape."""
+    size = layers.sizes[0]
+    return layers["log_theta"].new_full((len(layers), 1), size.out + size.into)
 
 
 def _parameters(stacks: Sequence[Stack]) -> int:

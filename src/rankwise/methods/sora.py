@@ -27,7 +27,7 @@ from rankwise.checks import require_choice, require_number
 from rankwise.linalg.prox import soft_threshold
 from rankwise.methods.base import Method, gaussian, register
 from rankwise.methods.stack import CLOSED, Penalty, Size, Slot, Stack, Step, Updates, closed_slot
-from rankwise.update import Factors
+from rankwise.update import Factors, Parts
 
 
 @register
@@ -75,9 +75,9 @@ class Sora(Method):
         g = gaussian(size.r) if self.gate_init == "normal" else torch.ones(size.r)
         return super().start(size, weight, zero=zero) | {"g": g}
 
-    def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
-        """B·diag(scale·g)·A."""
-        return Factors(t["B"], scale * t["g"], t["A"])
+    def parts(self, t: Mapping[str, Tensor]) -> Parts:
+        """B·diag(g)·A."""
+        return Parts(t["B"], t["g"], t["A"])
 
     def take_up(self, size: Size, update: Factors, scale: float, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """As LoRA, with open gates."""

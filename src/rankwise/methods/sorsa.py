@@ -28,7 +28,7 @@ from rankwise.linalg.svd import leading_triplets, leading_triplets_full
 from rankwise.methods.base import Method, register
 from rankwise.methods.orthonormal import orthonormality_penalty
 from rankwise.methods.stack import Penalty, Size, Slot, Stack, Step
-from rankwise.update import Factors
+from rankwise.update import Factors, Parts, joined_factors
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class Sorsa(Method):
     scaled: ClassVar[bool] = False
     starts_from_weight: ClassVar[bool] = True
     cancels: ClassVar[bool] = True
+    prepares_on_cpu: ClassVar[bool] = False
 
     orth_reg_weight: float = field(default=4e-4, metadata={"help": "γ; the penalty's weight is γ / peak learning rate"})
     orth_reg_form: str = field(
@@ -97,23 +98,40 @@ class Sorsa(Method):
         offset = {f"{name}0": t for name, t in start.items()}
         return start | offset if zero else start | offset | {"S": S + 1 + torch.rand_like(S)}
 
-    def factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
+    def parts(self, t: Mapping[str, Tensor]) -> Parts:
         """[U U⁰]·diag(S, −S⁰)·[Vh; Vh⁰]: rank 2r. The start follows the parameters' dtype, so that it cancels them."""
         U0, Vh0, S0 = t["U0"].to(t["U"].dtype), t["Vh0"].to(t["Vh"].dtype), t["S0"].to(t["S"].dtype)
-        return Factors(torch.cat([t["U"], U0], -1), torch.cat([t["S"], -S0], -1), torch.cat([t["Vh"], Vh0], -2))
+        return Parts(torch.cat([t["U"], U0], -1), torch.cat([t["S"], -S0], -1), torch.cat([t["Vh"], Vh0], -2))
 
     def frozen_part(self, t: Mapping[str, Tensor]) -> Factors | None:
         """−U⁰S⁰V⁰ᵀ, which makes W0 the residual weight W_r."""
-        return Factors(t["U0"], -t["S0"], t["Vh0"])
+        return Factors(t["U0"], t["minus_S0"] if "minus_S0" in t else -t["S0"], t["Vh0"])
+
+    @property
+    def prepared_from(self) -> tuple[str, ...]:  # type: ignore[override]  a question of the fields here
+        """All tensors; none where W_r is kept, since U, S and Vh are enough then."""
+        return () if self.caches_frozen_part else ("U", "S", "Vh", "U0", "S0", "Vh0")
 
     @property
     def caches_frozen_part(self) -> bool:  # type: ignore[override]  a question of the fields here
         """Whether W_r is kept."""
         return self.residual == "cached"
 
-    def moving_part(self, t: Mapping[str, Tensor], scale: float) -> Factors:
+    def moving_part(self, t: Mapping[str, Tensor]) -> Parts:
         """U S Vh: rank r."""
-        return Factors(t["U"], t["S"], t["Vh"])
+        return Parts(t["US"], None, t["Vh"]) if "US" in t else Parts(t["U"], t["S"], t["Vh"])
+
+    def prepare(self, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """U S, and the factors of both parts together, which inputs are multiplied by."""
+        US = (t["U"] * t["S"].unsqueeze(-2)).to(t["U"].dtype)
+        minus_S0 = -t["S0"]
+        with torch.no_grad():  # gradients go to U S and Vh, by rank r
+            left, right = joined_factors(US, t["Vh"], Factors(t["U0"], minus_S0, t["Vh0"]))
+        return {"US": US, "minus_S0": minus_S0, "left": left, "right": right}
+
+    def joined_with_frozen(self, t: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """[U S, −U⁰S⁰] and [Vh; Vh⁰]."""
+        return (t["left"], t["right"]) if "left" in t else None
 
     def kept(self, t: Mapping[str, Tensor]) -> Tensor:
         """All r triplets."""

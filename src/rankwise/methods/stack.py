@@ -139,10 +139,11 @@ class Stack:
         return self._column(name, 1)
 
     def _column(self, name: str, which: int) -> Tensor:
-        pairs = self._rates(name) if self._rates else [(0.0, 0.0)] * len(self)
-        return torch.tensor(
-            [pair[which] for pair in pairs], dtype=torch.float32, device=self._values[name][0].device
-        ).unsqueeze(1)
+        found = [pair[which] for pair in self._rates(name)] if self._rates else [0.0] * len(self)
+        device = self._values[name][0].device
+        if len(set(found)) == 1:  # as good as always: filled in on the device, where a list would be copied to it
+            return torch.full((len(found), 1), found[0], dtype=torch.float32, device=device)
+        return torch.tensor(found, dtype=torch.float32, device=device).unsqueeze(1)
 
 
 Updates = list[dict[str, Tensor]]

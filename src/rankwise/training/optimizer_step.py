@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from rankwise.adapters.roster import Roster
@@ -24,6 +25,7 @@ from rankwise.training.gradients import all_finite
 from rankwise.training.optimizers import Groups, groups_of, held_by, steps_others
 from rankwise.training.refusals import MANY_CALLS
 from rankwise.training.session import Session, session_of
+from rankwise.training.verdict import Verdict, can_be_left_to_the_device, verdict_of
 
 
 class OptimizerStep:
@@ -38,6 +40,7 @@ class OptimizerStep:
         self._groups: Groups = {}  # of all of them; an inner one's win over an outer one's
         self._moving: list[Optimizer] = []  # around which rules run now
         self._moved: set[int] = set()  # parameters of those that are done
+        self._flagged: tuple[Optimizer, Tensor | None] | None = None  # told on the device whether to move; what it held
 
     def moves(self, roster: Roster) -> bool:
         """Whether an adapter is among those that this step moves."""
@@ -100,6 +103,7 @@ class OptimizerStep:
         if optimizer in self._moving:
             self._moving.remove(optimizer)
             self._moved |= groups_of(optimizer).keys()
+        self._take_flag_back()
         for session in self._taking_part:
             session.settle()
 
@@ -115,6 +119,7 @@ class OptimizerStep:
         """The step of an optimiser ended in an exception, which an outer one may have caught."""
         if optimizer in self._moving:
             self._moving.remove(optimizer)
+        self._take_flag_back()
         for session in self._taking_part:
             session.give_back()
         if outermost:
@@ -140,9 +145,10 @@ class OptimizerStep:
         asked_now = [session for session in sessions if session not in self._asked]
         taking_part = [session for session in asked_now if session.takes_part(self._groups)]
         self._asked += asked_now
-        if taking_part and not self._skips(optimizer, taking_part):
+        verdict = self._left_to_the_device(optimizer, taking_part)
+        if taking_part and (verdict is not None or not self._skips(optimizer, taking_part)):
             for session in taking_part:
-                session.before(getattr(optimizer, "grad_scale", None))
+                session.before(getattr(optimizer, "grad_scale", None), verdict)
             self._taking_part += taking_part
         self._stepped += sessions
         self._moving.append(optimizer)
@@ -163,6 +169,30 @@ class OptimizerStep:
         for session in sessions:
             session.skip(bad=not overflow)
         return True
+
+    def _left_to_the_device(self, optimizer: Optimizer, sessions: list[Session]) -> Verdict | None:
+        """What the device will have found out by the time it moves weights; None where the host has to know it now."""
+        gradients = [gradient for session in sessions for gradient in session.gradients()]
+        alone = self._optimizers == [optimizer] and gradients
+        if not alone or not can_be_left_to_the_device(optimizer):
+            return None
+        if not all(session.can_learn_later() for session in sessions):
+            return None
+        found_inf = getattr(optimizer, "found_inf", None)
+        verdict = verdict_of(gradients, found_inf)
+        self._flagged = optimizer, found_inf
+        optimizer.found_inf = verdict.stops  # type: ignore[attr-defined]  fused optimisers look for it
+        return verdict
+
+    def _take_flag_back(self) -> None:
+        """A flag is for one step; a `GradScaler` removes its own."""
+        if self._flagged is None:
+            return
+        (optimizer, before), self._flagged = self._flagged, None
+        if before is None:
+            del optimizer.found_inf  # type: ignore[attr-defined]
+        else:
+            optimizer.found_inf = before  # type: ignore[attr-defined]
 
     def _run_after(self) -> None:
         states = [optimizer.state for optimizer in self._optimizers]

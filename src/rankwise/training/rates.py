@@ -108,7 +108,7 @@ class Rates:
             groups: the optimiser's groups, by the ids of the parameters in them.
         """
         if self._seen is None:
-            self._seen = [tensors.peaks.tolist() for tensors in members]
+            self._seen = _stored(members)
         distinct = {id(group): group for group in groups.values()}
         told = {key: (rate_of(group), declared_peak(group)) for key, group in distinct.items()}
         self._now, self.unknown, self.estimated = {}, False, False
@@ -137,8 +137,20 @@ class Rates:
     def store(self, members: Sequence[AdapterTensors]) -> None:
         """Keep the peaks with the adapter, if they have risen."""
         if self._rose:
-            write([tensors.peaks for tensors in members], list(torch.tensor(self._seen, dtype=torch.float32).unbind(0)))
+            seen = torch.tensor(self._seen, dtype=torch.float32)
+            # Sent to a device once, not once for every layer.
+            on_device = {device: seen.to(device) for device in {tensors.peaks.device for tensors in members}}
+            values = [on_device[tensors.peaks.device][i] for i, tensors in enumerate(members)]
+            write([tensors.peaks for tensors in members], values)
             self._rose = False
+
+
+def _stored(members: Sequence[AdapterTensors]) -> list[list[float]]:
+    """The stored peaks of each layer's tensors, read from a device once."""
+    peaks = [tensors.peaks for tensors in members]
+    if len({stored.device for stored in peaks}) == 1:
+        return torch.stack(peaks).tolist()
+    return [stored.tolist() for stored in peaks]
 
 
 def _as_stored(rate: float) -> float:

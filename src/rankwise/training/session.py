@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import compress
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from rankwise.errors import TrainingError
 from rankwise.methods.stack import Ablation, Stack, Step, Updates
 from rankwise.shards import write
 from rankwise.training.aside import backward_through
+from rankwise.training.counters import Counters
 from rankwise.training.development import ablate, can_ablate, check
 from rankwise.training.gradients import add_to_gradients, any_nonzero, unscaled
 from rankwise.training.held import Held
@@ -31,10 +33,8 @@ from rankwise.training.optimizers import Groups
 from rankwise.training.rates import Rates
 from rankwise.training.refusals import check_needs_no_rate, check_together, check_whole
 from rankwise.training.schedule_free import holds_average, restart, set_in_both
+from rankwise.training.verdict import Verdict, keep_where_stopped
 from rankwise.training.watch import Watch
-
-BAD_GRADIENTS = 5
-"""Steps in a row with NaN or infinite gradients that stop a run."""
 
 T = TypeVar("T")
 Moments = Mapping[Any, dict[str, Any]]
@@ -53,8 +53,8 @@ class Session:
         self._members: list[AdapterTensors] = []
         self._groups: Groups = {}
         self._rates = Rates()
-        self._progress = Progress()
-        self._read_from: tuple[int, int] | None = None
+        self._counters = Counters(roster, self._rates.forget)
+        self._verdict: Verdict | None = None  # on this step, where the device alone knows it
         self._told = False
         self._looked = False
         self._trains = False
@@ -69,9 +69,12 @@ class Session:
         adapter has gradients, although another one has been made the active adapter since.
 
         Raises:
-            TrainingError: the optimiser holds only a part of what trains, or processes cannot agree.
+            TrainingError: the optimiser holds only a part of what trains, or processes cannot agree; gradients were
+                bad in five steps in a row, of which the last one has been left to the device.
         """
         self.abandon()
+        if self._counters.learn():
+            self._counters.check()
         self._groups = groups
         layers = self.roster.layers
         self._members = [layer.started(self.roster.adapter) for layer in layers]
@@ -89,13 +92,27 @@ class Session:
         gradients = self.gradients()
         return bool(gradients) and (self.watch.saw_backward or any_nonzero(gradients))
 
+    def can_learn_later(self) -> bool:
+        """Whether the host need not know yet if the coming step happens: it is one of a run's ordinary steps.
+
+        The first step has checks and starts that read from the device anyway, and so have some rules.
+        """
+        first = self._members[0].trained()[0]
+        if first.device.type == "cpu" or self.roster.sharded or any(t.awaits_gradient for t in self._members):
+            return False
+        progress = self.progress()
+        return progress.last > 0 and not self.roster.method.reads_back(self._next_step(progress))
+
     @torch.no_grad()
-    def before(self, scale: Tensor | None) -> None:
-        """Run the rules that come before the move: the gradients are complete and finite, and nothing has moved.
+    def before(self, scale: Tensor | None, verdict: Verdict | None = None) -> None:
+        """Run the rules that come before the move: the gradients are complete, and nothing has moved.
 
         Args:
             scale: what the gradients are still multiplied by, under a GradScaler and a fused optimiser.
+            verdict: whether the step happens, where the device alone knows it; None: it does.
         """
+        self._verdict = verdict
+        self.roster.together.forget()
         progress = self.progress()
         self._rates.read(self._members, self._groups)
         step = self._step = self._next_step(progress)
@@ -130,12 +147,17 @@ class Session:
         self._write(stacks, updates)
         self._step = None
         progress = self.progress()
+        before = replace(progress)
         progress.step = progress.last = step.number
         progress.total, progress.epoch = step.total or 0, step.epoch or 0
         progress.rules += 1
         progress.bad = 0
         self._rates.store(self._members)
-        self._store(progress)
+        if self._verdict is None:
+            self._counters.store(progress)
+        else:
+            self._counters.store_undecided(progress, before, self._verdict)
+        self._verdict = None
 
     @torch.no_grad()
     def finalize(self) -> None:
@@ -146,24 +168,17 @@ class Session:
         else:
             self._write(stacks, self.roster.method.finalize(stacks))
             progress.finalized = 1
-        self._store(progress)
+        self._counters.store(progress)
 
     # --- counters ---------------------------------------------------------------------------------------------------
 
     def progress(self) -> Progress:
-        """The stored counters, read again only when somebody else (a loaded checkpoint) has written them."""
-        stored = self.roster.layers[0].rankwise_tensors[self.roster.adapter].progress
-        seen = (id(stored), stored._version)
-        if seen != self._read_from:
-            self._progress, self._read_from = Progress.of(stored), seen  # type: ignore[arg-type]
-            self._rates.forget()
-        return self._progress
+        """The stored counters."""
+        return self._counters.read()
 
-    def _store(self, progress: Progress) -> None:
-        value = progress.tensor()
-        stored = [layer.rankwise_tensors[self.roster.adapter].progress for layer in self.roster.layers]
-        torch._foreach_copy_(stored, [value.to(stored[0].device)] * len(stored))  # type: ignore[arg-type]
-        self._progress, self._read_from = progress, (id(stored[0]), stored[0]._version)  # type: ignore[assignment]
+    def learn(self) -> None:
+        """Count the last step as what it was, where the host has not asked yet."""
+        self._counters.learn()
 
     def _next_step(self, progress: Progress) -> Step:
         roster = self.roster
@@ -200,7 +215,7 @@ class Session:
         roster = self.roster
         if roster.in_ddp and roster.peers is None and dist.is_initialized():
             roster.join(dist.group.WORLD)
-            self._read_from = None
+            self._counters.forget()
 
     def skip(self, *, bad: bool) -> None:
         """Count a step that moves nothing: an overflow of the loss scale or, `bad`, gradients that are not finite.
@@ -208,16 +223,8 @@ class Session:
         Raises:
             TrainingError: bad gradients, the fifth time in a row.
         """
-        progress = self.progress()
-        progress.step += 1
-        progress.skipped += 1
-        progress.bad += bad
-        self._store(progress)
-        if progress.bad >= BAD_GRADIENTS:
-            raise TrainingError(
-                f"the gradients of adapter {self.roster.adapter!r} were NaN or infinite in {BAD_GRADIENTS} steps in a "
-                f"row, up to step {progress.step}; lower the learning rate or look at the data"
-            )
+        self._counters.skip(self.progress(), bad=bad)
+        self._counters.check()
 
     def _check_runnable(self, step: Step) -> None:
         """A run whose ranks cannot adapt fails at its first step."""
@@ -282,10 +289,17 @@ class Session:
         return rate * ratio, peak
 
     def _write(self, stacks: Sequence[Stack], updates: Updates) -> None:
+        """Give tensors new values, all in a few operations; in a step that is stopped they keep the old ones."""
         self.watch.reset()
+        targets: list[Tensor] = []
+        values: list[Tensor] = []
         for stack, update in zip(stacks, updates, strict=False):
             for name, value in update.items():
-                write(stack.tensors(name), list(value.unbind(0)))
+                targets += stack.tensors(name)
+                values += value.unbind(0)
+        if self._verdict is not None:
+            values = keep_where_stopped(self._verdict, targets, values)
+        write(targets, values)
 
     def _add_penalty(self, stacks: Sequence[Stack], step: Step, scale: Tensor | None) -> None:
         penalty = self.roster.method.penalty(stacks, step)
@@ -378,7 +392,7 @@ class Session:
     def abandon(self) -> None:
         """Forget an optimiser step that raised."""
         self.give_back()
-        self._step = None
+        self._step = self._verdict = None
 
     def _trained(self) -> list[Tensor]:
         return [p for tensors in self._members for p in tensors.trained()]

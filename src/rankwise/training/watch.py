@@ -16,6 +16,7 @@ from rankwise.adapters.roster import Roster
 from rankwise.adapters.tensors import AdapterTensors
 from rankwise.errors import TrainingError
 from rankwise.precision import exact
+from rankwise.training.later import Later
 from rankwise.training.optimizers import holders_of, steps_others
 
 
@@ -35,12 +36,13 @@ class Watch:
         self._tensors: AdapterTensors | None = None
         self._values: Tensor | None = None
         self._edits = -1
+        self._answer: Later | None = None  # of a device that was asked whether they moved
         self._two_stage: weakref.ref[Optimizer] | None = None
         self._moved_once = False
 
     def reset(self) -> None:
         """Forget: what has just changed was a step, or our own doing."""
-        self._values, self.saw_backward, self._moved_once = None, False, False
+        self._values, self._answer, self.saw_backward, self._moved_once = None, None, False, False
 
     def saw_forward(self, tensors: AdapterTensors, output: Tensor) -> None:
         """The layer ran forward in training.
@@ -60,15 +62,25 @@ class Watch:
     def _moved(self, tensors: AdapterTensors) -> bool:
         """Whether the weights are others than before a backward pass that came in between.
 
-        Nothing is read back from the device unless a backward pass has run since the last step.
+        Nothing is asked of the device unless a backward pass has run since the last step, as in steps that accumulate
+        gradients. Its answer is looked at when the layer runs again, so that nobody waits for it.
         """
         values = torch.stack([exact(p.detach()).sum() for p in tensors.trained()])
         same_edits = self._tensors is tensors and self._edits == tensors.edits  # no load, cast or start
         known = self._values is not None and same_edits
-        moved = known and self.saw_backward and not torch.equal(self._values, values)  # type: ignore[arg-type]
+        moved = known and self.saw_backward and self._differs(values)
         if moved or not known:
+            self._answer = None
             self._tensors, self._values, self._edits, self.saw_backward = tensors, values, tensors.edits, False
         return moved
+
+    def _differs(self, values: Tensor) -> bool:
+        """Whether these are other values: on a device, whether those were that were asked for last time."""
+        differs = (self._values != values).any()
+        if values.device.type == "cpu":
+            return bool(differs)
+        answer, self._answer = self._answer, Later(differs)
+        return answer is not None and bool(answer.value())
 
     def _check_mover(self, parameter: Tensor) -> None:
         """Raise, unless it may be an optimiser that moves weights amid a step, as SAM's `first_step()` does.
