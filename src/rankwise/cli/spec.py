@@ -72,10 +72,9 @@ def starting_spec(task: str) -> str:
 def _methods() -> list[str]:
     """Two methods to compare, what else there is to choose from, and what can be set for each."""
     from rankwise.compare.candidates import NAMES
-    from rankwise.compare.candidates.stock import PREFIX
     from rankwise.compare.spec import Entry
 
-    choice = f"Choose among {', '.join(NAMES)}, or any config class of PEFT, as {PREFIX}LoraConfig."
+    choice = f"Choose among {', '.join(NAMES)}, or any config class of PEFT, as peft.LoraConfig."
     lines = _comment("The methods to compare: a table for each, with its name and what is set for it. " + choice)
     lines += ["[[method]]", 'name = "lora"', "[[method]]", 'name = "adalora"']
     for name, field in Entry.model_fields.items():

@@ -38,7 +38,7 @@ def candidate_of(spec: Spec, entry: Entry) -> Candidate:
         return StockCandidate.of(spec, entry)
     called = entry.name.lower()
     if called in VARIANTS:
-        rule = f'be written as a config of PEFT: [[method]] with name = "{PREFIX}LoraConfig" and {VARIANTS[called]}'
+        rule = f'be written as a config of PEFT: [[method]] with name = "peft.LoraConfig" and {VARIANTS[called]}'
         raise ArgumentError("methods", rule, entry.name)
     if entry.name in OF_PEFT:
         raise ArgumentError("methods", f"name a config class of PEFT as {PREFIX}{entry.name}", entry.name)
