@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,17 +35,24 @@ def uniform(
     source: Adapter, updates: Mapping[str, Factors], rank: int | None, beside: Sequence[str] = ()
 ) -> tuple[dict[str, Any], dict[str, Factors]]:
     """One rank for all, and zero factors wherever a target name, or one of `beside`, matches a module it lacks."""
-    r = rank or max(1, *(f.r for f in updates.values()))
+    r = rank or max(1, *(update.r for update in updates.values()))
     if source.is_plain:
-        padded = {name: _padded(f, source.formats[name].shape, r) for name, f in updates.items()}
-        return _same_modules(source.config, r), padded
-    plain = sorted({name.rpartition(".")[2] for name in updates} | set(beside))
-    matched = [name for name in source.names if name.rpartition(".")[2] in plain]
-    usable = all(_can_be_padded(source, name) for name in matched)
-    modules = matched if usable else list(updates)
-    padded = {name: _padded(updates.get(name), source.formats[name].shape, r) for name in modules}
-    excluded = [] if usable else _also_matched(source, updates)
-    return _config(source, r, plain if usable else sorted(updates), {}, excluded), padded
+        return _same_modules(source.config, r), _all_padded(source, updates, updates, r)
+
+    # The shortest config names modules by their last part, as "q_proj". It stands where every module of such a name may
+    # get zero factors; else whole names are written, and those that a loader would match by their end are excluded.
+    last_parts = {name.rpartition(".")[2] for name in updates} | set(beside)
+    matched = [name for name in source.names if name.rpartition(".")[2] in last_parts]
+    if all(_can_be_padded(source, name) for name in matched):
+        config = _config(source, r, sorted(last_parts), {})
+        return config, _all_padded(source, updates, matched, r)
+    config = _config(source, r, sorted(updates), {}, _also_matched(source, updates))
+    return config, _all_padded(source, updates, updates, r)
+
+
+def _all_padded(source: Adapter, updates: Mapping[str, Factors], modules: Iterable[str], r: int) -> dict[str, Factors]:
+    """Factors of rank r for these modules; zeros for those without an update."""
+    return {name: _padded(updates.get(name), source.formats[name].shape, r) for name in modules}
 
 
 def _can_be_padded(source: Adapter, name: str) -> bool:
@@ -67,18 +74,23 @@ def compact(
     Experts of a plain LoRA all get the largest rank among them, padded with zeros: transformers has joined the experts
     of most models since into one parameter, and PEFT joins such updates where all are there, at the config's rank.
     """
-    alive = {name: f for name, f in updates.items() if f.r > 0}
-    if not alive:
+    written = {name: update for name, update in updates.items() if update.r > 0}
+    if not written:
         raise RankwiseError('every update is zero, which a compact export cannot hold; use layout="uniform"')
     experts = [name for name in updates if EXPERT.search(name)] if source.is_plain else []
-    r = max([1, *(updates[name].r for name in experts)] if experts else [f.r for f in alive.values()])
-    alive |= {name: _padded(updates[name], source.formats[name].shape, r) for name in experts}
-    scaled = {name: Factors(f.B, f.s * (f.r / r), f.A) for name, f in alive.items()}
-    ranks = {_alone(name, source.names): f.r for name, f in alive.items() if f.r != r}
-    if source.is_plain and alive.keys() == source.updates.keys():
+    if experts:
+        r = max(1, *(updates[name].r for name in experts))
+        written |= _all_padded(source, updates, experts, r)
+    else:
+        r = max(update.r for update in written.values())
+
+    # The config's rank, and lora_alpha, are r; a module of another rank is scaled by loaders with r / r_i.
+    scaled = {name: Factors(f.B, f.s * (f.r / r), f.A) for name, f in written.items()}
+    ranks = {_alone(name, source.names): f.r for name, f in written.items() if f.r != r}
+    if source.is_plain and written.keys() == source.updates.keys():
         # Its own choice of modules stands: it may be an expression, or names that a loader maps to newer ones.
         return _same_modules(source.config, r) | {"rank_pattern": ranks}, scaled
-    return _config(source, r, sorted(alive), ranks, _also_matched(source, alive)), scaled
+    return _config(source, r, sorted(written), ranks, _also_matched(source, written)), scaled
 
 
 def _also_matched(source: Adapter, targets: Mapping[str, Factors]) -> list[str]:

@@ -153,15 +153,23 @@ def _read(folder: Path, base: str | Path | nn.Module | None) -> Adapter:
 
 
 def _directions(f: Factors, C: Tensor | None) -> tuple[Tensor, Factors]:
-    """Singular values σ of ΔW·C^½, falling and above rounding, and the part of ΔW of each, balanced, in float32."""
+    """Singular values σ of ΔW·C^½, falling and above rounding, and the part of ΔW of each, balanced, in float32.
+
+    The part of the i-th is u_i·(u_iᵀ·ΔW), with the left singular vectors u_i of ΔW·C^½.
+    """
     B, s, A = (exact(t) for t in f)
     weighted = Factors(B, s, A if C is None else _root(A, C))
     U, S, _ = weighted.orthogonal()
-    used = int(S.gt(weighted.rounding()).sum())
-    U, S = U[:, :used], S[:used]
-    rows = (U.mT @ (B * s)) @ A
+    above_rounding = int(S.gt(weighted.rounding()).sum())
+    U = U[:, :above_rounding]
+    S = S[:above_rounding]
+    rows = (U.mT @ (B * s)) @ A  # u_iᵀ·ΔW
+    # Each part's norm is shared out evenly over its column and its row.
     half = rows.norm(dim=1).sqrt()
-    return S, Factors((U * half).float(), torch.ones(used, dtype=torch.float32), (rows / half[:, None]).float())
+    columns = U * half
+    rows = rows / half[:, None]
+    ones = torch.ones(above_rounding, dtype=torch.float32)
+    return S, Factors(columns.float(), ones, rows.float())
 
 
 def _root(A: Tensor, C: Tensor) -> Tensor:

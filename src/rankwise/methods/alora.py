@@ -149,9 +149,10 @@ class Alora(Method):
             return self.close_again(stacks)
         assert step.ablate is not None
         whole, without, alone = step.ablate()
-        importance = [whole - out + one for out, one in zip(without, alone, strict=True)]
-        fates = self._reallocate(importance, [layers["active"].cpu() for layers in stacks])
-        return [_moved(layers, *fate, step.number) for layers, fate in zip(stacks, fates, strict=True)]
+        importance = [whole - out + one for out, one in zip(without, alone, strict=True)]  # eq. 6
+        active = [layers["active"].cpu() for layers in stacks]
+        masks = self._reallocate(importance, active)
+        return [_moved(layers, kept, opened, step.number) for layers, (kept, opened) in zip(stacks, masks, strict=True)]
 
     def close_again(self, stacks: Sequence[Stack]) -> Updates:
         """Zeros in A and B of ranks that are not in use."""
@@ -159,21 +160,25 @@ class Alora(Method):
 
     def _reallocate(self, importance: Sequence[Tensor], active: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
         """(kept, opened) masks (n, capacity) per stack: n_A dropped, or as many as find a free place elsewhere."""
-        modules = [len(mask) for mask in active]
-        count = self.prune_per_round or sum(modules)
-        scores = [torch.where(mask, score, torch.inf) for mask, score in zip(active, importance, strict=True)]
-        means = torch.cat([score.nanmean(-1) for score in importance])
-        total = sum(int(mask.sum()) for mask in active)
-        for dropped in range(min(count, total), 0, -1):
-            unused = sum(mask.numel() for mask in active) - total
-            keep = keep_top(scores, total + unused - dropped)
-            lost = torch.cat([(mask & ~k).any(-1) for mask, k in zip(active, keep, strict=True)])
-            free = torch.cat([(~mask).sum(-1) for mask in active])
-            free[lost] = 0
-            if int(free.sum()) >= dropped:
-                grown = share_out(means.nan_to_num(-torch.inf), free, dropped).split(modules)
-                return [(mask & k, _first(~mask, more)) for mask, k, more in zip(active, keep, grown, strict=True)]
-        return [(mask, torch.zeros_like(mask)) for mask in active]
+        modules = [len(in_use) for in_use in active]
+        places = sum(in_use.numel() for in_use in active)
+        ranks = sum(int(in_use.sum()) for in_use in active)
+        most = min(self.prune_per_round or sum(modules), ranks)
+        # Places without a rank are kept first, so that only ranks in use can be dropped.
+        scores = [torch.where(in_use, score, torch.inf) for in_use, score in zip(active, importance, strict=True)]
+        mean_importance = torch.cat([score.nanmean(-1) for score in importance]).nan_to_num(-torch.inf)
+        free = torch.cat([(~in_use).sum(-1) for in_use in active])
+        for dropped in range(most, 0, -1):
+            keep = keep_top(scores, places - dropped)
+            kept = [in_use & kept for in_use, kept in zip(active, keep, strict=True)]
+            # A module that loses a rank in this round gains none (algorithm 1), so its free places do not count.
+            loses = torch.cat([(in_use & ~left).any(-1) for in_use, left in zip(active, kept, strict=True)])
+            open_to_growth = free.masked_fill(loses, 0)
+            if int(open_to_growth.sum()) >= dropped:
+                grown = share_out(mean_importance, open_to_growth, dropped).split(modules)
+                opened = [_first(~in_use, more) for in_use, more in zip(active, grown, strict=True)]
+                return list(zip(kept, opened, strict=True))
+        return [(in_use, torch.zeros_like(in_use)) for in_use in active]
 
 
 def _least(*durations: int | None) -> int | None:
@@ -193,12 +198,15 @@ def _closed(layers: Stack, active: Tensor) -> dict[str, Tensor]:
 def _moved(layers: Stack, kept: Tensor, opened: Tensor, number: int) -> dict[str, Tensor]:
     """The new tensors; what the optimiser remembers of closed and of opened ranks is forgotten."""
     device = layers["A"].device
-    kept, opened = kept.to(device), opened.to(device)
+    kept = kept.to(device)
+    opened = opened.to(device)
     layers.forget("A", ~kept[:, :, None])
     layers.forget("B", ~kept[:, None, :])
-    found = _closed(layers, kept)
-    A = found["A"]
+
+    closed = _closed(layers, kept)
+    A = closed["A"]
     drawn = uniform(layers["seed"].squeeze(-1), number, A[0].numel()).view_as(A)
     fresh = (2 * drawn - 1) / A.shape[-1] ** 0.5  # A's start, as in `kaiming_uniform`
-    found["A"] = torch.where(opened[:, :, None], fresh.to(A.dtype), A)
-    return found | {"active": kept | opened, CLOSED: ~(kept | opened)}
+    new_A = torch.where(opened[:, :, None], fresh.to(A.dtype), A)
+    active = kept | opened
+    return {"A": new_A, "B": closed["B"], "active": active, CLOSED: ~active}
