@@ -2,8 +2,8 @@
 
     python bench/logistic_floor.py --json bench/results/logistic_floor.json
 
-A stronger floor than the head that `rankwise demo` trains on the frozen model: MiniLM was trained to be mean-pooled, and
-a logistic regression is solved to its end. The strength of its ridge is chosen by five-fold cross-validation.
+A stronger floor than the head that `rankwise demo` trains on the frozen model: MiniLM was trained to be mean-pooled,
+and a logistic regression is solved to its end. The strength of its ridge is chosen by five-fold cross-validation.
 """
 
 from __future__ import annotations
