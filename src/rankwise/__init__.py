@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from rankwise.export.lora import export_lora
     from rankwise.export.merge import merge_adapters
     from rankwise.export.shrink import shrink_adapter
+    from rankwise.training.lightning_spectra import LightningSpectra
     from rankwise.training.loraplus import loraplus_groups
+    from rankwise.training.recording import Recorder
+    from rankwise.training.spectra import SpectraCallback
     from rankwise.training.status import Status, finalize, status
     from rankwise.update import Factors
 
@@ -39,6 +42,9 @@ _MODULES = ("compare", "completion", "errors", "spectral")
 
 _HOMES = {
     "Factors": "rankwise.update",
+    "LightningSpectra": "rankwise.training.lightning_spectra",
+    "Recorder": "rankwise.training.recording",
+    "SpectraCallback": "rankwise.training.spectra",
     "Status": "rankwise.training.status",
     "check_export": "rankwise.export.check",
     "export_lora": "rankwise.export.lora",
@@ -54,6 +60,9 @@ _HOMES = {
 }
 __all__ = [
     "Factors",
+    "LightningSpectra",
+    "Recorder",
+    "SpectraCallback",
     "Status",
     "check_export",
     "export_lora",

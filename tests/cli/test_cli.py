@@ -47,7 +47,7 @@ OPTIONS = {
     "spec": {"--task", "--schema"} | HELP,
     "evaluate": {"adapter", "spec", "--json"} | HELP,
     "report": {"runs", "--out", "--reference", "--peft-suite", "--schema"} | HELP,
-    "inspect": {"adapter", "--energy", "--base", "--all"} | HELP,
+    "inspect": {"adapters", "--against", "--checkpoints", "--energy", "--base", "--all", "--out", "--force"} | HELP,
     "export": {"adapter", "--out", "--for", "--layout", "--rank", "--base", "--check", "--force"} | HELP,
     "check-export": {"folder", "--for", "--base"} | HELP,
     "fix": {"folder", "--out", "--base", "--dtype", "--force"} | HELP,

@@ -1,4 +1,4 @@
-"""What `rankwise inspect` says of a folder is what the model that was saved there has."""
+"""What `rankwise inspect` says of a folder is what the model that was saved there has; its page is tested elsewhere."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import rankwise
 from conftest import tiny_bert
 from rankwise.adapters.configs import CONFIGS
 from rankwise.cli.main import app
+from rankwise.cli.output import by_kind
 from rankwise.errors import AdapterFileError, ArgumentError
 from rankwise.spectral import effective_rank, energy_rank
 
@@ -27,6 +28,12 @@ IDS = torch.arange(24).view(4, 6)
 def base(tmp_path: Path) -> Path:
     tiny_bert().save_pretrained(tmp_path / "base")
     return tmp_path / "base"
+
+
+@pytest.fixture(autouse=True)
+def _no_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than all else here."""
+    monkeypatch.setattr("rankwise.inspection.page.write_inspection", lambda found, out, **_: out / "index.html")
 
 
 def adapted(base: Path, config: Any) -> PeftModel:
@@ -152,6 +159,39 @@ def test_numbers_are_whole_on_a_narrow_terminal(base: Path, tmp_path: Path) -> N
     assert "…" not in done.stdout
     lines = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
     assert len([cells for cells in lines if cells[2].strip().isdigit()]) == 7
+
+
+def test_names_break_at_dots_alone(base: Path, tmp_path: Path) -> None:
+    config = rankwise.LoraConfig(r=16, target_modules="all-linear", task_type="SEQ_CLS", init_weights=False)
+    adapted(base, config).save_pretrained(str(tmp_path / "saved"))
+    for columns in (80, 100, 250):
+        runner = CliRunner(env={"COLUMNS": str(columns), "TERM": "dumb", "NO_COLOR": "1"})
+        done = runner.invoke(app, ["inspect", str(tmp_path / "saved"), "--all"])
+        assert max(map(len, done.stdout.splitlines()[:-5])) <= columns
+        cells = [line.split("│")[1].strip() for line in done.stdout.splitlines() if line.startswith("│")]
+        # A line that does not end in a dot ends a name.
+        names = "".join(cell if cell.endswith(".") else f"{cell}\n" for cell in cells).splitlines()
+        assert names == list(by_kind(rankwise.factors(adapted(base, config)), every=True))
+
+
+def test_several_adapters_each_have_a_table(base: Path, tmp_path: Path) -> None:
+    for name, r in (("one", 2), ("two", 3)):
+        adapted(base, rankwise.LoraConfig(r=r, target_modules=["query"])).save_pretrained(str(tmp_path / name))
+    done = inspect(tmp_path / "one", tmp_path / "two")
+    assert done.exit_code == 0, done.output
+    assert f"folder   {tmp_path / 'one'}\n" in done.stdout
+    assert "ranks    4 kept; tensors hold 4, an export 0\n" in done.stdout
+    assert f"folder   {tmp_path / 'two'}\n" in done.stdout
+    assert "ranks    6 kept; tensors hold 6, an export 0\n" in done.stdout
+    assert done.stdout.endswith(f"page     {tmp_path / 'one-inspected' / 'index.html'}\n")
+
+
+def test_a_folder_of_something_else_is_not_replaced_unasked(base: Path, tmp_path: Path) -> None:
+    adapted(base, rankwise.LoraConfig(r=2, target_modules=["query"])).save_pretrained(str(tmp_path / "saved"))
+    error = inspect(tmp_path / "saved", "--out", base).exception
+    assert isinstance(error, ArgumentError)
+    assert str(error).startswith("`--out` must be new or hold an earlier inspection")
+    assert inspect(tmp_path / "saved", "--out", base, "--force").exit_code == 0
 
 
 def test_nan_is_named(base: Path, tmp_path: Path) -> None:

@@ -11,7 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rankwise.errors import ArgumentError
-from rankwise.spectral import effective_rank, energy_rank, spectra, stable_rank
+from rankwise.spectral import (
+    effective_rank,
+    energy_curve,
+    energy_rank,
+    numerical_rank,
+    spectra,
+    stable_rank,
+    subspace_use,
+)
 from rankwise.update import Factors
 
 SPECTRA = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=9)
@@ -43,6 +51,36 @@ def test_equal_the_formulas_number_by_number(S: list[float], share: float) -> No
     reaches = [math.fsum(s * s for s in falling[:k]) / energy for k in range(1, len(S) + 1)]
     expected = next(k for k, reach in enumerate(reaches, 1) if reach >= share * (1 - 1e-13))
     assert int(energy_rank(values(*S), share)) == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(S=SPECTRA)
+def test_curve_and_use_equal_the_formulas_number_by_number(S: list[float]) -> None:
+    energy, falling = math.fsum(s * s for s in S), sorted(S, reverse=True)
+    reaches = [math.fsum(s * s for s in falling[:k]) / energy for k in range(1, len(S) + 1)]
+    assert energy_curve(values(*S)).tolist() == pytest.approx(reaches, rel=1e-10)
+    use = math.fsum(S) / math.sqrt(len(S) * energy)
+    assert float(subspace_use(values(*S))) == pytest.approx(use, rel=1e-10)
+    assert 1 / math.sqrt(len(S)) - 1e-9 <= use <= 1 + 1e-9
+    counted = sum(s > 50 * 2**-23 * max(S) for s in S)
+    assert int(numerical_rank(values(*S), 50)) == counted
+
+
+def test_the_numerical_rank_of_a_product_in_float32_is_the_planted_one() -> None:
+    for r in (1, 5, 20):
+        product = factors(80, 60, r).delta().float()
+        S = torch.linalg.svdvals(product)
+        assert int(numerical_rank(S, 80)) == r == int(torch.linalg.matrix_rank(product))
+    assert int(numerical_rank(values(1.0, 1e-9), 10, torch.float64)) == 2
+
+
+def test_curve_and_use_of_nothing_are_zero() -> None:
+    for nothing in (torch.zeros(3), torch.zeros(0)):
+        assert energy_curve(nothing).tolist() == [0.0] * len(nothing)
+        assert float(subspace_use(nothing)) == 0
+        assert int(numerical_rank(nothing, 5)) == 0
+    with pytest.raises(ArgumentError, match="`larger_side` must be a whole number ≥ 1; found 0"):
+        numerical_rank(torch.ones(2), 0)
 
 
 @settings(max_examples=30, deadline=None)

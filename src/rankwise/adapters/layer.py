@@ -141,6 +141,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """The update of `adapter` as evaluation mode computes it now, in the parameters' dtype."""
         return self.methods[adapter].evaluation_factors(self.started(adapter).gathered(), self.scaling[adapter])
 
+    def trained_factors(self, adapter: str) -> Factors:
+        """The part of the update that training moves, in the parameters' dtype."""
+        return self.methods[adapter].moving_factors(self.started(adapter).gathered(), self.scaling[adapter])
+
     def kept(self, adapter: str) -> Tensor:
         """Which ranks of `adapter` its method has not pruned, (r,)."""
         return self.methods[adapter].ranks_left(self.started(adapter).gathered())

@@ -53,6 +53,18 @@ def factors(model: nn.Module, adapter: str = "default") -> dict[str, Factors]:
     }
 
 
+def trained_factors(model: nn.Module, adapter: str = "default") -> dict[str, Factors]:
+    """What training moves of every update: the update itself, or for SORSA U_p, S_p and V_p without their start.
+
+    Raises:
+        ArgumentError: the model has no such adapter.
+    """
+    return {
+        name: Factors(*(t.detach() for t in layer.trained_factors(adapter)))
+        for name, layer in adapted_layers(model, adapter).items()
+    }
+
+
 def ranks(model: nn.Module, adapter: str = "default") -> dict[str, int]:
     """How many ranks of each module the method has not pruned, by module name in the base model.
 

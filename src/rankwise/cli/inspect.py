@@ -3,46 +3,83 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import typer
 
-from rankwise.cli.output import by_kind, span
+from rankwise.cli.output import by_kind, print_modules, span
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from rankwise.adapters.progress import Progress
-    from rankwise.spectral import Spectrum
-    from rankwise.update import Factors
+    from rankwise.inspection.found import Found
+    from rankwise.spectral import Measured
 
 
 def inspect(
-    adapter: Path = typer.Argument(..., help="A saved adapter: of rankwise, or a plain LoRA of anybody's."),
-    energy: float = typer.Option(0.99, "--energy", help="Share of Σ σ² that the last column's rank keeps."),
-    base: str | None = typer.Option(
-        None, "--base", help="The base model, if not where the adapter says; a plain LoRA needs none."
+    adapters: list[Path] = typer.Argument(..., help="Saved adapters: of rankwise, or plain LoRAs of anybody's."),
+    against: Path | None = typer.Option(None, "--against", help="Another adapter to compare the first one with."),
+    checkpoints: Path | None = typer.Option(
+        None, "--checkpoints", help="The first one's training: a trainer's output folder, or a recorder's records."
     ),
+    base: str | None = typer.Option(
+        None, "--base", help="The base model: the updates are then measured against its weights, too."
+    ),
+    energy: float = typer.Option(0.99, "--energy", help="Share of Σ σ² that the last column's rank keeps."),
     every: bool = typer.Option(False, "--all", help="A row for every module."),
+    out: Path | None = typer.Option(
+        None, "--out", help="Folder of the page; by default the first adapter's name with -inspected, beside it."
+    ),
+    force: bool = typer.Option(False, "--force", help="Replace a folder that holds something else."),
 ) -> None:
-    """Say what ranks a saved adapter has, and what the updates that an export would hold use of them.
+    """Say what saved adapters have learnt: a table here, and a page of figures with a sentence under each.
 
-    rank: of the tensors; kept: not pruned; effective: exp of the entropy of the singular values.
+    rank: of the tensors; kept: not pruned; effective: exp of the entropy of the singular values. The page needs no
+    network; PNG, SVG and CSV of every figure lie beside it.
 
     Example: `rankwise inspect runs/mine/adapters/adalora--0123456789ab--seed0`
     """
-    from rich.console import Console
-
     from rankwise.errors import ArgumentError
-    from rankwise.spectral import spectra
 
     if not 0 < energy <= 1:
         raise ArgumentError("--energy", "be in (0, 1]", energy)
-    found = _read(adapter, base)
-    spectrum = spectra(found.exported)
-    Console().print(_table(found, spectrum, energy, every))
-    norm = sum(float(s.singular_values.square().sum()) for s in spectrum.values()) ** 0.5
-    kept, held = sum(found.kept.values()), sum(found.ranks.values())
+    first = adapters[0]
+    page_folder = out or first.with_name(f"{first.name}-inspected")
+    _quiet_libraries_if_needed([*adapters, *([against] if against else [])], base)
+
+    from rankwise.inspection.found import read_adapter
+    from rankwise.inspection.history import read_history
+    from rankwise.inspection.page import require_free_page, write_inspection
+
+    require_free_page(page_folder, overwrite=force)
+    found = [read_adapter(folder, base) for folder in adapters]
+    other = None if against is None else read_adapter(against, base)
+    history: list[Measured] = [] if checkpoints is None else read_history(checkpoints, base)
+    for each in found:
+        _print(each, energy, every, named=len(found) > 1)
+    page = write_inspection(found, page_folder, against=other, history=history)
+    typer.echo(f"page     {page}")
+
+
+def _quiet_libraries_if_needed(folders: list[Path], base: str | None) -> None:
+    """Silence transformers where it will be imported: for an adapter of ours, or a base model."""
+    from rankwise.inspection.found import is_ours
+
+    if base is not None or any(is_ours(folder) for folder in folders):
+        from rankwise.cli.compare import quiet_libraries
+
+        quiet_libraries()
+
+
+def _print(found: Found, energy: float, every: bool, *, named: bool) -> None:
+    """One adapter's table and what is told below it."""
+    from rich.console import Console
+
+    modules = found.record.modules
+    if named:
+        typer.echo(f"folder   {found.folder}")
+    columns = ("module", "modules", "rank", "kept", "‖ΔW‖_F", "effective", f"{100 * energy:g} %")
+    print_modules(Console(), columns, _rows(found, energy, every))
+    kept, held = sum(layer.kept for layer in modules.values()), sum(layer.rank for layer in modules.values())
+    norm = sum(layer.norm**2 for layer in modules.values()) ** 0.5
     typer.echo(f"adapter  {found.what}")
     typer.echo(f"trained  {found.trained}")
     typer.echo(f"ranks    {kept} kept; tensors hold {held}, an export {sum(f.r for f in found.exported.values())}")
@@ -51,85 +88,25 @@ def inspect(
         typer.echo(f"rankwise: {found.unfinished}", err=True)
 
 
-class _Found(NamedTuple):
-    """What a folder holds."""
-
-    what: str
-    trained: str
-    ranks: dict[str, int]
-    """Of the tensors."""
-    kept: dict[str, int]
-    """What the method has not pruned; of a plain LoRA, ranks that are not 0."""
-    exported: dict[str, Factors]
-    """The updates without ranks that hold nothing."""
-    unfinished: str | None = None
-
-
-def _read(folder: Path, base: str | None) -> _Found:
-    """An adapter of rankwise's, which needs its base model's shapes, or else a plain LoRA."""
-    from rankwise.export.lora_config import OURS, saved_config
-    from rankwise.export.pipeline_lora import read_any_lora
-    from rankwise.export.reader import recorded_command
-
-    command = recorded_command(folder)
-    told = f", by `{command}`" if command else ""
-    if str(saved_config(folder).get("peft_type")).startswith(OURS):
-        return _read_trained(folder, base, told)
-    updates = read_any_lora(folder).updates
-    ranks, exported = {name: f.r for name, f in updates.items()}, {name: f.kept() for name, f in updates.items()}
-    kept = {name: f.r for name, f in exported.items()}
-    return _Found("a plain LoRA", f"a plain LoRA does not say how far{told}", ranks, kept, exported)
-
-
-def _read_trained(folder: Path, base: str | None, told: str) -> _Found:
-    """An adapter of rankwise's."""
-    from rankwise.adapters.lookup import reduced
-    from rankwise.adapters.progress import unfinished
-    from rankwise.cli.compare import quiet_libraries
-    from rankwise.errors import AdapterFileError
-    from rankwise.export.adapter import first_not_finite
-    from rankwise.export.reader import TENSORS
-    from rankwise.export.trained import from_folder
-
-    quiet_libraries()
-    adapter = from_folder(folder, base)
-    broken = first_not_finite(adapter.updates)
-    if broken:
-        raise AdapterFileError(f"{folder / TENSORS} holds NaN or infinity in the update of {broken!r}")
-    return _Found(
-        f"{adapter.method.method} on {adapter.base_class}",
-        _steps(adapter.progress) + told,
-        {name: f.r for name, f in adapter.updates.items()},
-        dict(zip(adapter.updates, adapter.ranks, strict=True)),
-        reduced(adapter.updates, adapter.method),
-        unfinished(adapter.method, adapter.progress, adapter.ranks) if adapter.progress.step else None,
-    )
-
-
-def _steps(progress: Progress) -> str:
-    if not progress.step:
-        return "no step yet"
-    total = f" of {progress.total}" if progress.total else ""
-    return f"to step {progress.step}{total}" + (f", {progress.skipped} skipped" if progress.skipped else "")
-
-
-def _table(found: _Found, spectrum: dict[str, Spectrum], energy: float, every: bool) -> Table:
+def _rows(found: Found, energy: float, every: bool) -> list[list[str]]:
     """A row for each name that differs only in layer numbers, or for every module."""
-    from rich.table import Column, Table
+    import torch
 
-    measures = ("‖ΔW‖_F", "effective", f"{100 * energy:g} %")
-    table = Table(Column("module", overflow="fold"), "modules", "rank", "kept", *measures)
-    for column in table.columns[1:]:
-        column.justify, column.no_wrap = "right", True
-    for kind, names in by_kind(found.ranks, every).items():
-        spectra = [spectrum[name] for name in names]
-        table.add_row(
-            kind,
-            str(len(names)),
-            span([found.ranks[name] for name in names]),
-            span([found.kept[name] for name in names]),
-            span([float(s.singular_values.norm()) for s in spectra], ".3g"),
-            span([s.effective_rank for s in spectra], ".1f"),
-            span([s.energy_rank(energy) for s in spectra]),
+    from rankwise.spectral import energy_rank
+
+    rows: list[list[str]] = []
+    for kind, names in by_kind(found.record.modules, every).items():
+        layers = [found.record.modules[name] for name in names]
+        spectra = [torch.tensor(layer.singular_values, dtype=torch.float64) for layer in layers]
+        rows.append(
+            [
+                kind,
+                str(len(names)),
+                span([layer.rank for layer in layers]),
+                span([layer.kept for layer in layers]),
+                span([layer.norm for layer in layers], ".3g"),
+                span([layer.effective_rank for layer in layers], ".1f"),
+                span([int(energy_rank(spectrum, energy)) for spectrum in spectra]),
+            ]
         )
-    return table
+    return rows

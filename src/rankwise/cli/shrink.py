@@ -8,11 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from rankwise.cli.output import by_kind, span
+from rankwise.cli.output import by_kind, print_modules, span
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from rankwise.export.shrink import ShrinkReport
 
 LONGEST = 512
@@ -68,26 +66,23 @@ def shrink(
         dtype=dtype,
         overwrite=force,
     )
-    Console().print(_table(report, every))
+    columns = ("module", "modules", "rank", "→ kept", "mean", "largest error")
+    print_modules(Console(), columns, _rows(report, every))
     typer.echo(f"error    {report.relative_error:.2%} of ‖ΔW‖_F, read back from the file")
     kept = report.parameters / report.parameters_before
     typer.echo(f"numbers  {report.parameters_before:,} → {report.parameters:,} ({kept:.1%})")
     typer.echo(f"adapter  {report.folder}")
 
 
-def _table(report: ShrinkReport, every: bool) -> Table:
+def _rows(report: ShrinkReport, every: bool) -> list[list[str]]:
     """A row for each name that differs only in layer numbers, or for every module."""
-    from rich.table import Column, Table
-
-    table = Table(Column("module", overflow="fold"), "modules", "rank", "→ kept", "mean", "largest error")
-    for column in table.columns[1:]:
-        column.justify = "right"
+    rows: list[list[str]] = []
     for kind, names in by_kind(report.ranks, every).items():
         before, after = [[ranks[name] for name in names] for ranks in (report.ranks_before, report.ranks)]
         mean = f"{sum(after) / len(after):.1f}"
         worst = f"{max(report.errors[name] for name in names):.2%}"
-        table.add_row(kind, str(len(names)), span(before), span(after), mean, worst)
-    return table
+        rows.append([kind, str(len(names)), span(before), span(after), mean, worst])
+    return rows
 
 
 def _moments(adapter: Path, base: str, calibration: Path) -> dict[str, Any]:

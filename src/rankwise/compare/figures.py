@@ -7,23 +7,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from rankwise.compare.places import Grid, grid_of, printable
 from rankwise.compare.results import Result
 from rankwise.compare.spec import FLOORS
 from rankwise.compare.summary import Row, at_best_rates, by_label, rate_curves, summarise
+from rankwise.pages.draw import MOST_LINES, blank_rest, draw_spectra, heat_map, spectra_of
+from rankwise.pages.places import grid_of, printable
+from rankwise.pages.style import DASHES, MARKERS, PALETTE, WIDTH, Plot
 
 # --- the methods as the figures show them ----------------------------------------------------------------------------
 
-# Paul Tol's "muted" scheme: nine colours that stay apart under the common forms of colour blindness. Markers and
-# dashes repeat what the colour says.
-_PALETTE = ("#332288", "#CC6677", "#117733", "#DDCC77", "#88CCEE", "#882255", "#44AA99", "#AA4499", "#999933")
-_MARKERS = "oDs^vPX<>"
-_DASHES = ("solid", (0, (5, 1.5)), (0, (1.5, 1)))
 _LONGEST_NAME = 30
 
 
@@ -45,15 +40,15 @@ class _Method:
 
     @property
     def colour(self) -> str:
-        return _PALETTE[self.place % len(_PALETTE)]
+        return PALETTE[self.place % len(PALETTE)]
 
     @property
     def marker(self) -> str:
-        return _MARKERS[self.place % len(_MARKERS)]
+        return MARKERS[self.place % len(MARKERS)]
 
     @property
     def dashes(self) -> str | tuple[float, tuple[float, float]]:
-        return _DASHES[self.place % len(_DASHES)]
+        return DASHES[self.place % len(DASHES)]
 
 
 def _methods(results: Sequence[Result], reference: str | None) -> list[_Method]:
@@ -68,35 +63,7 @@ def _methods(results: Sequence[Result], reference: str | None) -> list[_Method]:
 
 # --- the figures -----------------------------------------------------------------------------------------------------
 
-_WIDTH = 11.0  # inches; 1056 CSS pixels
-_MOST_LINES = 36
-_NEGLIGIBLE = 1e-8  # of the largest singular value
 _SMOOTHING = 25  # a running mean spans this part of a curve
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "font.family": "sans-serif",
-    # Verdana has the widths of DejaVu Sans, by which the figure was laid out.
-    "font.sans-serif": ["DejaVu Sans", "Verdana"],
-    "axes.titlesize": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "text.color": "#1a1a1a",
-    "text.parse_math": False,  # a label with two dollar signs is no formula
-    "svg.fonttype": "none",
-    "svg.hashsalt": "rankwise",  # the same results give the same page
-}
-
-
-@dataclass(frozen=True)
-class Plot:
-    """One figure with its heading and caption; no figure where the caption says it all."""
-
-    heading: str
-    caption: str
-    figure: Figure | None
 
 
 def draw(results: Sequence[Result], metric: str, reference: str | None = None) -> list[Plot]:
@@ -146,7 +113,7 @@ def _draw_limits(draw_line: Callable[..., Any], rows: Sequence[Row]) -> str:
 
 
 def _score_plot(methods: Sequence[_Method], metric: str, rows: Sequence[Row]) -> Plot:
-    figure = Figure(figsize=(_WIDTH, 1.2 + 0.36 * len(methods)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.36 * len(methods)), layout="constrained")
     axes = figure.subplots()
     for height, method in enumerate(methods):
         scores = [run.score for run in method.runs]
@@ -164,7 +131,7 @@ def _rate_plot(methods: Sequence[_Method], curves: Mapping[str, Mapping[float, f
     searched = [method for method in methods if method.row.label in curves]
     if not searched:
         return None
-    figure = Figure(figsize=(_WIDTH, 4.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     axes = figure.subplots()
     for method in searched:
         curve = curves[method.row.label]
@@ -188,7 +155,7 @@ def _pareto_plot(methods: Sequence[_Method], metric: str, rows: Sequence[Row]) -
     left_out = [f"{method.name} exports no parameters and is not drawn." for method in methods if method not in sized]
     if not sized:
         return Plot(heading, " ".join(left_out), None)
-    figure = Figure(figsize=(_WIDTH, 4.6), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.6), layout="constrained")
     axes = figure.subplots()
     for method in sized:
         row = method.row
@@ -267,12 +234,12 @@ def _rank_maps(methods: Sequence[_Method], heading: str, kind: str, ranks_of: Se
     top = max(max(ranks.values()) for _, ranks in uneven)
     across = 2 if len(grid.layers) <= 14 and len(uneven) > 1 else 1
     down = math.ceil(len(uneven) / across)
-    figure = Figure(figsize=(_WIDTH, down * (0.95 + 0.27 * len(grid.kinds))), layout="constrained")
+    figure = Figure(figsize=(WIDTH, down * (0.95 + 0.27 * len(grid.kinds))), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False)
     for axes, (method, ranks) in zip(panels.flat, uneven, strict=False):
-        _heat_map(axes, ranks, grid, top)
+        heat_map(axes, ranks, grid, top)
         axes.set_title(f"{kind.capitalize()} ranks: {method.name}")
-    _blank_rest(panels, len(uneven))
+    blank_rest(panels, len(uneven))
     for axes in panels[:, 1:].flat:
         axes.set(yticklabels=[], ylabel="")
     sentences.append(f"Each number is a module's {kind} rank; the colour runs from 0 to {top} in every panel.")
@@ -289,38 +256,18 @@ def _flat_ranks(ranks: dict[str, int], kind: str) -> str:
     return f"all {len(ranks)} modules {verb} rank {min(ranks.values())}"
 
 
-def _heat_map(axes: Axes, ranks: dict[str, int], grid: Grid, top: int) -> None:
-    kinds, layers = grid.kinds, grid.layers
-    values = np.full((len(kinds), len(layers)), np.nan)
-    for name, rank in ranks.items():
-        kind, layer = grid.places[name]
-        values[kinds.index(kind), layers.index(layer)] = rank
-    axes.pcolormesh(values, cmap="Blues", vmin=0, vmax=top, edgecolors="white", linewidth=0.5)
-    size = min(9.0, 330 / len(layers))
-    for (row, column), rank in np.ndenumerate(values):
-        if not math.isnan(rank):
-            colour = "white" if rank > 0.6 * top else "#1a1a1a"
-            axes.text(column + 0.5, row + 0.5, f"{rank:.0f}", ha="center", va="center", fontsize=size, color=colour)
-    axes.set_yticks([row + 0.5 for row in range(len(kinds))], kinds)
-    stride = 1 + len(layers) // 40
-    axes.set_xticks([column + 0.5 for column in range(len(layers))][::stride], layers[::stride])
-    axes.set(xlabel="layer", ylabel="module", ylim=(len(kinds), 0))
-    axes.grid(visible=False)
-    axes.tick_params(length=0)
-
-
 def _spectra_plot(methods: Sequence[_Method], *, relative: bool) -> Plot:
     """The singular values of every module's update: relative to its largest (the shape), or as they are (the size)."""
     across = min(3, len(methods))
     down = math.ceil(len(methods) / across)
-    figure = Figure(figsize=(_WIDTH, 0.4 + 2.4 * down), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.4 + 2.4 * down), layout="constrained")
     panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     for axes, method in zip(panels.flat, methods, strict=False):
-        _draw_spectra(axes, _spectra(method.typical, relative=relative), method.colour)
+        draw_spectra(axes, spectra_of(method.typical.singular_values, relative=relative), method.colour)
         axes.set_title(method.name)
     for axes in panels[:, 0]:
         axes.set_ylabel("σᵢ / σ₁ (log scale)" if relative else "σᵢ (log scale)")
-    _blank_rest(panels, len(methods))
+    blank_rest(panels, len(methods))
     heading = f"Singular values of the updates, {'relative' if relative else 'absolute'}"
     figure.suptitle(heading, fontsize=12)
     figure.supxlabel("index i of the singular value", fontsize=10)
@@ -330,47 +277,16 @@ def _spectra_plot(methods: Sequence[_Method], *, relative: bool) -> Plot:
         "the black line is the median over the modules. Values of 0 or below 1e-8 of the largest are not drawn."
     )
     most = max(len(method.typical.singular_values) for method in methods)
-    if most > _MOST_LINES:
-        caption += f" Lines are drawn for {_MOST_LINES} modules, evenly spaced over the model; the median is over all."
+    if most > MOST_LINES:
+        caption += f" Lines are drawn for {MOST_LINES} modules, evenly spaced over the model; the median is over all."
     return Plot(heading, caption, figure)
-
-
-def _spectra(result: Result, *, relative: bool) -> np.ndarray:
-    """The singular values, one row per module that has an update, largest first and 0 where there is none."""
-    longest = max(map(len, result.singular_values.values()), default=0)
-    rows = [
-        sorted(values, reverse=True) + [0.0] * (longest - len(values)) for values in result.singular_values.values()
-    ]
-    spectra = np.array([row for row in rows if row and row[0] > 0], dtype=float).reshape(-1, longest)
-    shares = spectra / spectra[:, :1]
-    return np.where(shares > _NEGLIGIBLE, shares if relative else spectra, 0.0)
-
-
-def _draw_spectra(axes: Axes, spectra: np.ndarray, colour: str) -> None:
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_locator(NullLocator())
-    if not len(spectra):
-        axes.text(0.5, 0.5, "no update", transform=axes.transAxes, ha="center", va="center")
-        return
-    # An invisible line a power of ten below the top: flat spectra then still have two labelled powers in view.
-    axes.axhline(spectra.max() / 10, alpha=0)
-    shown = np.unique(np.linspace(0, len(spectra) - 1, _MOST_LINES).round().astype(int))
-    for values in spectra[shown]:
-        _draw_values(axes, values, color=colour, linewidth=0.8, alpha=0.55)
-    _draw_values(axes, np.median(spectra, axis=0), color="#1a1a1a", linewidth=2.2)
-
-
-def _draw_values(axes: Axes, values: np.ndarray, **style: Any) -> None:
-    kept = values[values > 0]
-    axes.plot(np.arange(1, len(kept) + 1), kept, marker="." if len(kept) == 1 else None, **style)
 
 
 def _curve_plot(
     methods: Sequence[_Method], heading: str, ylabel: str, curve: Callable[[Result], list[tuple[int, float]]]
 ) -> Plot:
     """A curve over training steps, one line for each method."""
-    figure = Figure(figsize=(_WIDTH, 4.4), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 4.4), layout="constrained")
     axes = figure.subplots()
     for method in methods:
         steps, values = _smooth(curve(method.typical))
@@ -386,11 +302,3 @@ def _smooth(points: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]
     values = [value for _, value in points]
     means = [sum(values[end - window : end]) / window for end in range(window, len(points) + 1)]
     return [step for step, _ in points[window - 1 :]], means
-
-
-def _blank_rest(panels: np.ndarray, used: int) -> None:
-    """Hides the panels of a grid that are left over; the panel above each one then has to show its own tick labels."""
-    across, grid = panels.shape[1], list(panels.flat)
-    for place in range(used, len(grid)):
-        grid[place].set_axis_off()
-        grid[place - across].tick_params(labelbottom=True)

@@ -1,31 +1,29 @@
 """What a comparison found: a table for the terminal, one for README files, and a page of plots.
 
-The page is one file that needs no network and no script. Its figures are SVG drawn by matplotlib, which works without a
-display and keeps a page small; they are drawn through the Figure class, never pyplot, which keeps global state.
+The page is one file that needs no network and no script; `rankwise.pages` has its look.
 """
 
 from __future__ import annotations
 
 import html
-import io
-import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
-from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from rankwise.compare.figures import STYLE, Plot, draw
+from rankwise.compare.figures import draw
 from rankwise.compare.notes import notes
-from rankwise.compare.places import printable
 from rankwise.compare.results import Result
 from rankwise.compare.summary import REFERENCES, Row, summarise
 from rankwise.errors import DataError
 from rankwise.files import write_whole
+from rankwise.pages.page import escape, fact_list, section, whole_page, wide_table
+from rankwise.pages.places import printable
+from rankwise.pages.style import STYLE
 
 # --- the table, in three forms ---------------------------------------------------------------------------------------
 
@@ -132,52 +130,13 @@ def _markdown_text(text: str) -> str:
 
 def _html_table(rows: Sequence[Row], metric: str) -> str:
     columns = _columns(rows, metric)
-    head = "".join(f'<th scope="col">{_escape(column.heading)}</th>' for column in columns)
-    body = "\n".join(f"<tr>{_html_cells(row, columns)}</tr>" for row in rows)
-    helps = "; ".join(f"<b>{_escape(column.heading)}</b>: {_escape(column.help)}" for column in columns)
-    return (
-        f'<div class="wide"><table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table></div>\n'
-        f'<p class="note">{helps}.</p>'
-    )
-
-
-def _html_cells(row: Row, columns: Sequence[_Column]) -> str:
-    first, *others = (_escape(column.cell(row)) for column in columns)
-    return f'<th scope="row">{first}</th>' + "".join(f"<td>{cell}</td>" for cell in others)
-
-
-def _escape(text: str) -> str:
-    return html.escape(printable(text))
+    helps = "; ".join(f"<b>{escape(column.heading)}</b>: {escape(column.help)}" for column in columns)
+    cells = [[column.cell(row) for column in columns] for row in rows]
+    table = wide_table([column.heading for column in columns], cells, "Results")
+    return f'{table}\n<p class="note">{helps}.</p>'
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
-
-_SVG = "http://www.w3.org/2000/svg"
-_XLINK = "{http://www.w3.org/1999/xlink}href"
-ET.register_namespace("", _SVG)
-ET.register_namespace("xlink", "http://www.w3.org/1999/xlink")
-
-_CSS = """
-:root { color-scheme: light; }
-body { max-width: 1056px; margin: 2rem auto; padding: 0 1rem; background: #fff; color: #1a1a1a;
-  font: 16px/1.5 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin-bottom: 1rem; }
-h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem; }
-h1, td, th, dd, li, figcaption { overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; margin: 0; }
-dt { color: #555; }
-dd { margin: 0; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid #ddd; font-weight: normal; }
-thead th { border-bottom: 2px solid #1a1a1a; font-weight: 600; white-space: nowrap; }
-td { white-space: nowrap; }
-th:first-child { text-align: left; }
-.note, figcaption { color: #555; font-size: .9rem; }
-figure { margin: 0; }
-svg { display: block; width: 100%; height: auto; }
-svg * { stroke-linejoin: round; stroke-linecap: butt; }
-"""
 
 
 def write_page(
@@ -211,18 +170,14 @@ def write_page(
     path, metric = Path(path), results[0].metric
     with matplotlib.rc_context(STYLE):
         figures = "\n".join(
-            _section(plot, place) for place, plot in enumerate(draw(results, metric, reference), start=1)
+            section(plot, place) for place, plot in enumerate(draw(results, metric, reference), start=1)
         )
     told = [*notes(rows), *more_notes]
-    facts = "\n".join(f"<dt>{_escape(name)}</dt><dd>{_escape(fact)}</dd>" for name, fact in _facts(results, rows))
-    page = (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{_escape(title)}</title>\n<style>{_CSS}</style>\n</head>\n<body>\n<h1>{_escape(title)}</h1>\n"
-        f"<dl>\n{facts}\n</dl>\n<h2>Results</h2>\n{_html_table(rows, metric)}\n{_html_notes(told)}\n{figures}\n"
-        f"</body>\n</html>\n"
+    body = (
+        f"{fact_list(_facts(results, rows))}\n<h2>Results</h2>\n{_html_table(rows, metric)}\n{_html_notes(told)}\n"
+        f"{figures}"
     )
-    write_whole(path, page)
+    write_whole(path, whole_page(title, body))
     return path
 
 
@@ -273,36 +228,5 @@ def _by_value(values_and_labels: Sequence[tuple[str, str]]) -> str:
 
 
 def _html_notes(told: Sequence[str]) -> str:
-    items = "\n".join(f"<li>{_escape(note)}</li>" for note in told)
+    items = "\n".join(f"<li>{escape(note)}</li>" for note in told)
     return f'<ul class="note">\n{items}\n</ul>' if items else ""
-
-
-def _section(plot: Plot, place: int) -> str:
-    heading, caption = _escape(plot.heading), _escape(plot.caption)
-    if plot.figure is None:
-        return f"<section>\n<h2>{heading}</h2>\n<p>{caption}</p>\n</section>"
-    svg = _inline_svg(plot.figure, f"f{place}-", f"{plot.heading}. {plot.caption}")
-    return f"<section>\n<h2>{heading}</h2>\n<figure>\n{svg}\n<figcaption>{caption}</figcaption>\n</figure>\n</section>"
-
-
-def _inline_svg(figure: Figure, prefix: str, description: str) -> str:
-    """The figure as an element of an HTML page, its ids made unique among the page's figures."""
-    file = io.StringIO()
-    figure.savefig(file, format="svg", metadata={"Date": None})
-    root = ET.fromstring(file.getvalue())
-    for unneeded in (*root.findall(f"{{{_SVG}}}metadata"), *root.findall(f"{{{_SVG}}}defs[{{{_SVG}}}style]")):
-        root.remove(unneeded)  # its links are foreign to a page without a network; its style is in the page's
-    for element in root.iter():
-        for name, value in element.attrib.items():
-            element.set(name, _renamed(name, value, prefix))
-    root.set("role", "img")
-    root.set("aria-label", printable(description))
-    return ET.tostring(root, encoding="unicode")
-
-
-def _renamed(name: str, value: str, prefix: str) -> str:
-    if name == "id":
-        return prefix + value
-    if name == _XLINK:
-        return value.replace("#", f"#{prefix}", 1)
-    return value.replace("url(#", f"url(#{prefix}")

@@ -1,4 +1,4 @@
-"""Telling an experiment tracker of a run while it goes: losses, rates, the rank of every module, and the scores.
+"""Telling an experiment tracker of a run while it goes: losses, rates, ranks and spectra by module, and the scores.
 
 The trackers are those of accelerate, which opens TensorBoard, Weights & Biases and trackio alike.
 """
@@ -14,9 +14,13 @@ from accelerate.tracking import GeneralTracker, TensorBoardTracker, TrackioTrack
 from transformers import TrainerCallback
 
 from rankwise.errors import ArgumentError
+from rankwise.spectral import Record
+from rankwise.training.live import scalars, tell_images
 
 FOLDER = "tracking"
 """Where TensorBoard's and W&B's files go, in the output folder."""
+IMAGES = 10
+"""Times in a run that images are sent: drawing one takes longer than a step of a small model."""
 
 
 def check_tracker(name: str | None) -> None:
@@ -30,7 +34,7 @@ def check_tracker(name: str | None) -> None:
 
 
 class Tracking(TrainerCallback):
-    """Sends what the Trainer logs to a tracker, with the rank of each module beside it.
+    """Sends what the Trainer logs to a tracker, with the rank and the spectrum of each module beside it.
 
     Args:
         name: "tensorboard", "wandb" or "trackio".
@@ -38,6 +42,8 @@ class Tracking(TrainerCallback):
         key: the name of the run.
         settings: what the run was made from.
         ranks: the rank of each module now, by name; asked at every log.
+        look: the record of the adapter at a step, of which numbers go out at every log, and images at some; None for
+            what has no spectra.
     """
 
     def __init__(
@@ -47,8 +53,11 @@ class Tracking(TrainerCallback):
         key: str,
         settings: Mapping[str, Any],
         ranks: Callable[[], dict[str, int]],
+        look: Callable[[int], Record] | None,
     ) -> None:
         self._ranks = ranks
+        self._look = look
+        self._next_image = 0
         self._settings = {setting: str(value) for setting, value in settings.items()}
         self._tracker = _tracker(name, output, key)
         self._step = 0
@@ -59,11 +68,16 @@ class Tracking(TrainerCallback):
         self._tracker.store_init_configuration(self._settings)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Numbers of the log, under `train/`, and ranks, under `rank/`."""
+        """Numbers of the log, under `train/`, ranks, under `rank/`, and spectra; images at every tenth of the run."""
         numbers = {f"train/{name}": value for name, value in (logs or {}).items() if isinstance(value, int | float)}
         ranks = {f"rank/{module}": rank for module, rank in self._ranks().items()}
         self._step = state.global_step
-        self._tracker.log(numbers | ranks, step=self._step)
+        record = None if self._look is None else self._look(self._step)
+        spectra = {} if record is None else scalars(record)
+        self._tracker.log(numbers | ranks | spectra, step=self._step)
+        if record is not None and self._step >= self._next_image:
+            tell_images(self._tracker, record)
+            self._next_image = self._step + max(1, state.max_steps // IMAGES)
 
     def validated(self, step: int, score: float) -> None:
         """The validation score on the way."""

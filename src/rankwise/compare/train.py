@@ -20,6 +20,7 @@ from transformers import (
     set_seed,
 )
 
+from rankwise.adapters.layer import AdapterLayer
 from rankwise.compare.candidates import Candidate, candidate_of
 from rankwise.compare.checkpoints import newest_complete
 from rankwise.compare.forgetting import loss_on_text
@@ -32,6 +33,7 @@ from rankwise.compare.tasks import Splits
 from rankwise.compare.together import as_first, is_first, on_cpus, processes
 from rankwise.compare.tracking import Tracking
 from rankwise.compare.validation import Validation
+from rankwise.training.recording import look
 
 CHECKPOINTS = 5
 """Checkpoints a run writes on its way."""
@@ -307,7 +309,9 @@ def _tracking(plan: Plan, run: Run, candidate: Candidate, model: nn.Module, outp
         "steps": plan.steps,
         **candidate.fields,
     }
-    return Tracking(plan.spec.tracker, output, run.key, settings, lambda: candidate.ranks(model))
+    is_ours = any(isinstance(module, AdapterLayer) for module in model.modules())
+    spectra = (lambda step: look(model, step).record) if is_ours else None
+    return Tracking(plan.spec.tracker, output, run.key, settings, lambda: candidate.ranks(model), spectra)
 
 
 def _general_loss(plan: Plan, model: nn.Module, tokenizer: Any) -> float | None:

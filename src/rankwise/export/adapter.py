@@ -52,6 +52,8 @@ class TrainedAdapter(Adapter):
     """Its config, which is its method."""
     progress: Progress
     """How far training had come."""
+    trained: dict[str, Factors]
+    """The part of each update that training moves; see `Method.moving_factors`."""
     ranks: list[int]
     """What the method has not pruned, per module."""
     base_class: str

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from rankwise.adapters.configs import AdapterConfig
 from rankwise.adapters.embedding import without_padding
-from rankwise.adapters.lookup import adapted_layers, factors, ranks, reduced
+from rankwise.adapters.lookup import adapted_layers, factors, ranks, reduced, trained_factors
 from rankwise.adapters.progress import LENGTH, Progress, unfinished
 from rankwise.adapters.tensors import ADDED_IN_FORMAT_2
 from rankwise.adapters.tuner import PREFIX
@@ -49,6 +49,7 @@ def from_model(model: nn.Module, adapter: str) -> TrainedAdapter:
         names=names,
         method=method,
         progress=Progress.of(first.started(adapter).progress),
+        trained=trained_factors(model, adapter),
         ranks=list(ranks(model, adapter).values()),
         base_class=class_of(model),
     )
@@ -97,6 +98,7 @@ def from_folder(folder: Path, base: str | Path | nn.Module | None) -> TrainedAda
         names=names,
         method=method,
         progress=Progress.of(next(iter(by_module.values()))["progress"]),
+        trained={name: _saved_trained(method, name, by_module[name]) for name in updates},
         ranks=[int(method.ranks_left(by_module[name]).sum()) for name in updates],
         base_class=class_of(model),
     )
@@ -184,3 +186,8 @@ def _check_whole(
 def _saved_update(method: AdapterConfig, name: str, tensors: dict[str, Tensor], padding: int | None) -> Factors:
     found = method.evaluation_factors(tensors, method.scale_of(name))
     return without_padding(Factors(*(t.detach() for t in found)), padding)
+
+
+def _saved_trained(method: AdapterConfig, name: str, tensors: dict[str, Tensor]) -> Factors:
+    found = method.moving_factors(tensors, method.scale_of(name))
+    return Factors(*(t.detach() for t in found))

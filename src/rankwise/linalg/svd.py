@@ -17,6 +17,11 @@ MiniLM's slowest spectrum still lacked 0.3 % of the captured energy after 12 ite
 SETTLED = 2e-4
 """Iteration stops when the captured energy changes by less than this share of itself."""
 
+SETTLED_TRIPLETS = 1e-7
+"""Triplets count as found when they miss their own equation by at most this share of the largest singular value."""
+MOST_ITERATIONS = 300
+"""Iterations after which triplets are taken as they are: neighbouring singular values may be too close to part."""
+
 
 class Triplets(NamedTuple):
     """The leading triplets W ≈ U diag(S) Vh as Factors, and how they were reached."""
@@ -64,6 +69,56 @@ def leading_triplets_full(W: Tensor, r: int) -> Triplets:
     """The r leading singular triplets of W (m, n) from a full decomposition: exact, and slow for large matrices."""
     U, S, Vh = torch.linalg.svd(W, full_matrices=False)
     return _triplets(W, U[:, :r], S[:r], Vh[:r], 0)
+
+
+def settled_triplets(
+    W: Tensor, k: int, *, update: Factors | None = None, start: Tensor | None = None, seed: int = 0
+) -> Factors:
+    """The k leading singular triplets of W + ΔW, iterated until each one holds to 1e-7 of the largest value.
+
+    Subspace iteration on the operator x ↦ W x + B(s∘(A x)), so that W + ΔW is never formed. It ends when
+    ‖(W + ΔW)ᵀ u_i − σ_i v_i‖ ≤ 1e-7·σ_1 for all i ≤ k, or after 300 iterations.
+
+    Args:
+        W: (m, n), float32 or float64.
+        k: how many triplets, 1 ≤ k ≤ min(m, n).
+        update: ΔW of the same shape; None for none.
+        start: an orthonormal basis (n, p) to start from, such as the right vectors of W for a small ΔW; p may be
+            anything.
+        seed: of the random columns that fill the start up.
+
+    Returns:
+        Factors(U (m, p), σ (p,), Vᵀ (p, n)) of W's dtype with p ≥ k columns, falling. The first k are those asked for;
+        the others are a start for the next call.
+    """
+
+    def times(X: Tensor) -> Tensor:
+        return W @ X if update is None else W @ X + update.B @ (update.s.unsqueeze(-1) * (update.A @ X))
+
+    def times_transposed(X: Tensor) -> Tensor:
+        return W.mT @ X if update is None else W.mT @ X + update.A.mT @ (update.s.unsqueeze(-1) * (update.B.mT @ X))
+
+    columns = min(W.shape[-1], W.shape[-2], 2 * k + MARGIN)
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    sketch = torch.randn(W.shape[1], columns, generator=generator, dtype=torch.float64).to(W)
+    if start is not None:
+        sketch = torch.cat([start[:, :columns], sketch[:, start.shape[1] :]], dim=1)
+
+    def refined(V: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The triplets U, S, V within the span of one more iteration."""
+        Q = torch.linalg.qr(times(V)).Q
+        P, R = torch.linalg.qr(times_transposed(Q))
+        # (W + ΔW)ᵀ Q = P R = P V' S U'ᵀ, so that Q U' and P V' are the triplets.
+        small_V, S, small_Uh = torch.linalg.svd(R)
+        return Q @ small_Uh.mT, S, P @ small_V
+
+    U, S, V = refined(torch.linalg.qr(sketch).Q)
+    for _ in range(MOST_ITERATIONS):
+        missing = torch.linalg.vector_norm(times(V[:, :k]) - U[:, :k] * S[:k], dim=0)
+        if bool((missing <= SETTLED_TRIPLETS * S[0]).all()):
+            break
+        U, S, V = refined(V)
+    return Factors(U.contiguous(), S, V.mT.contiguous())
 
 
 def _top_energy(B: Tensor, r: int) -> Tensor:

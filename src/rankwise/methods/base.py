@@ -149,6 +149,12 @@ class Method:
         """As `factors`, in evaluation."""
         return self.evaluation_parts(t).scaled(self.factor_of(scale))
 
+    def moving_factors(self, t: Mapping[str, Tensor], scale: float) -> Factors:
+        """The part of the update that training moves: all of it in evaluation, but for a `frozen_part`."""
+        if self.frozen_part(t) is None:
+            return self.evaluation_factors(t, scale)
+        return self.moving_part(t).scaled(self.factor_of(scale))
+
     def take_up(self, size: Size, update: Factors, scale: float, t: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors whose update is a given one of at most `size.started` ranks, as a start.
 

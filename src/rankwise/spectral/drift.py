@@ -20,7 +20,9 @@ from torch import Tensor
 
 from rankwise.checks import require_int
 from rankwise.errors import ArgumentError
-from rankwise.spectral.inputs import matrices
+from rankwise.linalg.svd import settled_triplets
+from rankwise.spectral.inputs import finite, matrices
+from rankwise.update import Factors
 
 
 class Drift(NamedTuple):
@@ -89,6 +91,47 @@ def weight_drift_top_k(W0: Tensor, Wt: Tensor, k: int) -> Drift:
     return _drift(W0, Wt, k)
 
 
+class Pretrained:
+    """A pretrained weight with its k leading singular triplets, to measure updates of it against.
+
+    The triplets are found once, by subspace iteration in float64; each update then costs a few products with W0 of k
+    columns, and W0 + ΔW is never formed.
+
+    Args:
+        W0: (m, n), of any floating dtype.
+        k: how many triplets count, 1 ≤ k ≤ min(m, n).
+
+    Raises:
+        ArgumentError: W0 is no matrix, holds a NaN or infinity, or k is out of its range.
+
+    >>> weight = Pretrained(torch.diag(torch.tensor([3.0, 2.0, 1.0])), 2)
+    >>> e1 = torch.eye(3, 1)
+    >>> drift = weight.drift(Factors(e1, torch.ones(1), e1.mT))  # 3 becomes 4
+    >>> round(float(drift.values), 6), abs(round(float(drift.vectors), 6))
+    (0.5, 0.0)
+    """
+
+    def __init__(self, W0: Tensor, k: int) -> None:
+        W0 = matrices("W0", W0)
+        if W0.ndim != 2:
+            raise ArgumentError("W0", "be one matrix (m, n)", tuple(W0.shape))
+        require_int("k", k, least=1)
+        if k > min(W0.shape):
+            raise ArgumentError("k", f"be at most min(m, n) = {min(W0.shape)}", k)
+        self.W0, self.k = W0, k
+        self.triplets = settled_triplets(W0, k)
+
+    def drift(self, update: Factors) -> Drift:
+        """`weight_drift_top_k` of W0 and W0 + ΔW.
+
+        Raises:
+            ArgumentError: a factor holds a NaN or infinity.
+        """
+        update = Factors(*(finite(name, t) for name, t in zip("BsA", update, strict=True)))
+        moved = settled_triplets(self.W0, self.k, update=update, start=self.triplets.A.mT)
+        return _drift_of(self.triplets, moved, self.k)
+
+
 def _pair(W0: Tensor, Wt: Tensor) -> tuple[Tensor, Tensor]:
     W0, Wt = matrices("W0", W0), matrices("Wt", Wt)
     try:
@@ -102,8 +145,14 @@ def _pair(W0: Tensor, Wt: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _drift(W0: Tensor, Wt: Tensor, k: int) -> Drift:
-    U0, S0, Vh0 = torch.linalg.svd(W0, full_matrices=False)
-    Ut, St, Vht = torch.linalg.svd(Wt, full_matrices=False)
-    left = (Ut * U0).sum(-2).abs().clamp_max(1)[..., :k]
-    right = (Vht * Vh0).sum(-1).abs().clamp_max(1)[..., :k]
-    return Drift((St - S0).abs()[..., :k].mean(-1), 1 - (left + right).mean(-1) / 2, left, right)
+    before, after = (Factors(*torch.linalg.svd(W, full_matrices=False)) for W in (W0, Wt))
+    return _drift_of(before, after, k)
+
+
+def _drift_of(before: Factors, after: Factors, k: int) -> Drift:
+    """The drift between two decompositions, over their k first triplets."""
+    (U0, S0, Vh0), (Ut, St, Vht) = before, after
+    left = (Ut[..., :k] * U0[..., :k]).sum(-2).abs().clamp_max(1)
+    right = (Vht[..., :k, :] * Vh0[..., :k, :]).sum(-1).abs().clamp_max(1)
+    values = (St[..., :k] - S0[..., :k]).abs().mean(-1)
+    return Drift(values, 1 - (left + right).mean(-1) / 2, left, right)

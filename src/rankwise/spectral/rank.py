@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rankwise.checks import require_int
 from rankwise.errors import ArgumentError
 from rankwise.spectral.inputs import finite
 
@@ -81,6 +82,77 @@ def energy_rank(singular_values: Tensor, share: float) -> Tensor:
     captured = S.square().cumsum(-1)
     enough = share * captured[..., -1:] * (1 - S.shape[-1] * torch.finfo(S.dtype).eps)
     return torch.where(captured[..., -1] > 0, (captured < enough).sum(-1) + 1, 0)
+
+
+def energy_curve(singular_values: Tensor) -> Tensor:
+    """E_k = Σ_{i≤k} σ_i² / Σσ², largest first: the share of the energy that each rank k = 1..K would keep.
+
+    Args:
+        singular_values: (…, K), ≥ 0, in any order.
+
+    Returns:
+        (…, K), float64, rising to 1; 0 for a matrix of zeros.
+
+    Raises:
+        ArgumentError: a value is negative, NaN or infinite.
+
+    Source: Eckart and Young, "The approximation of one matrix by another of lower rank", Psychometrika 1 (1936).
+
+    >>> energy_curve(torch.tensor([2.0, 1.0, 1.0])).round(decimals=4).tolist()
+    [0.6667, 0.8333, 1.0]
+    """
+    S = _spectrum(singular_values).sort(-1, descending=True).values
+    if S.shape[-1] == 0:
+        return S
+    captured = S.square().cumsum(-1)
+    total = captured[..., -1:]
+    return captured / torch.where(total > 0, total, 1)
+
+
+def numerical_rank(singular_values: Tensor, larger_side: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """#{i : σ_i > max(m, n)·eps·σ_1}: the singular values that rounding in `dtype` cannot have made.
+
+    Args:
+        singular_values: (…, k), ≥ 0, in any order.
+        larger_side: max(m, n) of the matrix.
+        dtype: what the matrix was trained in, whose eps counts.
+
+    Returns:
+        (…), int64; 0 for a matrix of zeros.
+
+    Raises:
+        ArgumentError: the side is below 1, or a value is negative, NaN or infinite.
+
+    Source: Golub and Van Loan, "Matrix Computations", section 5.4.1; as `numpy.linalg.matrix_rank`.
+
+    >>> numerical_rank(torch.tensor([1.0, 1e-2, 1e-9]), larger_side=100)
+    tensor(2)
+    """
+    require_int("larger_side", larger_side, least=1)
+    # The spectrum is relative to its largest value, so that σ_1 is 1 here.
+    return (_spectrum(singular_values) > larger_side * torch.finfo(dtype).eps).sum(-1)
+
+
+def subspace_use(singular_values: Tensor) -> Tensor:
+    """‖W‖_* / (√r·‖W‖_F) = Σσ / √(r·Σσ²): 1 where all r singular directions are used alike, 1/√r where one is.
+
+    Args:
+        singular_values: (…, r), ≥ 0, in any order; r is how many there are, zeros included.
+
+    Returns:
+        (…), float64, dimensionless, in [1/√r, 1], or 0 for a matrix of zeros.
+
+    Raises:
+        ArgumentError: a value is negative, NaN or infinite.
+
+    Source: NNM-LoRA, eq. 11: ‖A‖_* ≤ √r·‖A‖_F, with equality where all singular values are equal.
+
+    >>> subspace_use(torch.tensor([3.0, 3.0, 3.0, 3.0])).item(), subspace_use(torch.tensor([3.0, 0, 0, 0])).item()
+    (1.0, 0.5)
+    """
+    S = _spectrum(singular_values)
+    most = (S.shape[-1] * S.square().sum(-1)).sqrt()
+    return torch.where(most > 0, S.sum(-1) / torch.where(most > 0, most, 1), 0)
 
 
 def _spectrum(S: Tensor) -> Tensor:

@@ -5,12 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from rankwise.errors import ArgumentError
-from rankwise.spectral.inputs import finite
 from rankwise.spectral.rank import effective_rank, energy_rank, stable_rank
+from rankwise.spectral.stacks import stacked, stacks_of
 from rankwise.update import Factors
 
 
@@ -43,24 +41,16 @@ def spectra(updates: Mapping[str, Factors]) -> dict[str, Spectrum]:
     Raises:
         ArgumentError: Factors of a stack of layers, or a NaN or infinity in a factor; the message names the layer.
 
+    >>> import torch
     >>> B, s, A = torch.eye(5, 3), torch.tensor([4.0, 4.0, 0.0]), torch.eye(3, 6)
     >>> layer = spectra({"encoder.query": Factors(B, s, A)})["encoder.query"]
     >>> layer.singular_values.tolist(), layer.stable_rank, layer.energy_rank(0.99)
     ([4.0, 4.0, 0.0], 2.0, 2)
     """
-    groups: dict[tuple[object, ...], list[str]] = {}
-    for name, update in updates.items():
-        if update.B.ndim != 2:
-            raise ArgumentError(
-                f"updates[{name!r}]", "be the Factors of one layer", f"B of shape {tuple(update.B.shape)}"
-            )
-        groups.setdefault((update.B.shape, update.A.shape, update.B.device), []).append(name)
-    found = {name: spectrum for names in groups.values() for name, spectrum in _of_one_shape(names, updates)}
+    found: dict[str, Spectrum] = {}
+    for names in stacks_of(updates):
+        S = stacked("updates", names, updates).singular_values()
+        effective, stable = effective_rank(S).tolist(), stable_rank(S).tolist()
+        for place, name in enumerate(names):
+            found[name] = Spectrum(S[place], effective[place], stable[place])
     return {name: found[name] for name in updates}
-
-
-def _of_one_shape(names: list[str], updates: Mapping[str, Factors]) -> list[tuple[str, Spectrum]]:
-    layers = [[finite(f"updates[{name!r}]", t) for t in updates[name]] for name in names]
-    S = Factors(*(torch.stack(tensors) for tensors in zip(*layers, strict=True))).singular_values()
-    effective, stable = effective_rank(S).tolist(), stable_rank(S).tolist()
-    return [(name, Spectrum(S[i], effective[i], stable[i])) for i, name in enumerate(names)]

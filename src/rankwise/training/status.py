@@ -116,8 +116,18 @@ def metrics(roster: Roster) -> dict[str, float]:
     }
     if session.last_penalty is not None:
         found["rankwise/penalty"] = float(session.last_penalty)
-    budget = roster.method.budget(sizes, progress.total) if progress.total else None
-    return found if budget is None else found | {"rankwise/budget": float(budget.at(progress.step))}
+    budget = budget_now(roster)
+    return found if budget is None else found | {"rankwise/budget": budget}
+
+
+def budget_now(roster: Roster) -> float | None:
+    """The ranks over all layers that the schedule allows at this step; None without a schedule or its length."""
+    progress = session_of(roster).progress()
+    if not progress.total:
+        return None
+    sizes = [layer.tensors(roster.adapter).size for layer in roster.layers]
+    budget = roster.method.budget(sizes, progress.total)
+    return None if budget is None else float(budget.at(progress.step))
 
 
 def _parameters(layers: Mapping[str, AdapterLayer], held: Mapping[str, Factors], adapter: str) -> Parameters:
