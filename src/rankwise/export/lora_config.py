@@ -76,6 +76,9 @@ ONLY_UPDATES = (
 """Fields that leave an adapter B·A added to the weights of modules: they choose modules, give scales, or had a part in
 training alone."""
 
+OF_VARIANTS = ("eva_config", "corda_config", "loftq_config", "lora_ga_config", "megatron_config", "runtime_config")
+"""Fields among them that hold settings of their own, which PEFT has rules for."""
+
 CHOOSING_MODULES = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 """Fields that choose the modules."""
 
@@ -230,6 +233,54 @@ def scale_of(config: Mapping[str, Any], name: str) -> float | None:
 def alpha_of(config: Mapping[str, Any], name: str) -> float | None:
     """The alpha that a config gives a module."""
     return _of_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", DEFAULT_ALPHA))
+
+
+def is_plain(config: Mapping[str, Any]) -> bool:
+    """Whether PEFT is sure to take a config that `wrong_entry` finds nothing wrong with: it sets nothing unusual."""
+    told = {field for field, value in config.items() if value}
+    # With an expression PEFT refuses numbers of layers even where they are empty.
+    limits_an_expression = isinstance(config.get("target_modules"), str) and any(
+        config.get(field) is not None for field in ("layers_to_transform", "layers_pattern")
+    )
+    is_usual = told <= set(ONLY_UPDATES) - set(OF_VARIANTS) and config.get("init_lora_weights", True) in STARTS
+    return is_usual and not limits_an_expression
+
+
+def is_target(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a config chooses a module, by the rules of PEFT's `check_target_module_exists`.
+
+    A string is an expression for the whole name; a list has names or ends of names, and may be limited to layers.
+    """
+    if _is_named(config.get("exclude_modules"), name):
+        return False
+    if any(re.match(rf"(^|.*\.){kept}($|\..*)", name) for kept in config.get("modules_to_save") or ()):
+        return False
+    targets = config.get("target_modules")
+    if isinstance(targets, str) or name in (targets or ()):
+        return _is_named(targets, name)
+    return _is_named(targets, name) and _is_of_chosen_layer(config, name)
+
+
+def _is_named(names: Any, name: str) -> bool:
+    """Whether an expression fits a module's name, or a list has the name or an end of it."""
+    if isinstance(names, str):
+        return bool(names and re.fullmatch(names, name))
+    return any(name == end or name.endswith(f".{end}") for end in names or ())
+
+
+def _is_of_chosen_layer(config: Mapping[str, Any], name: str) -> bool:
+    """Whether a module is of one of the layers that a config numbers, where it numbers any."""
+    chosen = config.get("layers_to_transform")
+    if chosen is None or chosen == []:
+        return True
+    patterns = config.get("layers_pattern") or ()
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    # The first number in the name counts: a later one is of an expert, say.
+    expressions = [rf"(?:^|.*?\.){pattern}\.(\d+)\." for pattern in patterns] or [r".*?\.[^.]*\.(\d+)\."]
+    found = next((match for match in (re.match(each, name) for each in expressions) if match), None)
+    if found is None:
+        return False
+    return int(found[1]) in ([chosen] if isinstance(chosen, int) else chosen)
 
 
 def _of_pattern(pattern: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:

@@ -16,10 +16,11 @@ from typing import Any
 
 from torch import nn
 
+from rankwise.embedded_models import EMBEDDED
 from rankwise.errors import AdapterFileError
 from rankwise.export.adapter import Adapter
 from rankwise.export.keys import PEFT_PREFIX, parsed_key
-from rankwise.export.lora_config import CHOOSING_MODULES, alpha_of, rank_of
+from rankwise.export.lora_config import CHOOSING_MODULES, alpha_of, is_target, rank_of
 
 WITHIN_MODULE = re.compile(r"\.(lora_|rankwise_|base_layer\.|token_adapter\.)")
 """What an adapter puts behind a module's name, in the name of a tensor of the adapter's own."""
@@ -60,6 +61,27 @@ def _lies_here(name: str | None, revision: str | None) -> bool:
         return Path(name).is_dir() or isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str)
     except HFValidationError:  # a folder that is no more
         return False
+
+
+def may_open(config: Mapping[str, Any]) -> bool:
+    """Whether the base model that a config names is on this machine, or on the hub if that can be reached.
+
+    Only the hub's client is asked, which fetches the model's config where it is missing: transformers, which would do
+    the same, takes longer to import.
+    """
+    name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    if not name:
+        return False
+    if name in EMBEDDED or _lies_here(name, revision):
+        return True
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        hf_hub_download(name, "config.json", revision=revision)
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError):
+        return False
+    return True
 
 
 def with_names_of(model: nn.Module, adapter: Adapter, folder: Path) -> Adapter:
@@ -220,14 +242,10 @@ def config_today(config: Mapping[str, Any], updated: Iterable[str], today: Mappi
 
 def _choice_today(config: Mapping[str, Any], names: list[str]) -> dict[str, Any]:
     """The entries that choose modules: those of the config where they choose these, else these by their names."""
-    import peft
-    from peft.tuners.tuners_utils import check_target_module_exists
-
     choice: dict[str, Any] = {entry: config.get(entry) for entry in CHOOSING_MODULES}
     if not choice["target_modules"]:
         return {}
-    chosen = peft.LoraConfig(**choice)
-    if all(check_target_module_exists(chosen, name) for name in names):
+    if all(is_target(choice, name) for name in names):
         return {}
     return dict.fromkeys(CHOOSING_MODULES) | {"target_modules": sorted(names)}
 

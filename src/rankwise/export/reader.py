@@ -28,6 +28,8 @@ from rankwise.export.lora_config import (
     MODULE_NAME,
     alpha_of,
     check_only_updates,
+    is_plain,
+    is_target,
     rank_of,
     read_config,
     scale_of,
@@ -36,8 +38,6 @@ from rankwise.export.lora_format import format_of_tensors
 from rankwise.update import Factors
 
 if TYPE_CHECKING:
-    import peft
-
     from rankwise.export.known_base import KnownBase
 
 TENSORS = "adapter_model.safetensors"
@@ -126,15 +126,21 @@ class AdapterFiles:
         return max([1, *ranks, *(parts["A"].shape[0] for parts in self.whole.values())])
 
     @cached_property
-    def lora_config(self) -> peft.LoraConfig | None:
-        """The config as PEFT reads it; None if it cannot."""
+    def is_readable_by_peft(self) -> bool:
+        """Whether PEFT makes a config of what the JSON holds, with modules or parameters to adapt."""
+        if not (self.config.get("target_modules") or self.config.get("target_parameters")):
+            return False
+        if is_plain(self.config):
+            return True
+        # Settings of variants have rules of their own. PEFT takes longer to import than all else here.
         import peft
 
         known = peft.LoraConfig.__dataclass_fields__.keys() - {"peft_type"}
         try:
-            return peft.LoraConfig(**{key: value for key, value in self.config.items() if key in known})
+            peft.LoraConfig(**{key: value for key, value in self.config.items() if key in known})
         except (TypeError, ValueError):
-            return None
+            return False
+        return True
 
     def lacks(self, name: str) -> bool:
         """Whether the base model is known, and has no module of this name."""
@@ -142,9 +148,7 @@ class AdapterFiles:
 
     def is_target(self, name: str) -> bool:
         """Whether the config says that a module is adapted."""
-        from peft.tuners.tuners_utils import check_target_module_exists
-
-        return self.lora_config is not None and bool(check_target_module_exists(self.lora_config, name))
+        return self.is_readable_by_peft and is_target(self.config, name)
 
     def is_of_parameters(self, name: str) -> bool:
         """Whether a module's tensors update parameters that the config names (`target_parameters`), as fused experts.

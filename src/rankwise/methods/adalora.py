@@ -42,6 +42,7 @@ class AdaLora(Phased):
     """Adaptive budget allocation over SVD-form triplets."""
 
     method: ClassVar[str] = "adalora"
+    config_name: ClassVar[str] = "AdaLoraConfig"
     summary: ClassVar[str] = "falls from init_r to a mean of target_r, shared over all layers by sensitivity"
     linear_only: ClassVar[bool] = True
     suggested_rate: ClassVar[float] = 1e-2

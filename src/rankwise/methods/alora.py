@@ -41,6 +41,7 @@ class Alora(Method):
     """LoRA whose ranks are scored by ablation, and move between modules."""
 
     method: ClassVar[str] = "alora"
+    config_name: ClassVar[str] = "AloraConfig"
     summary: ClassVar[str] = "the same total; rounds of ablation move ranks from useless modules to useful ones"
     scores_ranks: ClassVar[bool] = True
     suggested_rate: ClassVar[float] = 1e-3

@@ -40,6 +40,8 @@ class Method:
     r: int = field(default=8, metadata={"help": "rank of every module at the start; AdaLoRA: the mean at the end"})
 
     method: ClassVar[str]
+    config_name: ClassVar[str]
+    """Of its config class in `rankwise`, which cannot be asked without importing PEFT."""
     summary: ClassVar[str]
     scaled: ClassVar[bool] = True
     """Whether the update is multiplied by lora_alpha / r."""

@@ -45,6 +45,7 @@ class Deep(Method):
     """Deep overparameterised low-rank adaptation, compressed."""
 
     method: ClassVar[str] = "deep"
+    config_name: ClassVar[str] = "DeepLoraConfig"
     summary: ClassVar[str] = "r at most; depth keeps unneeded directions near 0, and an export drops them"
     scaled: ClassVar[bool] = False
     linear_only: ClassVar[bool] = True

@@ -17,5 +17,6 @@ class Lora(Method):
     """Low-rank adaptation of fixed rank."""
 
     method: ClassVar[str] = "lora"
+    config_name: ClassVar[str] = "LoraConfig"
     summary: ClassVar[str] = "fixed rank; the baseline"
     suggested_rate: ClassVar[float] = 1e-3

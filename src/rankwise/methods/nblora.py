@@ -46,6 +46,7 @@ class NbLora(Method):
     """Singular values of the update bounded by construction."""
 
     method: ClassVar[str] = "nblora"
+    config_name: ClassVar[str] = "NbLoraConfig"
     summary: ClassVar[str] = "fixed rank; the update's norm, or each of its singular values, bounded by construction"
     linear_only: ClassVar[bool] = True
     suggested_rate: ClassVar[float] = 1e-2

@@ -37,6 +37,7 @@ class Nnm(Method):
     """LoRA with the nuclear norm of A maximised."""
 
     method: ClassVar[str] = "nnm"
+    config_name: ClassVar[str] = "NnmLoraConfig"
     summary: ClassVar[str] = "fixed rank; nuclear-norm maximisation spreads the update over all r directions"
     suggested_rate: ClassVar[float] = 3e-3
 

@@ -45,6 +45,7 @@ class Salora(Phased):
     """LoRA with random gates and a density constraint."""
 
     method: ClassVar[str] = "salora"
+    config_name: ClassVar[str] = "SaloraConfig"
     summary: ClassVar[str] = "falls to a density of r·L ranks, learned by random gates under an L0 constraint"
     suggested_rate: ClassVar[float] = 3e-3
     prepared_from: ClassVar[tuple[str, ...]] = ("log_theta", "u")

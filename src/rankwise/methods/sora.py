@@ -36,6 +36,7 @@ class Sora(Method):
     """LoRA with a gate per rank, thresholded towards exactly 0 after each step."""
 
     method: ClassVar[str] = "sora"
+    config_name: ClassVar[str] = "SoraConfig"
     summary: ClassVar[str] = "falls from r as a proximal step closes gates to exactly 0"
     suggested_rate: ClassVar[float] = 1e-3
     closing_values: ClassVar[Mapping[str, float]] = {"g": 0.0}

@@ -42,6 +42,7 @@ class Sorsa(Method):
     """Principal singular values and orthonormally regularised singular vectors."""
 
     method: ClassVar[str] = "sorsa"
+    config_name: ClassVar[str] = "SorsaConfig"
     summary: ClassVar[str] = "fixed rank; trains the base weight's own leading singular triplets"
     linear_only: ClassVar[bool] = True
     suggested_rate: ClassVar[float] = 3e-4

@@ -184,8 +184,7 @@ def file_of_diffusers(files: AdapterFiles) -> Iterator[str]:
 @rule("target modules")
 def tensors_outside_the_target_modules(files: AdapterFiles) -> Iterator[str]:
     """Some loaders take what the config names, and others what the file holds."""
-    config = files.lora_config
-    if config is None or not (config.target_modules or config.target_parameters):
+    if not files.is_readable_by_peft:
         yield "the config is none that PEFT's LoRA can read"
         return
     for name in files.modules:

@@ -1,12 +1,14 @@
-"""The methods as plain data: what `rankwise methods` prints and the documentation's tables are made from."""
+"""The methods as plain data: what `rankwise methods` prints and the documentation's tables are made from.
+
+It is made without the config classes, whose base class is PEFT's and takes seconds to import.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from rankwise.adapters.configs import CONFIGS
-from rankwise.methods import METHODS
+from rankwise.methods.base import METHODS
 
 
 def catalogue() -> list[dict[str, Any]]:
@@ -16,16 +18,17 @@ def catalogue() -> list[dict[str, Any]]:
     value it gets.
     """
     listed = []
-    for name, config in CONFIGS.items():
-        made = config()
+    for name, method in METHODS.items():
+        made = method()
+        made.check()  # fills in the fields that others set
         listed.append(
             {
                 "method": name,
-                "config": config.__name__,
-                "summary": METHODS[name].summary,
+                "config": method.config_name,
+                "summary": method.summary,
                 "fields": {
                     field.name: {"default": _plain(getattr(made, field.name)), "help": field.metadata["help"]}
-                    for field in dataclasses.fields(METHODS[name])
+                    for field in dataclasses.fields(method)
                 },
             }
         )
