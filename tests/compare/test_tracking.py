@@ -1,11 +1,14 @@
-"""Trackers are told what the Trainer logs, the rank of each module, and the scores; all of them without a network."""
+"""Trackers are told what the Trainer logs, ranks and spectra by module, and the scores; all without a network."""
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
 
 from rankwise.compare.plan import make_plan
 from rankwise.compare.results import Result
@@ -13,9 +16,13 @@ from rankwise.compare.runner import run_plan
 from rankwise.compare.spec import read_spec
 from rankwise.compare.tracking import FOLDER
 from rankwise.errors import ArgumentError
+from rankwise.spectral import effective_rank
 from tiny_comparison import WriteSpec
 
 pytest_plugins = ["tiny_comparison"]
+
+SPECTRA = ("effective_rank", "subspace_use", "update_norm")
+"""What is told of each module beside its rank."""
 
 
 def tracked(write_spec: WriteSpec, folder: Path, tracker: str) -> Result:
@@ -41,6 +48,14 @@ def test_tensorboard_has_losses_ranks_and_scores(write_spec: WriteSpec, tmp_path
     assert curve == result.validation_curve
     for module, rank in result.ranks.items():
         assert events.Scalars(f"rank/{module}")[-1].value == rank
+        spectrum = torch.tensor(result.singular_values[module])
+        told = {kind: events.Scalars(f"{kind}/{module}")[-1].value for kind in SPECTRA}
+        assert told["effective_rank"] == pytest.approx(float(effective_rank(spectrum)), rel=1e-4)
+        assert told["update_norm"] == pytest.approx(float(spectrum.norm()), rel=1e-4)
+        assert 0 < told["subspace_use"] <= 1
+    assert {"ranks", "spectra"} <= set(events.Tags()["images"])
+    (image, *_) = events.Images("ranks")
+    assert Image.open(io.BytesIO(image.encoded_image_string)).size == (image.width, image.height)
     assert events.Scalars("test/accuracy")[-1].value == pytest.approx(result.score)
     assert events.Scalars("validation/accuracy")[-1].value == pytest.approx(result.validation_score)
 
@@ -54,7 +69,9 @@ def test_wandb_keeps_a_run_of_its_own_for_each(
     runs = list((tmp_path / "out" / FOLDER / "wandb").glob("offline-run-*"))
     assert {run.name.rpartition("-")[0] for run in runs} != set()
     assert len(runs) == 2
-    assert any("sora--" in run.name and run.name.endswith(f"seed{result.seed}") for run in runs)
+    sora = next(run for run in runs if "sora--" in run.name and run.name.endswith(f"seed{result.seed}"))
+    images = {file.name.split("_")[0] for file in (sora / "files" / "media" / "images").iterdir()}
+    assert images == {"ranks", "spectra"}
 
 
 def test_trackio_stores_the_run(write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,6 +86,8 @@ def test_trackio_stores_the_run(write_spec: WriteSpec, tmp_path: Path, monkeypat
     told = {name: value for log in logs for name, value in log.items()}
     assert told["test/accuracy"] == pytest.approx(result.score)
     assert {f"rank/{module}" for module in result.ranks} <= told.keys()
+    assert {f"{kind}/{module}" for module in result.ranks for kind in SPECTRA} <= told.keys()
+    assert {told[name]["_type"] for name in ("ranks", "spectra")} == {"trackio.image"}
 
 
 def test_a_tracker_that_is_not_installed_is_named(

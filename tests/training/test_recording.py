@@ -140,6 +140,34 @@ def test_the_trainer_records_at_the_start_every_so_often_and_at_the_end(tmp_path
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_a_tracker_gets_every_record_as_numbers_and_images(tmp_path: Path) -> None:
+    class Listening:
+        name = "wandb"
+        numbers: dict[int, dict[str, float]] = {}  # noqa: RUF012  one run, one listener
+        images: dict[int, dict[str, list[np.ndarray]]] = {}  # noqa: RUF012
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            self.numbers[step] = values
+
+        def log_images(self, values: dict[str, list[np.ndarray]], step: int) -> None:
+            self.images[step] = values
+
+    model, tracker = adapted(rankwise.AdaLoraConfig(r=4, target_modules=["query"])), Listening()
+    trained(tmp_path, model, rankwise.SpectraCallback(tmp_path / "s", every=5, tracker=tracker), max_steps=10)  # type: ignore[arg-type]
+    assert list(tracker.numbers) == list(tracker.images) == [0, 5, 10]
+    last = read_record(record_files(tmp_path / "s")[-1]).record
+    assert tracker.numbers[10]["rank/budget"] == last.budget == 8
+    for name, layer in last.modules.items():
+        assert tracker.numbers[10][f"rank/{name}"] == layer.kept
+        assert tracker.numbers[10][f"effective_rank/{name}"] == layer.effective_rank
+    for pictures in tracker.images.values():
+        for (picture,) in pictures.values():
+            assert picture.dtype == np.uint8
+            assert picture.shape[2] == 3
+            assert picture.std() > 0
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_lightning_records_as_the_trainer_does(tmp_path: Path) -> None:
     lightning = pytest.importorskip("lightning", reason='in the "test" extra')
     from test_lightning import make_module
