@@ -25,7 +25,9 @@ import matplotlib
 import numpy as np
 import peft
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from scipy.stats import pearsonr
@@ -38,7 +40,7 @@ from rankwise.completion import DeepMatrixCompletion
 from rankwise.completion.descent import descent
 from rankwise.completion.entries import Dense
 from rankwise.completion.starts import compressed_start
-from rankwise.pages.draw import draw_spectra, heat_map, spectra_of
+from rankwise.pages.draw import draw_spectra, heat_map, plain_log_axis, spectra_of
 from rankwise.pages.places import grid_of
 from rankwise.pages.style import DASHES, PALETTE, STYLE, WIDTH
 from rankwise.spectral import Measured, energy_rank, read_record, subspace_alignment, weight_drift_top_k
@@ -263,7 +265,8 @@ def lengths(data: Path) -> tuple[Figure, dict[str, Any]]:
         places = np.arange(1, len(own) + 1)
         axes.bar(places, before, 1, color=PALETTE[4], label="pretrained |uᵢᵀW₀vᵢ|")
         axes.step(places - 0.5, own, where="post", color=PALETTE[0], label="update σᵢ")
-        axes.set(title=f"{name}: {key}", xlabel="index i", yscale="log")
+        plain_log_axis(axes)
+        axes.set(title=f"{name}: {key}", xlabel="index i")
         every = [pair for m in modules.values() for pair in zip(m.singular_values, m.pretrained.lengths, strict=True)]
         told[name] = {
             "module": key,
@@ -333,9 +336,7 @@ def allocated(data: Path) -> tuple[Figure, dict[str, Any]]:
     rows = rows_of(data, "clinc150", "validation")[:32]
     labels = labels_of(rows_of(data, "clinc150", "train"), "clinc150")
     development = batch_of(rows, "clinc150", AutoTokenizer.from_pretrained(locate(MODEL)), labels)
-    alora = rankwise.AloraConfig(
-        r=8, rounds=4, warmup_steps=60, recovery_steps=20, score_batch=development, total_step=200, **shared
-    )
+    alora = rankwise.AloraConfig(r=8, rounds=4, warmup_steps=60, recovery_steps=20, score_batch=development, **shared)
     runs = {
         "AdaLoRA": trained("adalora", data, rankwise.AdaLoraConfig(r=8, total_step=200, **shared), rate=1e-2),
         "ALoRA": trained("alora", data, alora, rate=1e-3),
@@ -437,7 +438,8 @@ def curves(data: Path) -> tuple[Figure, dict[str, Any]]:
             "gradient_norm_last_20": float(np.mean(run.norms[-20:])),
         }
     left.set(title="Training loss", xlabel="step")
-    right.set(title="Gradient norm before clipping", xlabel="step", yscale="log")
+    plain_log_axis(right)
+    right.set(title="Gradient norm before clipping", xlabel="step")
     left.legend()
     return figure, told
 
@@ -480,7 +482,8 @@ def invariant(data: Path) -> tuple[Figure, dict[str, Any]]:
     middle.plot(steps, medians, color="#1a1a1a", linewidth=2)
     middle.set(title="Alignment with the last subspace", xlabel="step", ylim=(0, 1.02))
     right.plot(smooth(run.losses), color=PALETTE[0])
-    right.set(title="Training loss", xlabel="step", yscale="log")
+    plain_log_axis(right)
+    right.set(title="Training loss", xlabel="step")
     ranks = [int(energy_rank(torch.tensor(values), 0.99)) for values in spectra(run).values()]
     told = {
         "pearson": run.score,
@@ -516,11 +519,20 @@ def few_samples(data: Path) -> tuple[Figure, dict[str, Any]]:
             "numerical_ranks": ranks,
             "ranks_of_99.99_percent": kept,
         }
-    left.set(title="Pearson by samples (r = 8, 2 seeds)", xlabel="training pairs", xscale="log")
+    left.set(title="Pearson by samples (r = 8, 2 seeds)", xlabel="training pairs")
+    plain_places(left, (16, 64, 256))
     middle.set(title="Ranks of 99.99 % of the energy", xlabel="rank")
-    right.set(title="Pearson by r (16 samples)", xlabel="r", xscale="log")
+    right.set(title="Pearson by r (16 samples)", xlabel="r")
+    plain_places(right, (4, 8, 16))
     left.legend()
     return figure, told
+
+
+def plain_places(axes: Axes, places: tuple[int, ...]) -> None:
+    """A logarithmic horizontal axis with labels at these places alone."""
+    axes.set_xscale("log")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticks(places, [str(place) for place in places])
 
 
 # --- Deep LoRA: matrices ---------------------------------------------------------------------------------------------
@@ -546,7 +558,8 @@ def depth_and_width(_: Path) -> tuple[Figure, dict[str, Any]]:
         errors = [[recovery_error(planted(seed), share, depth, seed) for seed in seeds] for share in shares]
         left.plot(shares, np.median(errors, axis=1), marker=".", color=PALETTE[place], label=f"depth {depth}")
         told["errors"][depth] = {share: values for share, values in zip(shares, errors, strict=True)}
-    left.set(title="Relative error, rank 20 for a true 3", xlabel="share of entries seen", yscale="log")
+    plain_log_axis(left)
+    left.set(title="Relative error, rank 20 for a true 3", xlabel="share of entries seen")
     left.legend()
     widths = (6, 12, 24, 40, SIDE)
     steps = [[iterations(seed, width, narrow=True)[0] for seed in seeds] for width in widths]

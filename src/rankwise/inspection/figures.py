@@ -153,7 +153,7 @@ def _energy(found: Found) -> Answer:
     for mark, dashes, marker in zip(SHARES, DASHES, MARKERS, strict=False):
         if total:
             at = int(np.searchsorted(curve, mark)) + 1
-            axes.plot(at, mark, marker, color=PALETTE[1], label=f"{mark:.1%}: {at} ranks")
+            axes.plot(at, mark, marker, color=PALETTE[1], label=f"{100 * mark:g} %: {at} ranks")
             axes.axvline(at, color=PALETTE[1], linestyle=dashes, linewidth=0.8)
     axes.yaxis.set_major_formatter(PercentFormatter(1))
     axes.set(title="Energy kept by the longest directions", xlabel="ranks kept over all modules", ylabel="Σσ² kept")
@@ -205,8 +205,8 @@ def _relative_norms(layers: Mapping[str, LayerRecord], weights: Mapping[str, Pre
     figure = map_of_modules(relative, "‖ΔW‖_F / ‖W₀‖_F of each module", form=".2g")
     farthest = max(relative, key=lambda name: relative[name])
     sentence = (
-        f"In the median module the update is {median(list(relative.values())):.2f} times as long as the pretrained "
-        f"weight in norm; the most is {relative[farthest]:.2f}, in {printable(farthest)}."
+        f"In the median module the update is {median(list(relative.values())):.2g} times as long as the pretrained "
+        f"weight in norm; the most is {relative[farthest]:.2g}, in {printable(farthest)}."
     )
     plot = Plot("Size relative to the pretrained weights", sentence, figure)
     return Answer(DISTANCE, "relative-norms", plot, ("module", "relative_norm"), rows_of(relative))

@@ -9,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from rankwise.inspection.answer import QUESTIONS, Answer, median, plural, share
+from rankwise.pages.draw import plain_log_axis
 from rankwise.pages.places import grid_of, printable
 from rankwise.pages.style import DASHES, PALETTE, WIDTH, Plot
 from rankwise.spectral import LayerRecord, Measured, Record, subspace_alignment
@@ -119,7 +120,7 @@ def _conditions(records: Sequence[Record]) -> Answer:
         "right factor V_p": lambda layer: layer.condition_of_right,
     }
     figure, axes = _panel("Condition numbers, median over the modules", "κ (log scale)")
-    axes.set_yscale("log")
+    plain_log_axis(axes)
     curves: dict[str, list[float]] = {}
     for place, (name, number) in enumerate(kinds.items()):
         finite = [[k for k in map(number, record.modules.values()) if k is not None] for record in records]

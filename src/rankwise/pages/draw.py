@@ -65,11 +65,16 @@ def spectra_of(singular_values: Mapping[str, Sequence[float]], *, relative: bool
     return np.where(shares > NEGLIGIBLE, shares if relative else spectra, 0.0)
 
 
-def draw_spectra(axes: Axes, spectra: np.ndarray, colour: str) -> None:
-    """A line for each module on a logarithmic axis, and a black one for their median."""
+def plain_log_axis(axes: Axes) -> None:
+    """A logarithmic vertical axis whose labels are plain numbers: formulas are off in the figures' style."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(NullLocator())
+
+
+def draw_spectra(axes: Axes, spectra: np.ndarray, colour: str) -> None:
+    """A line for each module on a logarithmic axis, and a black one for their median."""
+    plain_log_axis(axes)
     if not len(spectra):
         axes.text(0.5, 0.5, "no update", transform=axes.transAxes, ha="center", va="center")
         return

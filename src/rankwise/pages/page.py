@@ -31,12 +31,12 @@ body { max-width: 1056px; margin: 2rem auto; padding: 0 1rem; background: var(--
 h1 { font-size: 1.7rem; line-height: 1.25; margin-bottom: 1rem; }
 h2 { font-size: 1.25rem; margin: 2.4rem 0 .6rem; }
 h3 { font-size: 1.05rem; margin: 1.6rem 0 .5rem; }
-h1, td, th, dd, li, figcaption { overflow-wrap: anywhere; }
+h1, td, th, dd, li, figcaption { overflow-wrap: break-word; }
 a { color: var(--link); }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
 .skip { position: absolute; left: -100vw; }
 .skip:focus { position: static; }
-nav ul { margin: 0; padding-left: 1.2rem; }
+nav ul { margin: 1rem 0 0; padding-left: 1.2rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.2rem; margin: 0; }
 dt { color: var(--faint); }
 dd { margin: 0; }
@@ -99,7 +99,9 @@ def wide_table(headings: Sequence[str], rows: Sequence[Sequence[str]], label: st
     lines = []
     for first, *others in rows:
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in others)
-        lines.append(f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>')
+        # A long name of a module breaks at its dots.
+        name = escape(first).replace(".", ".<wbr>")
+        lines.append(f'<tr><th scope="row">{name}</th>{cells}</tr>')
     body = "\n".join(lines)
     return (
         f'<div class="wide" role="region" aria-label="{escape(label)}" tabindex="0"><table>\n'
