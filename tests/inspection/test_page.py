@@ -196,6 +196,17 @@ def test_no_name_becomes_markup(tmp_path: Path) -> None:
     assert "&lt;b&gt;&amp;mine" in text
 
 
+def test_names_without_layers_make_no_endless_figure(tmp_path: Path) -> None:
+    """As those of kohya's scripts, whose underscores do not part numbers from words: each module is a row."""
+    spectra = {f"unet_blocks_{i}_attn": [1.0 + i, 0.5, 0.1] for i in range(100)}
+    page = write_inspection([read_adapter(written_lora(tmp_path / "mine", spectra))], tmp_path / "page")
+    svg = (page.parent / "update-norms.svg").read_text()
+    assert "48 of 100 rows, those with the largest numbers" in svg
+    assert "unet_blocks_99_attn" in svg
+    assert "unet_blocks_3_attn" not in svg
+    assert "unet_blocks_3_attn" in (page.parent / "update-norms.csv").read_text()
+
+
 # --- over time -------------------------------------------------------------------------------------------------------
 
 

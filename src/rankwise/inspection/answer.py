@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from rankwise.pages.draw import heat_map
+from rankwise.pages.draw import MOST_ROWS, heat_map, of_largest_rows
 from rankwise.pages.places import grid_of
 from rankwise.pages.style import WIDTH, Plot
 
@@ -48,11 +48,14 @@ def map_of_modules(numbers: Mapping[str, float], title: str, *, form: str, top: 
         form: how numbers are written.
         top: what the darkest colour stands for; by default the largest number.
     """
-    grid = grid_of(numbers)
+    shown, rows = of_largest_rows(numbers)
+    grid = grid_of(shown)
+    if rows > MOST_ROWS:
+        title = f"{title} ({MOST_ROWS} of {rows} rows, those with the largest numbers)"
     figure = Figure(figsize=(WIDTH, 1.0 + 0.27 * len(grid.kinds)), layout="constrained")
     axes = figure.subplots()
     largest = max(numbers.values(), default=0.0) if top is None else top
-    heat_map(axes, numbers, grid, largest or 1.0, form)
+    heat_map(axes, shown, grid, largest or 1.0, form)
     axes.set_title(title)
     return figure
 

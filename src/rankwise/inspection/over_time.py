@@ -17,6 +17,8 @@ from rankwise.spectral import LayerRecord, Measured, Record, subspace_alignment
 TIME = QUESTIONS[6]
 OPEN = 1e-12
 """Gates up to this size count as closed."""
+MOST_KINDS = 12
+"""Lines of the figure of kinds: those that end with the highest ranks."""
 
 
 def answers_over_time(history: Sequence[Measured]) -> list[Answer]:
@@ -63,16 +65,18 @@ def _kinds(records: Sequence[Record]) -> Answer:
     """The mean kept rank of each kind of module."""
     grid = grid_of(records[0].modules)
     steps = [record.step for record in records]
-    figure, axes = _panel("Mean kept rank by kind of module", "rank")
-    rows: list[list[object]] = []
-    ends: dict[str, float] = {}
-    for place, kind in enumerate(grid.kinds):
+    curves: dict[str, list[float]] = {}
+    for kind in grid.kinds:
         names = [name for name, (own, _) in grid.places.items() if own == kind]
-        means = [float(np.mean([record.modules[name].kept for name in names])) for record in records]
+        curves[kind] = [float(np.mean([record.modules[name].kept for name in names])) for record in records]
+    ends = {kind: means[-1] for kind, means in curves.items()}
+    figure, axes = _panel("Mean kept rank by kind of module", "rank")
+    # A model without layer numbers has a kind for each module, too many for a legend.
+    shown = set(sorted(ends, key=lambda kind: -ends[kind])[:MOST_KINDS])
+    for place, kind in enumerate(kind for kind in grid.kinds if kind in shown):
         colour, dashes = PALETTE[place % len(PALETTE)], DASHES[place % len(DASHES)]
-        axes.plot(steps, means, color=colour, linestyle=dashes, label=kind)
-        rows += [[kind, step, mean] for step, mean in zip(steps, means, strict=True)]
-        ends[kind] = means[-1]
+        axes.plot(steps, curves[kind], color=colour, linestyle=dashes, label=kind)
+    rows = [[kind, step, mean] for kind, means in curves.items() for step, mean in zip(steps, means, strict=True)]
     axes.set_ylim(bottom=0)
     figure.legend(loc="outside right upper", frameon=False)
     most, least = max(ends, key=lambda kind: ends[kind]), min(ends, key=lambda kind: ends[kind])

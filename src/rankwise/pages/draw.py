@@ -10,12 +10,32 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from rankwise.pages.places import Grid
+from rankwise.pages.places import Grid, grid_of
 
 MOST_LINES = 36
 """Lines of one panel, beyond which they hide each other."""
+MOST_ROWS = 48
+"""Rows of a heat map: more would fill several screens and take minutes to draw."""
 NEGLIGIBLE = 1e-8
 """Singular values up to this share of the largest are not drawn."""
+
+
+def of_largest_rows(numbers: Mapping[str, float]) -> tuple[dict[str, float], int]:
+    """The modules of the rows that a heat map has room for, those with the largest numbers, in their order.
+
+    Args:
+        numbers: by module name. Names without layer numbers make a row each, and there may be hundreds.
+
+    Returns:
+        Numbers by module name, and how many rows there are in all.
+    """
+    grid = grid_of(numbers)
+    largest: dict[str, float] = {}
+    for name, number in numbers.items():
+        kind, _ = grid.places[name]
+        largest[kind] = max(number, largest.get(kind, number))
+    shown = set(sorted(largest, key=lambda kind: -largest[kind])[:MOST_ROWS])
+    return {name: number for name, number in numbers.items() if grid.places[name][0] in shown}, len(largest)
 
 
 def heat_map(axes: Axes, numbers: Mapping[str, float], grid: Grid, top: float, form: str = ".0f") -> None:

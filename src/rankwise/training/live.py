@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from rankwise.pages.draw import draw_spectra, heat_map, spectra_of
+from rankwise.pages.draw import draw_spectra, heat_map, of_largest_rows, spectra_of
 from rankwise.pages.places import grid_of
 from rankwise.pages.style import PALETTE, STYLE, WIDTH
 from rankwise.spectral import Record
@@ -60,10 +60,10 @@ def tell_images(tracker: Any, record: Record) -> None:
 
 
 def _rank_map(record: Record) -> Figure:
-    grid = grid_of(record.modules)
+    ranks, _ = of_largest_rows({name: layer.kept for name, layer in record.modules.items()})
+    grid = grid_of(ranks)
     figure = Figure(figsize=(WIDTH, 0.95 + 0.27 * len(grid.kinds)), layout="constrained")
     axes = figure.subplots()
-    ranks = {name: layer.kept for name, layer in record.modules.items()}
     heat_map(axes, ranks, grid, top=max(layer.rank for layer in record.modules.values()))
     axes.set_title(f"Kept ranks at step {record.step}")
     return figure
