@@ -15,12 +15,12 @@ from transformers import TrainerCallback
 
 from rankwise.errors import ArgumentError
 from rankwise.spectral import Record
-from rankwise.training.live import scalars, tell_images
+from rankwise.training.live import tell
 
 FOLDER = "tracking"
 """Where TensorBoard's and W&B's files go, in the output folder."""
-IMAGES = 10
-"""Times in a run that images are sent: drawing one takes longer than a step of a small model."""
+LOOKS = 10
+"""Times in a run that spectra are sent, as numbers and images: drawing these takes as long as a step of a small model."""
 
 
 def check_tracker(name: str | None) -> None:
@@ -42,8 +42,7 @@ class Tracking(TrainerCallback):
         key: the name of the run.
         settings: what the run was made from.
         ranks: the rank of each module now, by name; asked at every log.
-        look: the record of the adapter at a step, of which numbers go out at every log, and images at some; None for
-            what has no spectra.
+        look: the record of the adapter at a step, asked for ten times in a run; None for what has no spectra.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class Tracking(TrainerCallback):
     ) -> None:
         self._ranks = ranks
         self._look = look
-        self._next_image = 0
+        self._next_look = 0
         self._settings = {setting: str(value) for setting, value in settings.items()}
         self._tracker = _tracker(name, output, key)
         self._step = 0
@@ -68,16 +67,14 @@ class Tracking(TrainerCallback):
         self._tracker.store_init_configuration(self._settings)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
-        """Numbers of the log, under `train/`, ranks, under `rank/`, and spectra; images at every tenth of the run."""
+        """Numbers of the log, under `train/`, and ranks, under `rank/`; spectra at every tenth of the run."""
         numbers = {f"train/{name}": value for name, value in (logs or {}).items() if isinstance(value, int | float)}
         ranks = {f"rank/{module}": rank for module, rank in self._ranks().items()}
         self._step = state.global_step
-        record = None if self._look is None else self._look(self._step)
-        spectra = {} if record is None else scalars(record)
-        self._tracker.log(numbers | ranks | spectra, step=self._step)
-        if record is not None and self._step >= self._next_image:
-            tell_images(self._tracker, record)
-            self._next_image = self._step + max(1, state.max_steps // IMAGES)
+        self._tracker.log(numbers | ranks, step=self._step)
+        if self._look is not None and self._step >= self._next_look:
+            tell(self._tracker, self._look(self._step))
+            self._next_look = self._step + max(1, state.max_steps // LOOKS)
 
     def validated(self, step: int, score: float) -> None:
         """The validation score on the way."""

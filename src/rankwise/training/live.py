@@ -41,11 +41,6 @@ def images(record: Record) -> dict[str, np.ndarray]:
 def tell(tracker: Any, record: Record) -> None:
     """Send a record to one of accelerate's trackers, under its step."""
     tracker.log(scalars(record), step=record.step)
-    tell_images(tracker, record)
-
-
-def tell_images(tracker: Any, record: Record) -> None:
-    """Send the images of a record alone."""
     drawn = images(record)
     if tracker.name == "trackio":
         # accelerate's tracker of trackio has no images, and trackio's own need its class.
