@@ -20,7 +20,7 @@ from rankwise.training.live import tell
 FOLDER = "tracking"
 """Where TensorBoard's and W&B's files go, in the output folder."""
 LOOKS = 10
-"""Times in a run that spectra are sent, as numbers and images: drawing these takes as long as a step of a small model."""
+"""Times in a run that spectra are sent, as numbers and images, which take as long as a step of a small model."""
 
 
 def check_tracker(name: str | None) -> None:
