@@ -438,8 +438,7 @@ def curves(data: Path) -> tuple[Figure, dict[str, Any]]:
             "gradient_norm_last_20": float(np.mean(run.norms[-20:])),
         }
     left.set(title="Training loss", xlabel="step")
-    plain_log_axis(right)
-    right.set(title="Gradient norm before clipping", xlabel="step")
+    right.set(title="Gradient norm before clipping", xlabel="step", ylim=(0, None))
     left.legend()
     return figure, told
 
@@ -482,7 +481,6 @@ def invariant(data: Path) -> tuple[Figure, dict[str, Any]]:
     middle.plot(steps, medians, color="#1a1a1a", linewidth=2)
     middle.set(title="Alignment with the last subspace", xlabel="step", ylim=(0, 1.02))
     right.plot(smooth(run.losses), color=PALETTE[0])
-    plain_log_axis(right)
     right.set(title="Training loss", xlabel="step")
     ranks = [int(energy_rank(torch.tensor(values), 0.99)) for values in spectra(run).values()]
     told = {
