@@ -412,7 +412,7 @@ def test_compare(write_spec: WriteSpec, tmp_path: Path, monkeypatch: pytest.Monk
     (tmp_path / "out" / "comparison.json").write_text(json.dumps(asked | {"reference": "nnm"}))
     told = invoke("report", str(tmp_path / "out"))
     assert "× nnm" in told.stdout
-    assert "- 1 more results in " in told.stdout
+    assert f"- left out of {tmp_path / 'out' / 'results'}, as of another SPEC: 1\n" in told.stdout
 
 
 @pytest.mark.usefixtures("quiet")
@@ -436,6 +436,13 @@ def test_compare_goes_on_after_a_failed_run_and_tells_of_it(
     assert f"page     {tmp_path / 'out' / 'report.html'}\n" in done.stdout
     assert done.stderr.count(sentence) == 2  # at once, and at the end
     assert done.stderr.splitlines()[-1].startswith(f"rankwise: 1 run failed; {tmp_path / 'out' / 'failed'} has")
+    page = (tmp_path / "out" / "report.html").read_text()
+    told = invoke("report", str(tmp_path / "out"))
+    assert (told.exit_code, f"- {sentence}\n" in told.stdout) == (0, True)
+    assert (tmp_path / "out" / "report.html").read_text() == page, "the page drawn anew is the same page"
+    (file,) = (tmp_path / "out" / "failed").glob("*.json")
+    file.write_text("{}")
+    assert str(invoke("report", str(tmp_path / "out")).exception) == f"{file} is not whole: 'format'"
     assert "failed" not in invoke("compare", str(path)).output
 
 

@@ -145,6 +145,14 @@ def test_the_loss_curve_is_that_of_a_plain_script(
     assert ours == pytest.approx(plain_losses(plan, entry, tmp_path), abs=1e-5)
 
 
+def test_eva_starts_every_linear_layer_that_of_the_pooler_too(write_spec: WriteSpec, tmp_path: Path) -> None:
+    """The pooler gets the first token of each text, whose rows are not contiguous."""
+    entry = {"name": "peft.LoraConfig", "init_lora_weights": "eva", "target_modules": "all-linear"}
+    plan = make_plan(read_spec(write_spec(tmp_path, method=[entry], training={"steps": 1})))
+    (result,) = run_plan(plan, "a test")
+    assert "bert.pooler.dense" in result.ranks
+
+
 def test_sizes_are_counted_the_same_way(stock: tuple[Plan, list[Result]]) -> None:
     """Two layers, width 32: the adapter's numbers without the head's 32 · 3 + 3."""
     _, results = stock

@@ -44,6 +44,7 @@ def report(
 def _report(runs: Path, out: Path | None, reference: str | None, peft_suite: Path | None) -> None:
     from rankwise.cli.compare import print_table
     from rankwise.compare.asked import read_asked
+    from rankwise.compare.failures import read_failures
     from rankwise.compare.peft_suite import write_suite
     from rankwise.compare.report import write_page
     from rankwise.compare.results import read_results, result_files
@@ -57,15 +58,17 @@ def _report(runs: Path, out: Path | None, reference: str | None, peft_suite: Pat
         raise DataError(f"there are no finished runs in {runs / 'results'}")
     results = read_results(runs / "results", belonging)
     rates = None
+    failed: list[str] = []
     if asked is not None:
         rates = asked.rates
         reference = asked.reference if reference is None else reference
-    print_table(summarise(results, reference, rates), results[0].metric)
+        failed = [str(failure) for failure in read_failures(runs, asked.runs)]
+    print_table(summarise(results, reference, rates), results[0].metric, failed)
     if len(belonging) < len(found):
         others = len(found) - len(belonging)
-        typer.echo(f"- {others} more results in {runs / 'results'} are of another SPEC, and are left out")
+        typer.echo(f"- left out of {runs / 'results'}, as of another SPEC: {others}")
     page = runs / "report.html" if out is None else out
-    write_page(results, page, f"rankwise: {runs.absolute().name}", reference, rates)
+    write_page(results, page, f"rankwise: {runs.absolute().name}", reference, rates, failed)
     typer.echo(f"page     {page}")
     if peft_suite is not None:
         written = write_suite(runs, peft_suite, belonging)

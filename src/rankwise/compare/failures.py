@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import platform
 import traceback
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rankwise.errors import RankwiseError
+from rankwise.errors import DataError, RankwiseError
 from rankwise.files import write_whole
 
 if TYPE_CHECKING:
@@ -82,6 +82,25 @@ def failure_file(output: Path, run: Run) -> Path:
 def write_failure(failure: Failure, path: Path) -> None:
     """Write one failure as JSON, whole or not at all."""
     write_whole(path, json.dumps({"format": FORMAT, **asdict(failure)}, indent=1) + "\n")
+
+
+def read_failures(output: Path, keys: Container[str]) -> list[Failure]:
+    """The failures that are still written down of these runs, which nobody has run again with success.
+
+    Raises:
+        DataError: a file is not what `write_failure` writes.
+    """
+    failures: list[Failure] = []
+    for path in sorted((output / "failed").glob("*.json")):
+        if path.stem not in keys:
+            continue
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields.pop("format")
+            failures.append(Failure(**fields))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise DataError(f"{path} is not whole: {error}") from error
+    return failures
 
 
 def forget_failure(path: Path) -> None:

@@ -75,9 +75,10 @@ def _real_tokens(batch: dict[str, Any], config: Any) -> Tensor | None:
 def _rows(layer_input: Any, mask: Tensor | None, name: str) -> Tensor:
     """The vectors that a layer gets, in rows: those of real tokens or, where it sees something else, all of them.
 
-    Something else: a pooled text, a patch of an image, or a token of a decoder beside the encoder's mask.
+    Something else: a pooled text, a patch of an image, or a token of a decoder beside the encoder's mask. PEFT wants
+    them contiguous, which the first token of each text, as BERT's pooler gets it, is not.
     """
     vectors = layer_input if isinstance(layer_input, Tensor) else layer_input[0]
     if mask is not None and vectors.shape[:-1] == mask.shape:
         return vectors[mask]
-    return vectors.flatten(0, -2)
+    return vectors.flatten(0, -2).contiguous()
