@@ -86,6 +86,9 @@ def test_public_names() -> None:
         "merge_adapters",
         "shrink_adapter",
         "loraplus_groups",
+        "Recorder",
+        "SpectraCallback",
+        "LightningSpectra",
     }
     assert set(rankwise.__all__) == names
     configs = {config.__name__ for config in CONFIGS.values()}

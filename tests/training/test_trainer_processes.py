@@ -108,6 +108,7 @@ def test_two_processes_end_as_one_does(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(first[key], value, rtol=1e-3, atol=1e-5, msg=lambda m, key=key: f"{key}: {m}")
 
 
+@pytest.mark.slow
 @NAMES
 def test_two_processes_go_on_after_a_kill(name: str, tmp_path: Path) -> None:
     """By AdamW, whose moments a checkpoint holds; with an allocation and a round due after it."""
