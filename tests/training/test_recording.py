@@ -195,6 +195,12 @@ def test_bad_input_is_named_before_the_run(tmp_path: Path) -> None:
         rankwise.SpectraCallback(tmp_path, every=0)
     with pytest.raises(ArgumentError, match="`pretrained` must be a whole number ≥ 1; found 0"):
         rankwise.SpectraCallback(tmp_path, pretrained=0)
+    pytest.importorskip("lightning", reason='in the "test" extra')
+    for callback in (rankwise.SpectraCallback, rankwise.LightningSpectra):
+        with pytest.raises(ArgumentError, match="`directions` must be a whole number ≥ 0; found -1"):
+            callback(tmp_path, directions=-1)
+    with pytest.raises(ArgumentError, match="`pretrained` must be a whole number ≥ 1; found 0"):
+        rankwise.LightningSpectra(tmp_path, pretrained=0)
     with pytest.raises(ArgumentError, match="`directions` must be a whole number ≥ 0; found -1"):
         rankwise.Recorder(model, tmp_path, directions=-1)
     with pytest.raises(ArgumentError, match="`adapter` must be a rankwise adapter of the model"):

@@ -9,10 +9,8 @@ from lightning.pytorch import Callback
 from peft import PeftModel
 from torch import nn
 
-from rankwise.checks import require_int
 from rankwise.spectral.record import DIRECTIONS
-from rankwise.training.recording import Recorder
-from rankwise.training.spectra import EVERY
+from rankwise.training.recording import EVERY, ScheduledRecorder
 
 
 class LightningSpectra(Callback):
@@ -42,32 +40,22 @@ class LightningSpectra(Callback):
         directions: int = DIRECTIONS,
         pretrained: int | None = None,
     ) -> None:
-        require_int("every", every, least=1)
-        self._folder, self._every = folder, every
-        self._settings: dict[str, Any] = {"adapter": adapter, "directions": directions, "pretrained": pretrained}
-        self._recorder: Recorder | None = None
-        self._recorded = -1
+        self._recorder = ScheduledRecorder(
+            folder, every=every, adapter=adapter, directions=directions, pretrained=pretrained
+        )
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """The record before the first step. Only the first process records: all have the same adapter."""
         if trainer.is_global_zero:
-            self._recorder = Recorder(_model_with_adapter(pl_module), self._folder, **self._settings)
-            self._record(trainer.global_step)
+            self._recorder.begin(_model_with_adapter(pl_module), trainer.global_step)
 
     def on_train_batch_end(self, trainer: Any, *_: Any, **__: Any) -> None:
         """A record every so many steps. Several batches may make one step."""
-        if trainer.global_step % self._every == 0:
-            self._record(trainer.global_step)
+        self._recorder.after_step(trainer.global_step)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """The record after the last step."""
-        self._record(trainer.global_step)
-        self._recorder = None
-
-    def _record(self, step: int) -> None:
-        if self._recorder is not None and step != self._recorded:
-            self._recorder.record(step)
-            self._recorded = step
+        self._recorder.end(trainer.global_step)
 
 
 def _model_with_adapter(module: nn.Module) -> nn.Module:

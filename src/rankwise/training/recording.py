@@ -24,6 +24,9 @@ from rankwise.spectral.record import DIRECTIONS
 from rankwise.training.status import budget_now
 from rankwise.update import Factors
 
+EVERY = 100
+"""Steps between records by default: a record takes a part of a step's time, and this many share it."""
+
 
 class _Live(NamedTuple):
     """An adapter as it is now."""
@@ -72,9 +75,7 @@ class Recorder:
         directions: int = DIRECTIONS,
         pretrained: int | None = None,
     ) -> None:
-        require_int("directions", directions, least=0)
-        if pretrained is not None:
-            require_int("pretrained", pretrained, least=1)
+        _check(directions, pretrained)
         if any(isinstance(p, DTensor) for p in model.parameters()):
             raise TrainingError(
                 "FSDP2 has the model in pieces, which a recorder cannot read: record from its checkpoints afterwards "
@@ -95,6 +96,56 @@ class Recorder:
         found = look(self._model, step, adapter=self._adapter, directions=self._directions, pretrained=self._pretrained)
         write_record(self._folder, found)
         return found
+
+
+class ScheduledRecorder:
+    """A recorder that trainers' callbacks share: before the first step, every so many steps, and after the last.
+
+    It is made before there is a model, so that a wrong number is told before anything is trained.
+
+    Args:
+        folder: where the records go.
+        every: optimiser steps between records, ≥ 1.
+        adapter: its name.
+        directions: as in `Recorder`.
+        pretrained: as in `Recorder`.
+
+    Raises:
+        ArgumentError: a number is out of its range.
+    """
+
+    def __init__(
+        self, folder: str | Path, *, every: int, adapter: str, directions: int, pretrained: int | None
+    ) -> None:
+        require_int("every", every, least=1)
+        _check(directions, pretrained)
+        self._folder, self._every = folder, every
+        self._settings: dict[str, Any] = {"adapter": adapter, "directions": directions, "pretrained": pretrained}
+        self._recorder: Recorder | None = None
+        self._recorded = -1
+
+    def begin(self, model: nn.Module, step: int) -> Measured | None:
+        """The record before the first step of a run; later ones are of the same model."""
+        self._recorder = Recorder(model, self._folder, **self._settings)
+        self._recorded = -1
+        return self._record(step)
+
+    def after_step(self, step: int) -> Measured | None:
+        """A record, if one is due. Nothing is recorded before `begin`, which only one process calls."""
+        return self._record(step) if step % self._every == 0 else None
+
+    def end(self, step: int) -> Measured | None:
+        """The record after the last step."""
+        last = self._record(step)
+        self._recorder = None
+        return last
+
+    def _record(self, step: int) -> Measured | None:
+        # Several batches may make one step, and the last step may be one that was due anyway.
+        if self._recorder is None or step == self._recorded:
+            return None
+        self._recorded = step
+        return self._recorder.record(step)
 
 
 def look(
@@ -121,6 +172,12 @@ def look(
         pretrained=pretrained,
         directions=directions,
     )
+
+
+def _check(directions: int, pretrained: int | None) -> None:
+    require_int("directions", directions, least=0)
+    if pretrained is not None:
+        require_int("pretrained", pretrained, least=1)
 
 
 def _live(model: nn.Module, adapter: str) -> _Live:
