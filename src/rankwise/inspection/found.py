@@ -75,16 +75,7 @@ def read_adapter(folder: Path, base: str | None = None) -> Found:
     """
     read = _read(folder, base)
     weights = None if base is None else _pretrained(folder, base, read.exported)
-    measured = measure(
-        read.exported,
-        step=read.step,
-        method=read.method,
-        kept=read.kept,
-        ranks=read.ranks,
-        trained=read.trained,
-        pretrained=weights,
-        directions=DIRECTIONS,
-    )
+    measured = _measured(read, read.step, weights)
     return Found(folder, read.what, read.told, measured, read.exported, not is_ours(folder), read.unfinished)
 
 
@@ -94,7 +85,10 @@ def read_checkpoint(folder: Path, step: int, base: nn.Module | None) -> Measured
     Raises:
         AdapterFileError: as `read_adapter`.
     """
-    read = _read(folder, base)
+    return _measured(_read(folder, base), step)
+
+
+def _measured(read: _Read, step: int, pretrained: Mapping[str, Pretrained] | None = None) -> Measured:
     return measure(
         read.exported,
         step=step,
@@ -102,6 +96,7 @@ def read_checkpoint(folder: Path, step: int, base: nn.Module | None) -> Measured
         kept=read.kept,
         ranks=read.ranks,
         trained=read.trained,
+        pretrained=pretrained,
         directions=DIRECTIONS,
     )
 

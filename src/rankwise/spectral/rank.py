@@ -76,12 +76,11 @@ def energy_rank(singular_values: Tensor, share: float) -> Tensor:
     """
     if not 0 < share <= 1:
         raise ArgumentError("share", "be in (0, 1]", share)
-    S = _spectrum(singular_values).sort(-1, descending=True).values
-    if S.shape[-1] == 0:
-        return torch.zeros(S.shape[:-1], dtype=torch.int64, device=S.device)
-    captured = S.square().cumsum(-1)
-    enough = share * captured[..., -1:] * (1 - S.shape[-1] * torch.finfo(S.dtype).eps)
-    return torch.where(captured[..., -1] > 0, (captured < enough).sum(-1) + 1, 0)
+    curve = energy_curve(singular_values)
+    rounding = curve.shape[-1] * torch.finfo(curve.dtype).eps
+    too_little = curve < share * (1 - rounding)
+    # A matrix of zeros has a curve of zeros, and keeps nothing; an empty spectrum has no curve.
+    return torch.where(curve.any(-1), too_little.sum(-1) + 1, 0)
 
 
 def energy_curve(singular_values: Tensor) -> Tensor:
