@@ -68,11 +68,18 @@ class Tracking(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **_: Any) -> None:
         """Numbers of the log, under `train/`, and ranks, under `rank/`; spectra at every tenth of the run."""
-        numbers = {f"train/{name}": value for name, value in (logs or {}).items() if isinstance(value, int | float)}
-        ranks = {f"rank/{module}": rank for module, rank in self._ranks().items()}
         self._step = state.global_step
-        self._tracker.log(numbers | ranks, step=self._step)
-        if self._look is not None and self._step >= self._next_look:
+        told: dict[str, float] = {}
+        for name, value in (logs or {}).items():
+            if isinstance(value, int | float):
+                told[f"train/{name}"] = value
+
+        is_due = self._look is not None and self._step >= self._next_look
+        if not is_due:  # a record has the ranks itself
+            for module, rank in self._ranks().items():
+                told[f"rank/{module}"] = rank
+        self._tracker.log(told, step=self._step)
+        if self._look is not None and is_due:
             tell(self._tracker, self._look(self._step))
             self._next_look = self._step + max(1, state.max_steps // LOOKS)
 

@@ -55,12 +55,17 @@ def leading_triplets(W: Tensor, r: int, *, iterations: int = 12, seed: int = 0) 
     sketch = torch.randn(W.shape[1], columns, generator=generator, dtype=torch.float64).to(W)
     Q = torch.linalg.qr(W @ sketch).Q
     B = Q.mT @ W
-    captured, spent, settled = torch.zeros((), dtype=W.dtype, device=W.device), 0, False
+    captured = torch.zeros((), dtype=W.dtype, device=W.device)
+    spent = 0
+    settled = False
     while spent < iterations and not settled:
-        Q = torch.linalg.qr(W @ torch.linalg.qr(B.mT).Q).Q
+        right = torch.linalg.qr(B.mT).Q
+        Q = torch.linalg.qr(W @ right).Q
         B = Q.mT @ W
-        before, captured, spent = captured, _top_energy(B, r), spent + 1
+        before = captured
+        captured = _top_energy(B, r)
         settled = bool(captured - before <= SETTLED * captured)
+        spent += 1
     U, S, Vh = torch.linalg.svd(B, full_matrices=False)
     return _triplets(W, Q @ U[:, :r], S[:r], Vh[:r], spent)
 
