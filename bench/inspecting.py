@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import torch
+from harness import write
 from safetensors.torch import save_file
 
 SHAPES = {
@@ -75,8 +76,7 @@ def main() -> None:
     given = parser.parse_args()
     found = measured(given.shape)
     print(f"{given.shape}: {found['seconds']:.1f} s, {found['gigabytes']:.2f} GB at most")
-    if given.json is not None:
-        given.json.write_text(json.dumps({"shape": given.shape, **found}, indent=1) + "\n")
+    write(given.json, {"shape": given.shape, **found})
 
 
 if __name__ == "__main__":

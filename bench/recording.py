@@ -8,13 +8,13 @@ on average, files included.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from harness import write
 from peft import get_peft_model
 from transformers import AutoModel
 
@@ -61,8 +61,7 @@ def main() -> None:
         times = f"step {step * 1e3:.0f} ms, record {record * 1e3:.0f} ms"
         print(f"{method}, r = {r}: {times}, {share:.2%} of a step on average")
         found.append({"method": method, "r": r, "step_seconds": step, "record_seconds": record, "share": share})
-    if given.json is not None:
-        given.json.write_text(json.dumps({"every": given.every, "runs": found}, indent=1) + "\n")
+    write(given.json, {"every": given.every, "runs": found})
 
 
 if __name__ == "__main__":
