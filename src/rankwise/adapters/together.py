@@ -14,6 +14,7 @@ with that block. Each layer makes its own, as it would by itself, wherever that 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -114,15 +115,18 @@ def _grouped(names: Sequence[str], members: Sequence[AdapterTensors]) -> list[li
 
 def _made_of_stacks(method: Method, alike: Sequence[AdapterTensors]) -> list[Made]:
     """What the method prepares of each of some layers of one shape."""
+    layers = len(alike)
     named = [tensors.named() for tensors in alike]
     names = method.prepared_from
+    members = [[own[name] for own in named] for name in names]
+    # Filled in the backward pass: the slices note which layers had a gradient, and the stacks read it.
     reached: list[int] = []
-    stacks = _Stacked.apply(reached, len(names), *(each[name] for name in names for each in named))
-    members = [[each[name] for each in named] for name in names]
+    stacks = _Stacked.apply(reached, len(names), *itertools.chain.from_iterable(members))
     with _stacks_are_not_kept(stacks, members):
         made = method.prepare(dict(zip(names, stacks, strict=True)))
-    slices = _Slices.apply(reached, len(alike), *made.values())
-    return [dict(zip(made, slices[i :: len(alike)], strict=True)) for i in range(len(alike))]
+    slices = _Slices.apply(reached, layers, *made.values())
+    # Slices lie one stack after the other, so that every `layers`-th one is of the same layer.
+    return [dict(zip(made, slices[layer::layers], strict=True)) for layer in range(layers)]
 
 
 @contextmanager
