@@ -103,13 +103,11 @@ class _FusedLinear(torch.autograd.Function):
         beside: bool,
     ) -> Tensor:
         """The rows of y."""
-        ctx.shape, ctx.dropped, ctx.scale, ctx.into_weight, ctx.beside = (
-            x.shape,
-            z is not None,
-            scale,
-            into_weight,
-            beside,
-        )
+        ctx.shape = x.shape
+        ctx.dropped = z is not None
+        ctx.scale = scale
+        ctx.into_weight = into_weight
+        ctx.beside = beside
         trained = any(ctx.needs_input_grad[4:7])  # of a frozen update, no gradient needs the inputs
         rows, input_ = _rows(x), x if z is None else z
         in_weight = None if beside else _frozen(W, B0, s0, A0)

@@ -172,11 +172,13 @@ class OptimizerStep:
 
     def _left_to_the_device(self, optimizer: Optimizer, sessions: list[Session]) -> Verdict | None:
         """What the device will have found out by the time it moves weights; None where the host has to know it now."""
-        gradients = [gradient for session in sessions for gradient in session.gradients()]
-        alone = self._optimizers == [optimizer] and gradients
-        if not alone or not can_be_left_to_the_device(optimizer):
+        # What is cheap to ask comes first: on a CPU the gradients are gathered once, by `_skips`.
+        if self._optimizers != [optimizer] or not can_be_left_to_the_device(optimizer):
             return None
         if not all(session.can_learn_later() for session in sessions):
+            return None
+        gradients = [gradient for session in sessions for gradient in session.gradients()]
+        if not gradients:
             return None
         found_inf = getattr(optimizer, "found_inf", None)
         verdict = verdict_of(gradients, found_inf)
